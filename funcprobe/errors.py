@@ -1,0 +1,45 @@
+"""The few error classes. Every message says what was found, what was expected, and what to do about it."""
+
+
+class FuncprobeError(Exception):
+    """The base of everything funcprobe raises on purpose."""
+
+
+class InputError(FuncprobeError, ValueError):
+    """Something the caller brought (an argument, a file, a batch) is not usable; the message says how to mend it."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint folder, an adapter or an optimizer state cannot be read faithfully."""
+
+
+class ConfigError(InputError):
+    """A configuration file or a command-line option is wrong; the message names the field."""
+
+
+class NumericsError(FuncprobeError, ArithmeticError):
+    """A model or a step produced numbers that are not finite; the message names where."""
+
+
+class EffectiveSampleSizeError(FuncprobeError):
+    """The importance weights degenerated below the threshold and the caller asked for that to be an error."""
+
+
+class MissingExtraError(FuncprobeError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+
+class FuncprobeWarning(UserWarning):
+    """A result is usable but something about it should be known."""
+
+
+def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
+    """Return the error for an optional dependency that is not installed, naming the extra that brings it.
+
+    Example:
+        >>> print(missing_extra("pyarrow", "app", "reading parquet"))
+        reading parquet needs the package 'pyarrow', which is not installed; pip install 'funcprobe[app]'.
+    """
+    return MissingExtraError(
+        f"{purpose} needs the package '{package}', which is not installed; pip install 'funcprobe[{extra}]'."
+    )

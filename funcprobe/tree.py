@@ -1,0 +1,163 @@
+"""The algebra of name-keyed trees: add, sub, scale, axpy, dot, norm, top_k, select.
+
+A tree is any optree pytree of tensors, in practice `dict[str, Tensor]`. Binary operations demand the same keys and say
+which are missing and which are unexpected. Elementwise results keep the dtype of the first argument; reductions
+accumulate in float64, whatever the leaves are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from funcprobe.errors import InputError
+from funcprobe.types import Params
+
+
+def add(a: Params, b: Params) -> Params:
+    """Return a + b, leaf by leaf.
+
+    Example:
+        >>> add({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])})
+        {'w': tensor([3.])}
+    """
+    return map_(torch.add, a, b)
+
+
+def sub(a: Params, b: Params) -> Params:
+    """Return a - b, leaf by leaf: for two parameter trees the step between them."""
+    return map_(torch.sub, a, b)
+
+
+def scale(c: float | Tensor, a: Params) -> Params:
+    """Return c · a."""
+    return map_(lambda x: x * c, a)
+
+
+def axpy(c: float | Tensor, x: Params, y: Params) -> Params:
+    """Return c · x + y in the dtype of y; a wider x is rounded once, after the sum.
+
+    Example:
+        >>> axpy(2.0, {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])})
+        {'w': tensor([5.])}
+    """
+    return map_(lambda xi, yi: (xi * c + yi).to(yi.dtype), x, y)
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """Return ⟨a, b⟩ as a float64 scalar: products and sums are taken in float64.
+
+    Example:
+        >>> dot({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])})
+        tensor(11., dtype=torch.float64)
+    """
+    return _total(map_(lambda x, y: torch.dot(x.double().flatten(), y.double().flatten()), a, b))
+
+
+def norm(a: Params) -> Tensor:
+    """Return the Euclidean norm of the whole tree as a float64 scalar."""
+    return torch.sqrt(dot(a, a))
+
+
+def leaf_norms(a: Params) -> dict[str, float]:
+    """Return the Euclidean norm of every leaf, taken in float64."""
+    return {name: float(torch.linalg.vector_norm(x.double())) for name, x in a.items()}
+
+
+def top_k(a: Params, k: int) -> list[tuple[str, float]]:
+    """Return the k leaves of the largest norm, largest first, as (name, norm); ties go by name.
+
+    Example:
+        >>> top_k({"a": torch.tensor([1.0]), "b": torch.tensor([3.0]), "c": torch.tensor([2.0])}, 2)
+        [('b', 3.0), ('c', 2.0)]
+    """
+    return sorted(leaf_norms(a).items(), key=lambda item: (-item[1], item[0]))[:k]
+
+
+def select(a: Params, names: Iterable[str] | Callable[[str], bool]) -> Params:
+    """Return the sub-tree of the given names, or of the names for which a predicate holds.
+
+    Raises:
+        InputError: If a name is not in the tree.
+    """
+    if callable(names):
+        return {name: x for name, x in a.items() if names(name)}
+    wanted = list(names)
+    if unknown := [name for name in wanted if name not in a]:
+        raise InputError(f"The tree has no leaf named {_listing(unknown)}; it has {_listing(a)}.")
+    return {name: a[name] for name in wanted}
+
+
+def cast(a: Params, dtype: torch.dtype) -> Params:
+    """Return the tree with every leaf in `dtype`."""
+    return map_(lambda x: x.to(dtype), a)
+
+
+def like(a: Params, b: Params) -> Params:
+    """Return a with the dtype and device of b's leaves."""
+    return map_(lambda x, y: x.to(device=y.device, dtype=y.dtype), a, b)
+
+
+def zeros_like(a: Params) -> Params:
+    """Return the zero tree of the same shapes and dtypes."""
+    return map_(torch.zeros_like, a)
+
+
+def size(a: Params) -> int:
+    """Return the number of scalar entries."""
+    return sum(x.numel() for x in optree.tree_leaves(a))
+
+
+def same_keys(a: Params, b: Params, what: str = "trees") -> None:
+    """Check that two trees have the same names and shapes.
+
+    Raises:
+        InputError: Naming the missing and the unexpected leaves, or the first leaf whose shape differs.
+    """
+    if isinstance(a, dict) and isinstance(b, dict):
+        missing, unexpected = [n for n in a if n not in b], [n for n in b if n not in a]
+        if missing or unexpected:
+            raise InputError(
+                f"The {what} do not have the same leaves: missing {_listing(missing)}, unexpected "
+                f"{_listing(unexpected)}; both must be keyed by the names of the same trainable parameters."
+            )
+        for name in a:
+            if getattr(a[name], "shape", None) != getattr(b[name], "shape", None):
+                raise InputError(
+                    f"The {what} differ in shape at '{name}': {tuple(a[name].shape)} against {tuple(b[name].shape)}; "
+                    "both must come from the same model."
+                )
+
+
+def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+    """Return the tree of `function` over corresponding leaves, in the order of the first tree.
+
+    Addressing is by name, so two dictionaries in different orders are the same tree.
+    """
+    for other in rest:
+        same_keys(first, other)
+    result: Any = optree.tree_map(function, first, *rest)
+    return result
+
+
+def _total(a: Params) -> Tensor:
+    leaves = optree.tree_leaves(a)
+    if not leaves:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack([leaf.to(leaves[0].device) for leaf in leaves]).sum()
+
+
+def _listing(names: Iterable[str], limit: int = 4) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return (", ".join(f"'{name}'" for name in listed[:limit]) + more) if listed else "none"
+
+
+def is_finite(a: Params) -> bool:
+    """Return whether every entry of every leaf is finite."""
+    return all(math.isfinite(value) for value in leaf_norms(a).values())

@@ -1,0 +1,150 @@
+"""The contract: the values that flow through funcprobe, and the protocols that user code can fill.
+
+Shapes: B sequences, L columns of prompt and completion together, T completion positions, V vocabulary entries, D
+features, n tokens. Units: nats, tokens, sequences. Traced values are NamedTuples, because `torch.func` sees those;
+static options live in frozen dataclasses or closures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+#: A name-keyed tree of leaves: parameters, gradients and updates all have this type and share their keys.
+Params = dict[str, Tensor]
+
+#: The optimizer's state: for every parameter name the named state tensors (`step`, `exp_avg`, ...) of torch.optim.
+OptState = dict[str, dict[str, Tensor]]
+
+#: A per-token statistic of the conditional distribution: (log_probs [n, V], token [n]) -> [n].
+Statistic = Callable[[Tensor, Tensor], Tensor]
+
+#: Called as progress(what, done, total) after every microbatch.
+Progress = Callable[[str, int, int], None]
+
+
+class TokenBudget(NamedTuple):
+    """A microbatch size stated in tokens: as many rows as fit, padding included, and at least one row."""
+
+    tokens: int
+
+
+#: How a batch is cut: a number of sequences, a token budget, or None for one piece.
+Microbatch = int | TokenBudget | None
+
+
+class Rollouts(NamedTuple):
+    """A batch of sampled sequences. Every field is None or a tensor whose first axis is B, so that a slice is a batch.
+
+    Rows are right-padded: prompt, completion, padding. Completion position t of row b is the token in column
+    `prompt_lengths[b] + t`; only `completion_mask` decides which of those tokens the policy chose.
+    """
+
+    ids: Tensor  #: [B, L] int64 token ids; what stands in padded columns is never looked at
+    attention_mask: Tensor  #: [B, L] bool, True on real tokens, which come first in every row
+    prompt_lengths: Tensor  #: [B] int64 >= 1, the column at which the completion starts
+    completion_mask: Tensor  #: [B, T] bool, False on padding and in holes (tokens a tool wrote)
+    temperature: Tensor  #: [B] float64 > 0, the temperature at which the row was sampled
+    group_ids: Tensor  #: [B] int64, equal for rollouts of one prompt
+    weight: Tensor  #: [B] float64 >= 0, base weight: 1, bootstrap counts, or exact probabilities of an enumeration
+    rewards: Tensor | None = None  #: [B] float64
+    advantages: Tensor | None = None  #: [B] float64; where given, objectives use them as they are
+    sampling_logps: Tensor | None = None  #: [B, T] float64 log-probs reported by the engine that sampled
+    old_logps: Tensor | None = None  #: [B, T] float64 log-probs of the policy that the ratio is taken against
+    ref_logps: Tensor | None = None  #: [B, T] float64 log-probs of the reference policy of the KL term
+    top_p: Tensor | None = None  #: [B] float64, nucleus mass of the sampler; below 1 its log-probs are renormalised
+    top_k: Tensor | None = None  #: [B] int64, 0 when unrestricted
+    step: Tensor | None = None  #: [B] int64, the training step at which the row was drawn
+    token_weights: Tensor | None = None  #: [B, T] float64 score-free weights of the loss terms, by Objective.prepare
+
+
+class TokenScores(NamedTuple):
+    """What a policy says about every completion token. All fields are [B, T] and 0 where the completion mask is 0."""
+
+    logp: Tensor  #: [B, T] float64, nats: log-probability of the token at the sampling temperature
+    entropy: Tensor  #: [B, T] float64, nats: entropy of the distribution that the token was drawn from
+    extra: dict[str, Tensor] = {}  # noqa: RUF012  named statistics that a caller asked for
+
+
+class Estimate(NamedTuple):
+    """One functional of the policy before and after a step, with its first-order prediction."""
+
+    before: float  #: F at the anchor
+    after: float  #: F at the updated parameters, importance-sampled
+    change: float  #: after - before, from the same differences of scores
+    first_order: float | None  #: <grad F, update>; None where it was not computed
+
+
+class StepResult(NamedTuple):
+    """What one pure optimizer step returns."""
+
+    params: Params  #: the parameters after the step, bit-identical to what torch.optim would store
+    update: Params  #: the step as a value: the optimizer's arithmetic in float64, kept in float32 or wider
+    opt_state: OptState  #: the optimizer's state after the step
+    gradient: Params  #: the gradient of the loss, before clipping
+    info: dict[str, float]  #: loss, grad_norm, clip_coefficient, lr and what the objective reported
+
+
+class OptimizerResult(NamedTuple):
+    """What the optimizer alone returns: the new leaves, the step as a value, the new state."""
+
+    params: Params  #: bit-identical to torch.optim
+    update: Params  #: float64 arithmetic, kept in float32 or wider
+    opt_state: OptState  #: bit-identical to torch.optim
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """A functional of the policy, as a pure function of scores."""
+
+    name: str  #: what a table calls it
+    unit: str  #: "nats per token", ...
+    stats: Mapping[str, Statistic]  #: named statistics that it needs in `scores.extra`
+
+    def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
+        """Return the scalar estimate at `scores`, for rollouts drawn at `anchor`."""
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A training loss, as a pure function of scores."""
+
+    name: str  #: the field's name of it
+    separable: bool  #: after `prepare`, the loss of a batch is the sum of the losses of its slices
+    stats: Mapping[str, Statistic]  #: named statistics that it needs in `scores.extra`
+
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        """Fill in what depends on the whole batch but on no score: advantages and token weights."""
+        ...
+
+    def __call__(self, scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (loss, info) on prepared rollouts; the loss is a scalar to minimise."""
+        ...
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """A pure optimizer: its state and its parameters are arguments, never attributes."""
+
+    @property
+    def lr(self) -> float:
+        """The learning rate used when a call names none (the first group's, where groups differ)."""
+        ...
+
+    def init(self, params: Params) -> OptState:
+        """Return the state before the first step."""
+        ...
+
+    def apply(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> OptimizerResult:
+        """Return parameters, update and state after one step; `lr` overrides every group's for this call."""
+        ...
+
+
+#: The score function of a batch with everything but the parameters bound.
+ScoreFunction = Callable[[Params], TokenScores]
+
+#: Anything JSON can carry.
+Json = dict[str, Any]
