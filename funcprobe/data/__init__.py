@@ -1,0 +1,1 @@
+"""Rollouts: build, validate, slice, read and write."""

@@ -1,0 +1,172 @@
+"""Cut and join batches: rows, microbatches, prompts, and what two batches have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe.data.validation import COLUMN_FIELDS, TOKEN_FIELDS
+from funcprobe.errors import InputError
+from funcprobe.types import Microbatch, Rollouts, TokenBudget
+
+
+class Overlap(NamedTuple):
+    """What an evaluation batch shares with an update batch."""
+
+    sequences: int  #: evaluation rows whose prompt and completion occur token for token in the update batch
+    prompts: int  #: distinct evaluation prompts that occur there
+
+
+def take(rollouts: Rollouts, index: Tensor | Sequence[int] | slice) -> Rollouts:
+    """Return the rows at `index` (positions, a mask [B] or a slice) as a batch, trimmed to its longest row.
+
+    Raises:
+        InputError: If no row is left, or an index is out of range.
+
+    Example:
+        >>> from funcprobe.data.rollouts import rollouts_from_lists
+        >>> take(rollouts_from_lists([[1], [2]], [[3, 4], [5]], temperature=1.0), [1]).ids
+        tensor([[2, 5]])
+    """
+    rows = _positions(rollouts, index)
+    picked = _map(rollouts, lambda name, value: value[rows])
+    return _trim(picked)
+
+
+def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
+    """Return one batch of all rows in order, padded to common widths; group ids are taken as they are.
+
+    Raises:
+        InputError: If there is no batch, or an optional field is present in some batches only.
+    """
+    if not batches:
+        raise InputError("There is nothing to concatenate; give at least one batch.")
+    columns, positions = max(b.ids.shape[1] for b in batches), max(b.completion_mask.shape[1] for b in batches)
+    joined: dict[str, Tensor | None] = {}
+    for name in Rollouts._fields:
+        values = [getattr(batch, name) for batch in batches]
+        absent = [number for number, value in enumerate(values) if value is None]
+        if 0 < len(absent) < len(values):
+            raise InputError(
+                f"'{name}' is missing in batch {absent[0]} and present in others; give it in all of them or in none."
+            )
+        width = columns if name in COLUMN_FIELDS else positions if name in TOKEN_FIELDS else None
+        joined[name] = None if absent else torch.cat([_widen(value, width) for value in values])
+    return _rollouts(joined)
+
+
+def split(rollouts: Rollouts, fraction: float, generator: torch.Generator) -> tuple[Rollouts, Rollouts]:
+    """Return two batches that share no prompt (group), the first with about `fraction` of them, drawn at random.
+
+    Rows keep their order. Each part gets at least one prompt.
+
+    Raises:
+        InputError: If `fraction` is not between 0 and 1, or there are fewer than two prompts.
+    """
+    groups, member = torch.unique(rollouts.group_ids, return_inverse=True)
+    if not 0 < fraction < 1:
+        raise InputError(f"The fraction is {fraction}; expected a number between 0 and 1.")
+    if len(groups) < 2:
+        raise InputError("The batch has one prompt (group) only; a split by prompts needs at least two.")
+    count = min(max(round(fraction * len(groups)), 1), len(groups) - 1)
+    order = torch.randperm(len(groups), generator=generator, device=generator.device)
+    first = torch.isin(member, order[:count].to(member.device))
+    return take(rollouts, first), take(rollouts, ~first)
+
+
+def microbatches(rollouts: Rollouts, microbatch: Microbatch) -> list[Tensor]:
+    """Return row indices [n] that cover every row once: rows of similar length together, so that padding is small.
+
+    A number cuts the rows, sorted by length, into pieces of that many; a `TokenBudget` takes as many rows as fit with
+    padding included (rows x longest <= tokens), at least one; None is one piece in the given order.
+
+    Raises:
+        InputError: If the number or the budget is below 1.
+    """
+    rows = len(rollouts.ids)
+    if microbatch is None:
+        return [torch.arange(rows, device=rollouts.ids.device)]
+    size = microbatch.tokens if isinstance(microbatch, TokenBudget) else microbatch
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise InputError(f"The microbatch size is {size!r}; expected a whole number of at least 1, or None.")
+    lengths, order = torch.sort(rollouts.attention_mask.sum(1), stable=True)
+    if isinstance(microbatch, TokenBudget):
+        return list(torch.split(order, _sizes_within(lengths.tolist(), size)))
+    return list(torch.split(order, size))
+
+
+def overlap(evaluation: Rollouts, update: Rollouts) -> Overlap:
+    """Return how many evaluation sequences, and how many evaluation prompts, occur token for token in `update`.
+
+    An evaluation batch drawn independently of the update keeps the error bars honest; overlap makes them optimistic.
+    """
+    sequences = set(_keys(update, update.attention_mask.sum(1)))
+    prompts = set(_keys(update, update.prompt_lengths))
+    return Overlap(
+        sequences=sum(key in sequences for key in _keys(evaluation, evaluation.attention_mask.sum(1))),
+        prompts=len(prompts & set(_keys(evaluation, evaluation.prompt_lengths))),
+    )
+
+
+def to_device(rollouts: Rollouts, device: torch.device | str) -> Rollouts:
+    """Return the batch with every tensor on `device`; the dtypes stay."""
+    return _map(rollouts, lambda name, value: value.to(device))
+
+
+def _map(rollouts: Rollouts, function: Callable[[str, Tensor], Tensor]) -> Rollouts:
+    fields = {name: None if value is None else function(name, value) for name, value in rollouts._asdict().items()}
+    return _rollouts(fields)
+
+
+def _rollouts(fields: dict[str, Any]) -> Rollouts:
+    return Rollouts(**fields)
+
+
+def _positions(rollouts: Rollouts, index: Tensor | Sequence[int] | slice) -> Tensor:
+    rows, device = len(rollouts.ids), rollouts.ids.device
+    every = torch.arange(rows, device=device)
+    if isinstance(index, slice):
+        picked = every[index]
+    else:
+        chosen = torch.as_tensor(index, device=device)
+        chosen = chosen if chosen.numel() else chosen.long()
+        if chosen.dtype != torch.bool and chosen.numel() and not -rows <= int(chosen.min()) <= int(chosen.max()) < rows:
+            raise InputError(
+                f"The index reaches from {int(chosen.min())} to {int(chosen.max())}; there are {rows} rows."
+            )
+        picked = every[chosen].reshape(-1)
+    if picked.numel() == 0:
+        raise InputError(f"The index picks none of the {rows} rows; a batch has at least one.")
+    return picked
+
+
+def _trim(rollouts: Rollouts) -> Rollouts:
+    lengths = rollouts.attention_mask.sum(1)
+    columns, positions = int(lengths.max()), max(1, int((lengths - rollouts.prompt_lengths).max()))
+    widths = dict.fromkeys(COLUMN_FIELDS, columns) | dict.fromkeys(TOKEN_FIELDS, positions)
+    return _map(rollouts, lambda name, value: value[:, : widths[name]] if name in widths else value)
+
+
+def _widen(value: Tensor, width: int | None) -> Tensor:
+    if width is None or value.shape[1] == width:
+        return value
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]))
+
+
+def _sizes_within(lengths: list[int], tokens: int) -> list[int]:
+    """Cut ascending lengths greedily: a row joins while (rows so far + 1) x its length still fits."""
+    sizes = [0]
+    for length in lengths:
+        if sizes[-1] and (sizes[-1] + 1) * length > tokens:
+            sizes.append(0)
+        sizes[-1] += 1
+    return sizes
+
+
+def _keys(rollouts: Rollouts, lengths: Tensor) -> list[bytes]:
+    """Return the first `lengths` [B] tokens of every row, hashable."""
+    ids = rollouts.ids.cpu().numpy()
+    return [row[:n].tobytes() for row, n in zip(ids, lengths.tolist(), strict=True)]
