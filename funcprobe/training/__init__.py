@@ -1,0 +1,1 @@
+"""Training as pure functions: advantages, objectives, optimizers and the step."""

@@ -1,0 +1,154 @@
+"""Parameter groups of a pure optimizer: which leaves take which hyperparameters."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcprobe.errors import InputError
+from funcprobe.tree import same_keys
+from funcprobe.types import Params
+
+#: Keys that choose an implementation or a variant. Older torch versions do not store them, and torch itself fills them
+#: in when it loads such a file; every other hyperparameter has to be found in a stored group.
+_FILLED_BY_TORCH = frozenset(
+    {"foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "nesterov", "decoupled_weight_decay"}
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Leaves that share their hyperparameters, as a `param_group` of torch.optim, addressed by name.
+
+    Example:
+        >>> Group(("head.bias",), {"weight_decay": 0.0}).names
+        ('head.bias',)
+    """
+
+    names: tuple[str, ...] | None = None  #: the leaves; None stands for every leaf there is
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)  #: what differs from the optimizer's own
+
+    def __post_init__(self) -> None:
+        if isinstance(self.names, str):
+            raise InputError(f"A group takes a sequence of names, and was given the single string '{self.names}'.")
+        object.__setattr__(self, "names", None if self.names is None else tuple(self.names))
+        object.__setattr__(self, "hyperparameters", dict(self.hyperparameters))
+
+
+def build_groups(
+    cls: type[torch.optim.Optimizer], common: Mapping[str, Any], groups: Sequence[Group] | None
+) -> tuple[Group, ...]:
+    """Return groups with complete hyperparameters: a group's own first, then the common ones, then the class's.
+
+    Raises:
+        InputError: If an option is unknown or out of range, or if a leaf is named twice.
+    """
+    listed = [Group()] if groups is None else list(groups)
+    named = [group.names for group in listed]
+    if not listed or (len(listed) > 1 and None in named):
+        raise InputError("An optimizer takes one group without names (every leaf), or several that name their leaves.")
+    every = [name for names in named if names is not None for name in names]
+    if twice := sorted({name for name in every if every.count(name) > 1} if len(every) != len(set(every)) else ()):
+        raise InputError(f"The leaf '{twice[0]}' is in two groups; name every leaf once.")
+    return tuple(Group(group.names, complete(cls, {**common, **group.hyperparameters})) for group in listed)
+
+
+def complete(cls: type[torch.optim.Optimizer], hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the hyperparameters as the class itself completes and checks them.
+
+    Raises:
+        InputError: If the class refuses them, with the reason it gives.
+    """
+    given = {key: _plain(value) for key, value in hyperparameters.items()}
+    if "lr" in given:
+        check_lr(given["lr"])
+    try:
+        group = cls([torch.zeros(1, 1, requires_grad=True)], **given).param_groups[0]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"torch.optim.{cls.__name__} does not take these hyperparameters: {error}.") from error
+    return {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def stored_groups(
+    cls: type[torch.optim.Optimizer], param_groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]
+) -> list[Group]:
+    """Return the groups of a live or saved torch optimizer; hyperparameters come from it, never from defaults.
+
+    Raises:
+        InputError: If there are not as many lists of names as groups, or a group lacks a hyperparameter.
+    """
+    if len(param_groups) != len(names):
+        raise InputError(f"There are {len(param_groups)} param_groups and {len(names)} lists of names; give one each.")
+    options = [key for key in inspect.signature(cls).parameters if key != "params"]
+    groups = []
+    for index, (stored, mine) in enumerate(zip(param_groups, names, strict=True)):
+        if missing := [key for key in options if key not in stored and key not in _FILLED_BY_TORCH]:
+            raise InputError(
+                f"param_groups[{index}] has no '{missing[0]}', which {cls.__name__} needs; it has {sorted(stored)}."
+            )
+        groups.append(Group(tuple(mine), {key: stored[key] for key in options if key in stored}))
+    return groups
+
+
+def check_lr(lr: Any) -> float:
+    """Return a learning rate as a float.
+
+    Raises:
+        InputError: If it is not a finite number at or above 0.
+    """
+    try:
+        value = float(lr)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The learning rate is {lr!r}; it must be a number.") from error
+    if not (math.isfinite(value) and value >= 0):
+        raise InputError(f"The learning rate is {value}; it must be finite and not negative.")
+    return value
+
+
+def assignments(
+    groups: Sequence[Group], params: Iterable[str], lr: float | None
+) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Yield (leaf names, hyperparameters) for every group, with `lr` in place of every group's own where given.
+
+    Raises:
+        InputError: If the groups leave out a leaf or name one that is not there.
+    """
+    present = list(params)
+    named = {name for group in groups for name in (present if group.names is None else group.names)}
+    if unexpected := sorted(named.difference(present)):
+        raise InputError(f"The optimizer's groups name '{unexpected[0]}', which is not among the parameters.")
+    if missing := [name for name in present if name not in named]:
+        raise InputError(
+            f"No group of the optimizer names the parameter '{missing[0]}' ({len(missing)} such); put it in a group "
+            "with the hyperparameters it is trained with."
+        )
+    override = {} if lr is None else {"lr": check_lr(lr)}
+    for group in groups:
+        yield list(present if group.names is None else group.names), {**group.hyperparameters, **override}
+
+
+def check_gradient(params: Params, gradient: Params) -> None:
+    """Check that a gradient fits the parameters, and that both are floating point.
+
+    Raises:
+        InputError: If names or shapes differ, or a leaf is not real floating point.
+    """
+    same_keys(params, gradient, what="parameters and the gradient")
+    for name, p in params.items():
+        if not p.is_floating_point():
+            raise InputError(f"The parameter '{name}' is {p.dtype}; only real floating-point leaves can be stepped.")
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor hyperparameter (a learning rate on the device, say) as a float; sequences likewise."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value)
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(v) for v in value)
+    return value

@@ -1,0 +1,120 @@
+"""Any torch.optim optimizer class as a pure optimizer: a real instance, on copies, thrown away after one step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcprobe.errors import InputError
+from funcprobe.training.groups import Group, assignments, check_gradient
+from funcprobe.training.state import as_tensor, check_state
+from funcprobe.types import OptimizerResult, OptState, Params
+
+
+@dataclass(frozen=True)
+class LiftedOptimizer:
+    """An optimizer class of torch.optim, or of anybody, run on copies.
+
+    Its `update` is the difference of a second run on float64 copies, so it is accurate to about 1e-16·|θ|/|Δθ|. A
+    class that rounds inside (Muon orthogonalises in bfloat16) rounds there too.
+    """
+
+    cls: type[torch.optim.Optimizer]  #: the class that is run
+    groups: tuple[Group, ...]  #: complete hyperparameters for every leaf
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate."""
+        return float(self.groups[0].hyperparameters["lr"])
+
+    def init(self, params: Params) -> OptState:
+        """Return an empty state for every leaf; the class fills it at its first step.
+
+        Raises:
+            InputError: If the groups and the parameters do not have the same names.
+        """
+        list(assignments(self.groups, params, None))
+        return {name: {} for name in params}
+
+    def apply(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> OptimizerResult:
+        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit.
+        """
+        check_gradient(params, gradient)
+        after, state = self._run(params, opt_state, gradient, lr, wide=False)
+        exact, _ = self._run(params, opt_state, gradient, lr, wide=True)
+        update = {
+            name: (exact[name] - p.detach().double()).to(torch.promote_types(p.dtype, torch.float32))
+            for name, p in params.items()
+        }
+        return OptimizerResult(after, update, state)
+
+    def _run(
+        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, wide: bool
+    ) -> tuple[Params, OptState]:
+        """Step a fresh instance on copies, in float64 if `wide`; the global generators are put back afterwards."""
+        copies = {name: _copy(p, torch.float64 if wide else p.dtype) for name, p in params.items()}
+        for name, copy in copies.items():
+            copy.grad = _copy(gradient[name].to(params[name].dtype), copy.dtype)
+        groups: list[dict[str, Any]] = []
+        for names, hyper in assignments(self.groups, params, lr):
+            pinned = _pinned(hyper, params[names[0]].dtype) if wide and names else hyper
+            groups.append({**pinned, "params": [copies[name] for name in names]})
+        taken = inspect.signature(self.cls).parameters
+        instance = self.cls(groups, **{k: v for k, v in groups[0].items() if k in taken and k != "params"})
+        for name, copy in copies.items():
+            if state := check_state(name, params[name], opt_state):
+                instance.state[copy] = {key: _loaded(value, wide) for key, value in state.items()}
+        devices = sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices=devices):
+            instance.step()
+        after = {name: copy.detach() for name, copy in copies.items()}
+        return after, {name: _stored(name, instance.state.get(copy, {})) for name, copy in copies.items()}
+
+
+def refuse(cls: type[torch.optim.Optimizer]) -> None:
+    """Check that a class can step on dense gradients alone.
+
+    Raises:
+        InputError: If it needs a closure (LBFGS) or sparse gradients (SparseAdam), or is no optimizer.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise InputError(f"from_torch takes a torch.optim.Optimizer class, and was given {cls!r}.")
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise InputError(
+            f"{cls.__name__} evaluates the loss through a closure during its step; one update is one gradient here. "
+            "Use an optimizer whose step takes no closure."
+        )
+    if issubclass(cls, torch.optim.SparseAdam):
+        raise InputError("SparseAdam takes sparse gradients, and gradients are dense here; use Adam.")
+
+
+def _pinned(hyper: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return the hyperparameters with Adafactor's dtype-dependent default epsilon at its value for `dtype`."""
+    eps = hyper.get("eps")
+    if isinstance(eps, tuple) and eps[0] is None:
+        return {**hyper, "eps": (torch.finfo(dtype).eps, *eps[1:])}
+    return hyper
+
+
+def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.detach().to(dtype=dtype, copy=True)
+
+
+def _loaded(value: Tensor, wide: bool) -> Any:
+    """Return a state entry for the class to change: an int64 scalar stands for a Python int, as many classes keep."""
+    if value.dim() == 0 and value.dtype == torch.int64:
+        return int(value)
+    return _copy(value, torch.float64 if wide and value.is_floating_point() else value.dtype)
+
+
+def _stored(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: as_tensor(name, key, value) for key, value in state.items() if value is not None}
