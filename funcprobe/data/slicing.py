@@ -147,7 +147,7 @@ def _trim(rollouts: Rollouts) -> Rollouts:
     lengths = rollouts.attention_mask.sum(1)
     columns, positions = int(lengths.max()), max(1, int((lengths - rollouts.prompt_lengths).max()))
     widths = dict.fromkeys(COLUMN_FIELDS, columns) | dict.fromkeys(TOKEN_FIELDS, positions)
-    return _map(rollouts, lambda name, value: value[:, : widths[name]] if name in widths else value)
+    return _map(rollouts, lambda name, value: value[:, : widths[name]].contiguous() if name in widths else value)
 
 
 def _widen(value: Tensor, width: int | None) -> Tensor:

@@ -1,0 +1,199 @@
+"""Rollouts to and from files: parquet (`.parquet`) and JSONL (`.jsonl`), the columns of `schema`, one row per sequence.
+
+Reading what was written gives the same rollouts, every float64 bit included. A file appears under its name only when it
+is complete, and an existing one is never replaced unless that is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from funcprobe.data.jsonl import read_jsonl, read_jsonl_metadata, write_jsonl
+from funcprobe.data.parquet import read_parquet, read_parquet_metadata, write_parquet
+from funcprobe.data.ragged import Array, Ragged, columns, ragged_from_dense
+from funcprobe.data.rollouts import rollouts_from_ragged
+from funcprobe.data.schema import SCHEMA_VERSION, Columns, Table
+from funcprobe.data.validation import LOGP_FIELDS, validate
+from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.types import Rollouts
+
+#: Per-row columns whose field has another name.
+FIELD_OF = {"reward": "rewards", "advantage": "advantages", "group_id": "group_ids"}
+
+
+class _Format(NamedTuple):
+    read: Callable[[Path], Table]
+    read_metadata: Callable[[Path], dict[str, Any]]
+    write: Callable[[Path, Columns, dict[str, Any]], None]
+
+
+FORMATS = {
+    ".parquet": _Format(read_parquet, read_parquet_metadata, write_parquet),
+    ".jsonl": _Format(read_jsonl, read_jsonl_metadata, write_jsonl),
+}
+
+
+def read_rollouts(path: str | os.PathLike[str], *, step: int | None = None, vocab_size: int | None = None) -> Rollouts:
+    """Return the rollouts of a file, validated; with `step` those of that training step only.
+
+    Columns that funcprobe does not know are passed over with a warning that names them; rows sampled with top_p < 1 or
+    top_k > 0 give a warning as well.
+
+    Raises:
+        InputError: If the file is missing, empty, not in the format of its extension, of another schema version, lacks
+            a column, has a column of the wrong type, has no row of that step, or fails `validate`.
+        MissingExtraError: If a parquet file is read without pyarrow.
+    """
+    path = Path(path)
+    try:
+        table = _format(path).read(_existing(path))
+        rollouts = _rollouts(table if step is None else _rows_of_step(table, step), vocab_size)
+    except InputError as error:
+        raise InputError(_located(path, step, error)) from None
+    if table.unknown:
+        warnings.warn(
+            f"{path}: the columns {', '.join(table.unknown)} are not rollout columns and were not read.",
+            FuncprobeWarning,
+            stacklevel=2,
+        )
+    return rollouts
+
+
+def write_rollouts(
+    path: str | os.PathLike[str], rollouts: Rollouts, *, tokenizer_id: str | None = None, overwrite: bool = False
+) -> None:
+    """Write the rollouts, and the name of the tokenizer that made their ids, to a `.parquet` or `.jsonl` file.
+
+    The mask and the weight are written only where they are not all ones. `token_weights`, which an objective derives
+    from the other fields, is not written.
+
+    Raises:
+        InputError: If the file exists and `overwrite` is not set, its folder does not exist, its extension is not
+            known, or the rollouts fail `validate`.
+        MissingExtraError: If a parquet file is written without pyarrow.
+    """
+    path = Path(path)
+    try:
+        writer = _format(path).write
+        _check_free(path, overwrite)
+    except InputError as error:
+        raise InputError(_located(path, None, error)) from None
+    metadata = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_id}
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        writer(partial, _columns(validate(rollouts)), metadata)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return {"schema_version": int, "tokenizer": str} of a rollout file, None where it does not say.
+
+    Raises:
+        InputError: If the file is missing, empty, not in the format of its extension, or of another schema version.
+        MissingExtraError: If a parquet file is read without pyarrow.
+    """
+    path = Path(path)
+    try:
+        return _format(path).read_metadata(_existing(path))
+    except InputError as error:
+        raise InputError(_located(path, None, error)) from None
+
+
+def _format(path: Path) -> _Format:
+    if path.suffix not in FORMATS:
+        raise InputError(f"the extension '{path.suffix}' is not known; expected {' or '.join(FORMATS)}.")
+    return FORMATS[path.suffix]
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError("there is no such file; check the path.")
+    if not path.is_file():
+        raise InputError("this is a folder; expected a file of rollouts.")
+    if path.stat().st_size == 0:
+        raise InputError("the file is empty (0 bytes); was it written completely?")
+    return path
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"the folder '{path.parent}' does not exist; create it first.")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise InputError("this already exists; choose another name, or pass overwrite=True to replace a file.")
+
+
+def _located(path: Path, step: int | None, error: InputError) -> str:
+    text = str(error)
+    among = "" if step is None else f" among those of step {step}"
+    note = f" (Rows are counted from 0{among}.)" if "row " in text.lower() else ""
+    return f"{path}: {text}{note}"
+
+
+def _rollouts(table: Table, vocab_size: int | None) -> Rollouts:
+    found: dict[str, Any] = dict(table.columns)
+    if not found:
+        raise InputError("the file holds 0 rows; expected at least one sequence.")
+    prompts, completions, masks = (
+        found.pop(name, None) for name in ("prompt_ids", "completion_ids", "completion_mask")
+    )
+    logps = {name: found.pop(name) for name in LOGP_FIELDS if name in found}
+    per_row = {FIELD_OF.get(name, name): column for name, column in found.items()}
+    return rollouts_from_ragged(
+        prompts, completions, completion_masks=masks, logps=logps, vocab_size=vocab_size, **per_row
+    )
+
+
+def _rows_of_step(table: Table, step: int) -> Table:
+    if "step" not in table.columns:
+        raise InputError(f"step {step} was asked for, but the file has no column 'step'.")
+    steps = np.asarray(table.columns["step"])
+    keep = steps == step
+    if not keep.any():
+        known = np.unique(steps)
+        raise InputError(f"no row is of step {step}; the file has {len(known)} steps from {known[0]} to {known[-1]}.")
+    return table._replace(columns={name: _keep(column, keep) for name, column in table.columns.items()})
+
+
+def _keep(column: Ragged | Array, keep: Array) -> Ragged | Array:
+    if not isinstance(column, Ragged):
+        return column[keep]
+    return Ragged(column.values[np.repeat(keep, column.lengths)], column.lengths[keep])
+
+
+def _columns(rollouts: Rollouts) -> Columns:
+    """Return the columns in the order of the documentation."""
+    fields = {name: value.detach().cpu().numpy() for name, value in rollouts._asdict().items() if value is not None}
+    starts, attention = fields["prompt_lengths"][:, None], fields["attention_mask"]
+    lengths = attention.sum(axis=1, dtype=np.int64)[:, None]
+    column = columns(attention.shape[1])
+    written = columns(fields["completion_mask"].shape[1]) < lengths - starts
+    result: Columns = {
+        "prompt_ids": ragged_from_dense(fields["ids"], column < starts),
+        "completion_ids": ragged_from_dense(fields["ids"], (column >= starts) & (column < lengths)),
+    }
+    if not fields["completion_mask"][written].all():
+        result["completion_mask"] = ragged_from_dense(fields["completion_mask"], written)
+    for name in ("reward", "advantage", "group_id", "temperature", "top_p", "top_k"):
+        result |= _if_given(name, fields)
+    result |= {name: _logps(fields[name], fields["completion_mask"], written) for name in LOGP_FIELDS if name in fields}
+    if not (fields["weight"] == 1).all():
+        result["weight"] = fields["weight"]
+    return result | _if_given("step", fields)
+
+
+def _if_given(name: str, fields: dict[str, Array]) -> Columns:
+    field = FIELD_OF.get(name, name)
+    return {name: fields[field]} if field in fields else {}
+
+
+def _logps(values: Array, mask: Array, written: Array) -> Ragged:
+    return ragged_from_dense(np.where(mask, values, 0.0), written)

@@ -1,0 +1,115 @@
+"""Columns to and from JSONL: an optional header line with the metadata, then one JSON object per sequence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from funcprobe.data.ragged import Array, Ragged, as_dtype, ragged_from_lists, to_array
+from funcprobe.data.schema import (
+    KNOWN,
+    LIST_COLUMNS,
+    ROW_COLUMNS,
+    Columns,
+    Table,
+    check_columns,
+    metadata_of,
+    type_error,
+)
+from funcprobe.errors import InputError
+
+
+def read_jsonl(path: Path) -> Table:
+    """Return the known columns of a JSONL file; blank lines are passed over.
+
+    Raises:
+        InputError: If a line is broken, the schema version another, or a key missing.
+    """
+    lines = list(_objects(path))
+    header = _header(lines[:1])
+    rows = lines[1:] if header is not None else lines
+    metadata = metadata_of(header or {})
+    names = list(dict.fromkeys(key for _, row in rows for key in row))
+    if rows:
+        check_columns(names)
+    present = [name for name in names if name in KNOWN and any(row.get(name) is not None for _, row in rows)]
+    if rows:
+        check_columns(present)
+    columns = {name: _column(name, rows) for name in present}
+    return Table(columns, [name for name in names if name not in KNOWN], metadata)
+
+
+def read_jsonl_metadata(path: Path) -> dict[str, Any]:
+    """Return the metadata of a JSONL file, reading its first line only.
+
+    Raises:
+        InputError: If the first line is broken, or the schema version another.
+    """
+    return metadata_of(_header(list(islice(_objects(path), 1))) or {})
+
+
+def write_jsonl(path: Path, columns: Columns, metadata: dict[str, Any]) -> None:
+    """Write the header line and one object per row; floats are written so that they read back exactly."""
+    lists = {name: _split(column) for name, column in columns.items()}
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(metadata) + "\n")
+        for row in zip(*lists.values(), strict=True):
+            file.write(json.dumps(dict(zip(lists, row, strict=True)), allow_nan=False) + "\n")
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) of every line that is not blank.
+
+    Raises:
+        InputError: If a line is not a JSON object, or the file is not UTF-8 text.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _object(number, line)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"this is not UTF-8 text ({error.reason} at byte {error.start}); is it a JSONL file?"
+        ) from None
+
+
+def _object(number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"line {number} is not JSON ({error.msg} at column {error.colno}).") from None
+    if not isinstance(row, dict):
+        raise InputError(f"line {number} is a JSON {type(row).__name__}; expected one object per line.")
+    return row
+
+
+def _header(lines: list[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
+    return next((row for _, row in lines if "schema_version" in row and "prompt_ids" not in row), None)
+
+
+def _column(name: str, rows: list[tuple[int, dict[str, Any]]]) -> Ragged | Array:
+    for number, row in rows:
+        if row.get(name) is None:
+            raise InputError(f"line {number} has no '{name}', other lines do; give it in every line or in none.")
+        if isinstance(row[name], list) is not (name in LIST_COLUMNS):
+            raise type_error(name, f"{type(row[name]).__name__} in line {number}")
+    values = [row[name] for _, row in rows]
+    if name in LIST_COLUMNS:
+        return ragged_from_lists(values, name, LIST_COLUMNS[name])
+    for number, row in rows:
+        if not isinstance(row[name], int | float) or isinstance(row[name], bool):
+            raise type_error(name, f"{type(row[name]).__name__} in line {number}")
+    return as_dtype(to_array(values, name), name, ROW_COLUMNS[name])
+
+
+def _split(column: Ragged | Array) -> list[Any]:
+    if not isinstance(column, Ragged):
+        return list(column.tolist())
+    values = column.values.astype(np.int64) if column.values.dtype == np.bool_ else column.values
+    return [row.tolist() for row in np.split(values, np.cumsum(column.lengths)[:-1])]
