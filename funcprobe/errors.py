@@ -21,6 +21,10 @@ class NumericsError(FuncprobeError, ArithmeticError):
     """A model or a step produced numbers that are not finite; the message names where."""
 
 
+class ForwardModeError(FuncprobeError):
+    """The model has an operation without a forward derivative; reverse mode still works."""
+
+
 class EffectiveSampleSizeError(FuncprobeError):
     """The importance weights degenerated below the threshold and the caller asked for that to be an error."""
 

@@ -1,0 +1,35 @@
+"""Where a number was made: versions, device, threads, precision."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from funcprobe.types import Json, Params
+
+_PACKAGES = ("funcprobe", "torch", "optree", "numpy", "arviz-stats", "transformers", "peft")
+
+
+def describe_environment(device: torch.device | str = "cpu", params: Params | None = None) -> Json:
+    """Return the versions, the device and the precision that a result was made with, as JSON-safe values."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.machine() or "cpu")
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in (params or {}).values()})
+    return {
+        "python": platform.python_version(),
+        "packages": {package: found for package in _PACKAGES if (found := _version(package)) is not None},
+        "device": device.type,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "dtype": ", ".join(dtypes),
+        "parameters": sum(p.numel() for p in (params or {}).values()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

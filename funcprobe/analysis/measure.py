@@ -1,0 +1,364 @@
+"""One step, measured and predicted: ΔF on held-out rollouts, δF₁ from the very same step, and how far to trust both."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from funcprobe import engine, tree
+from funcprobe.analysis.environment import describe_environment
+from funcprobe.analysis.result import BatchCounts, ProbeResult
+from funcprobe.data.rollouts import overlap
+from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError
+from funcprobe.estimators.importance import WeightHealth, log_ratios, weight_health
+from funcprobe.estimators.observables import entropy, entropy_family
+from funcprobe.policy.module import Policy
+from funcprobe.training.step import Step
+from funcprobe.types import (
+    Estimate,
+    Microbatch,
+    Observable,
+    OptState,
+    Params,
+    Progress,
+    Rollouts,
+    StepResult,
+    TokenBudget,
+    TokenScores,
+)
+
+Mode = Literal["auto", "forward", "reverse"]
+
+#: A microbatch that suits a laptop and a data-centre card alike.
+DEFAULT_MICROBATCH = TokenBudget(4096)
+
+#: Above this ratio of rounding to update, the rounding row is worth a pass of its own.
+ROUNDING_WORTH_A_PASS = 1e-3
+
+
+def probe(
+    policy: Policy,
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    evaluation: Rollouts,
+    update: Rollouts,
+    observable: Observable | None = None,
+    *,
+    lr: float | None = None,
+    mode: Mode = "auto",
+    microbatch: Microbatch = DEFAULT_MICROBATCH,
+    rounding: bool | Literal["auto"] = "auto",
+    ess_threshold: float = 0.1,
+    on_low_ess: Literal["warn", "raise"] = "warn",
+    top_k: int = 10,
+    keep_update: bool = False,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Take one pure step on `update` and return how far `observable` moves on `evaluation`, measured and predicted.
+
+    Measured: `ΔF = F(θ′) − F(θ)`, importance-sampled on rollouts drawn at θ = `params`. Predicted: `δF₁ = ⟨∇F, Δθ⟩` with
+    Δθ the step as a value. Both come from the same rollouts, so on one batch they agree to O(‖Δθ‖²); their common
+    sampling error is that of the estimator (see `entropy`). Nothing that is passed in changes.
+
+    `mode="auto"` takes the first order in forward mode, and in reverse mode where an operation of the model has no
+    forward derivative. The rounding row, `⟨∇F, (θ′ − θ) − Δθ⟩`, is free in reverse mode; in forward mode it takes one more
+    pass, which `rounding="auto"` spends only where rounding is above 0.1 % of the update.
+
+    Raises:
+        InputError: If an option, a batch or the learning rate is out of range.
+        NumericsError: If scores or gradients are not finite.
+        ForwardModeError: In `mode="forward"`, if the model has no forward derivative.
+        EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
+    """
+    _check_options(mode, on_low_ess, ess_threshold)
+    observable = entropy() if observable is None else observable
+    said, clock = _Said(), _Clock()
+    with said.recording(), clock("gradient on U"):
+        gradient, info = step.gradient(params, update, progress=progress)
+    with clock("optimizer step"):
+        result = step.apply(params, opt_state, gradient, lr=lr, info=info)
+        moved = _movement(params, result)
+    said.also(_before_measuring(evaluation, update))
+
+    run = _Runner(policy, params, evaluation, observable, microbatch, progress, clock)
+    first, mode_used = _first_order(run, result.update, mode, said)
+    slow_but_equal = engine.math_attention() if mode_used == "forward" else nullcontext()
+    with slow_but_equal, clock("E at θ′"):
+        after = run.scores(result.params, "E after the step")
+    rounding_row = _rounding_row(run, first, moved, rounding, said)
+
+    d = log_ratios(after, first.scores, evaluation, getattr(observable, "proposal", "anchor"))
+    health = weight_health(d, evaluation)
+    said.also(_after_measuring(first.scores, evaluation, health))
+    _check_ess(health, observable, ess_threshold, on_low_ess, said)
+    main = _estimate(observable, first, after, evaluation)
+    assert main.first_order is not None
+    return ProbeResult(
+        observable=observable.name,
+        unit=observable.unit,
+        mode=mode_used,
+        before=main.before,
+        after=main.after,
+        change=main.change,
+        first_order=main.first_order,
+        remainder=main.change - main.first_order,
+        rounding=rounding_row,
+        rounding_ratio=moved.rounding_ratio,
+        update_norm=moved.norm,
+        lr=result.info["lr"],
+        unmoved=moved.unmoved,
+        top=tuple(tree.top_k(result.update, top_k)),
+        family={o.name: _estimate(o, first, after, evaluation) for o in entropy_family()},
+        health=health,
+        step=dict(result.info),
+        evaluation=BatchCounts.of(evaluation),
+        update_batch=BatchCounts.of(update),
+        warnings=tuple(said.warnings),
+        notes=tuple(said.notes),
+        timings=clock.seconds,
+        environment=describe_environment(policy.device, params),
+        update=_portable(result.update) if keep_update else None,
+    )
+
+
+class _FirstOrder(NamedTuple):
+    """The anchor's scores, and the first order in whichever form the mode gives it."""
+
+    scores: TokenScores
+    along: engine.Directional | None  #: forward mode: tangents, for every observable at once
+    gradient: Params | None  #: reverse mode: ∇F of the observable asked for
+    value: Tensor | None  #: reverse mode: ⟨∇F, Δθ⟩
+    of: str  #: the observable that `value` belongs to
+
+
+class _Runner(NamedTuple):
+    """The model passes over E that a probe is made of."""
+
+    policy: Policy
+    params: Params
+    evaluation: Rollouts
+    observable: Observable
+    microbatch: Microbatch
+    progress: Progress | None
+    clock: _Clock
+
+    def scores(self, params: Params, what: str) -> TokenScores:
+        return engine.scores(
+            self.policy,
+            params,
+            self.evaluation,
+            stats=self.observable.stats,
+            microbatch=self.microbatch,
+            progress=self.progress,
+            what=what,
+        )
+
+    def directional(self, direction: Params, what: str) -> engine.Directional:
+        return engine.directional(
+            self.policy,
+            self.params,
+            direction,
+            self.evaluation,
+            stats=self.observable.stats,
+            microbatch=self.microbatch,
+            progress=self.progress,
+            what=what,
+        )
+
+    def forward(self, update: Params) -> _FirstOrder:
+        with self.clock("E and its derivative at θ"):
+            along = self.directional(update, "E, forward mode")
+        return _FirstOrder(along.scores, along, None, None, self.observable.name)
+
+    def reverse(self, update: Params) -> _FirstOrder:
+        def f(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.observable(scores, _detached(scores), rollouts), {}
+
+        with self.clock("E and its derivative at θ"):
+            found = engine.gradient(
+                f,
+                self.policy,
+                self.params,
+                self.evaluation,
+                stats=self.observable.stats,
+                microbatch=self.microbatch,
+                progress=self.progress,
+                what="E, reverse mode",
+            )
+        value = tree.dot(found.gradient, update)
+        return _FirstOrder(found.scores, None, found.gradient, value, self.observable.name)
+
+
+def _first_order(run: _Runner, update: Params, mode: Mode, said: _Said) -> tuple[_FirstOrder, str]:
+    if mode == "reverse":
+        return run.reverse(update), "reverse"
+    try:
+        return run.forward(update), "forward"
+    except ForwardModeError as error:
+        if mode == "forward":
+            raise
+        said.notes.append(f"reverse mode was used: {error}")
+        return run.reverse(update), "reverse"
+
+
+def _estimate(observable: Observable, first: _FirstOrder, after: TokenScores, evaluation: Rollouts) -> Estimate:
+    anchor = first.scores
+    before, changed = observable(anchor, anchor, evaluation), observable(after, anchor, evaluation)
+    slope: float | None = None
+    if first.along is not None:
+        slope = float(engine.derivative(lambda s: observable(s, anchor, evaluation), first.along)[1])
+    elif first.value is not None and observable.name == first.of:
+        slope = float(first.value)
+    return Estimate(float(before), float(changed), float(changed - before), slope)
+
+
+class _Movement(NamedTuple):
+    """What the step did to the stored parameters."""
+
+    norm: float  #: ‖Δθ‖₂, float64
+    rounding: Params  #: (θ′ − θ) − Δθ in float64, kept in the update's dtype
+    rounding_ratio: float  #: its norm over ‖Δθ‖₂; 0 where nothing moved
+    unmoved: float  #: fraction of entries that the update would move and the storage dtype does not
+
+
+def _movement(params: Params, result: StepResult) -> _Movement:
+    def off(after: Tensor, before: Tensor, update: Tensor) -> Tensor:
+        return ((after.double() - before.double()) - update.double()).to(update.dtype)
+
+    rounding = tree.map_(off, result.params, params, result.update)
+    norm = float(tree.norm(result.update))
+    wanted = sum(int((u != 0).sum()) for u in result.update.values())
+    stuck = sum(int(((u != 0) & (result.params[n] == params[n])).sum()) for n, u in result.update.items())
+    ratio = float(tree.norm(rounding)) / norm if norm > 0 else 0.0
+    return _Movement(norm, rounding, ratio, stuck / wanted if wanted else 0.0)
+
+
+def _rounding_row(
+    run: _Runner, first: _FirstOrder, moved: _Movement, rounding: bool | Literal["auto"], said: _Said
+) -> float | None:
+    if first.gradient is not None:
+        return float(tree.dot(first.gradient, moved.rounding))
+    if rounding is False or (rounding == "auto" and moved.rounding_ratio <= ROUNDING_WORTH_A_PASS):
+        said.notes.append(
+            f"the rounding row was not computed: rounding is {moved.rounding_ratio:.1e} of the update's norm"
+        )
+        return None
+    with run.clock("rounding row"):
+        along = run.directional(moved.rounding, "rounding row")
+        anchor = first.scores
+        return float(engine.derivative(lambda s: run.observable(s, anchor, run.evaluation), along)[1])
+
+
+def _before_measuring(evaluation: Rollouts, update: Rollouts) -> Iterator[str]:
+    shared = overlap(evaluation, update)
+    if shared.sequences:
+        yield (
+            f"{shared.sequences} of {evaluation.ids.shape[0]} evaluation sequences also stand in the update batch; on "
+            "them the measured change is optimistic, so draw E apart from U."
+        )
+
+
+def _after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[str]:
+    if health.khat is not None and health.khat > 0.7:
+        yield (
+            f"Pareto k̂ is {health.khat:.2f}, above 0.7: the sequence weights have a heavy tail and their estimates are "
+            "not reliable; take a smaller learning rate or more rollouts."
+        )
+    if evaluation.sampling_logps is None:
+        return
+    mask = evaluation.completion_mask
+    off = (anchor.logp - evaluation.sampling_logps)[mask]
+    gap, ratio = float(off.abs().mean()), float(off.exp().mean())
+    truncated = _is_truncated(evaluation)
+    if truncated or gap > 0.02:
+        cause = (
+            "the sampler truncated its support (top_p, top_k), which renormalises its log-probabilities"
+            if truncated
+            else "engine, precision, temperature or checkpoint may differ from those that sampled"
+        )
+        yield (
+            f"The sampler's log-probabilities differ from the recomputed ones by {gap:.3g} nats per token (mean ratio "
+            f"{ratio:.3g}): {cause}; the recomputed ones are used."
+        )
+
+
+def _is_truncated(rollouts: Rollouts) -> bool:
+    nucleus = rollouts.top_p is not None and bool((rollouts.top_p < 1).any())
+    return nucleus or (rollouts.top_k is not None and bool((rollouts.top_k > 0).any()))
+
+
+def _check_ess(health: WeightHealth, observable: Observable, threshold: float, action: str, said: _Said) -> None:
+    fraction = health.fraction(getattr(observable, "weighting", "sequence"))
+    if fraction >= threshold:
+        return
+    message = (
+        f"The effective sample size is {fraction:.1%} of the evaluation rollouts, below {threshold:.0%}: the step is too "
+        "large for these rollouts to measure it; take a smaller learning rate or more rollouts."
+    )
+    if action == "raise":
+        raise EffectiveSampleSizeError(message)
+    said.also([message])
+
+
+def _check_options(mode: str, on_low_ess: str, ess_threshold: float) -> None:
+    if mode not in ("auto", "forward", "reverse"):
+        raise InputError(f"Unknown mode '{mode}'; expected 'auto', 'forward' or 'reverse'.")
+    if on_low_ess not in ("warn", "raise"):
+        raise InputError(f"Unknown on_low_ess '{on_low_ess}'; expected 'warn' or 'raise'.")
+    if not (math.isfinite(ess_threshold) and 0 <= ess_threshold <= 1):
+        raise InputError(f"ess_threshold is {ess_threshold}; expected a fraction of the sample between 0 and 1.")
+
+
+class _Said:
+    """What a probe has to say beside its numbers: warnings are issued and kept, notes only kept."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def also(self, messages: Iterator[str] | list[str]) -> None:
+        for message in messages:
+            self.warnings.append(message)
+            warnings.warn(message, FuncprobeWarning, stacklevel=3)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the funcprobe warnings of a block, and let every warning through."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        for warning in caught:
+            if issubclass(warning.category, FuncprobeWarning):
+                self.also([str(warning.message)])
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+class _Clock:
+    """Seconds by phase; a phase entered twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _detached(scores: TokenScores) -> TokenScores:
+    return TokenScores(scores.logp.detach(), scores.entropy.detach(), {k: v.detach() for k, v in scores.extra.items()})
+
+
+def _portable(update: Params) -> Params:
+    return {name: u.detach().to("cpu", torch.float32) for name, u in update.items()}

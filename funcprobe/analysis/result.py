@@ -1,0 +1,162 @@
+"""`ProbeResult`: what one probe found, frozen; it can be read, printed, saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file, save_file
+
+from funcprobe.analysis.text import rows_of, summary_of
+from funcprobe.data.atomic import fresh_directory
+from funcprobe.errors import InputError
+from funcprobe.estimators.importance import WeightHealth
+from funcprobe.types import Estimate, Json, Params, Rollouts
+
+#: Raised when a field changes its meaning.
+SCHEMA_VERSION = 1
+
+
+class BatchCounts(NamedTuple):
+    """The size of a batch."""
+
+    sequences: int
+    tokens: int  #: completion tokens that the policy chose
+    prompts: int
+
+    @classmethod
+    def of(cls, rollouts: Rollouts) -> BatchCounts:
+        """Count a batch."""
+        mask = rollouts.completion_mask
+        return cls(mask.shape[0], int(mask.sum()), int(rollouts.group_ids.unique().numel()))
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """How far one step moved an observable on held-out rollouts, measured and predicted.
+
+    `change = after − before` is measured by importance sampling; `first_order = ⟨∇F, Δθ⟩`; `remainder = change −
+    first_order` holds everything beyond first order, the sampling noise that both share having cancelled; `rounding =
+    ⟨∇F, (θ′ − θ) − Δθ⟩` is the part of it that storing θ′ in its dtype caused.
+    """
+
+    observable: str  #: name of the observable
+    unit: str  #: its unit, "nats per token" by default
+    mode: str  #: how the first order was taken: "forward" or "reverse"
+    before: float  #: F(θ)
+    after: float  #: F(θ′)
+    change: float  #: ΔF, measured
+    first_order: float  #: δF₁, predicted
+    remainder: float  #: ΔF − δF₁
+    rounding: float | None  #: first-order effect of rounding θ′ to its storage dtype; None where negligible
+    rounding_ratio: float  #: ‖(θ′ − θ) − Δθ‖₂ / ‖Δθ‖₂
+    update_norm: float  #: ‖Δθ‖₂, accumulated in float64
+    lr: float  #: the learning rate that was used
+    unmoved: float  #: fraction of entries that Δθ would move and the storage dtype does not
+    top: tuple[tuple[str, float], ...]  #: leaves of largest ‖Δθ‖₂, with it
+    family: dict[str, Estimate]  #: every member of the entropy family on the same scores
+    health: WeightHealth  #: effective sample sizes and Pareto k̂
+    step: dict[str, float]  #: loss, grad_norm, clip_coefficient and what the objective reported
+    evaluation: BatchCounts  #: size of E
+    update_batch: BatchCounts  #: size of U
+    warnings: tuple[str, ...]  #: what should be known before the numbers are used
+    notes: tuple[str, ...]  #: what was decided on the way
+    timings: dict[str, float]  #: seconds by phase
+    environment: Json  #: versions, device, threads, precision
+    update: Params | None = None  #: Δθ on request: name-keyed, CPU, float32
+
+    @property
+    def nonlinearity(self) -> float:
+        """|ΔF − δF₁| / |ΔF|: how much of the measured change first order misses; infinite where nothing changed."""
+        return abs(self.remainder) / abs(self.change) if self.change else float("inf") if self.remainder else 0.0
+
+    def summary(self) -> str:
+        """Return a text that reads in ten seconds: the change, the prediction, and how far to trust them."""
+        return summary_of(self)
+
+    def to_dict(self) -> Json:
+        """Return everything but Δθ as JSON-safe values, with `schema_version`."""
+        plain: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("update", "family")
+        }
+        plain["family"] = {name: estimate._asdict() for name, estimate in self.family.items()}
+        plain["health"] = self.health._asdict()
+        plain["evaluation"], plain["update_batch"] = self.evaluation._asdict(), self.update_batch._asdict()
+        return {"schema_version": SCHEMA_VERSION, **_json_safe(plain)}
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the folder `path`, whole or not at all: `result.json`, and `update.safetensors` where Δθ was kept.
+
+        Raises:
+            InputError: If the folder exists and `overwrite` is false.
+        """
+        with fresh_directory(path, overwrite=overwrite) as folder:
+            self.write_into(folder)
+        return Path(path)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the result's files into an existing folder."""
+        (folder / "result.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        if self.update is not None:
+            save_file({n: u.contiguous() for n, u in self.update.items()}, folder / "update.safetensors")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ProbeResult:
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: If there is no result at `path`, or it has another schema version.
+        """
+        return _load(cls, Path(path))
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(name)}</td><td style='text-align:right'><code>{html.escape(value)}</code></td></tr>"
+            for name, value in rows_of(self)
+        )
+        said = "".join(f"<p><b>Warning.</b> {html.escape(w)}</p>" for w in self.warnings)
+        return (
+            f"<table><caption>{html.escape(self.observable)}, {html.escape(self.unit)}</caption>{cells}</table>{said}"
+        )
+
+
+def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
+    file = folder / "result.json"
+    if not file.is_file():
+        raise InputError(f"{folder} holds no result.json; expected a folder that ProbeResult.save or a run wrote.")
+    try:
+        plain = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}); the file is damaged.") from error
+    version = plain.pop("schema_version", None) if isinstance(plain, dict) else None
+    if version != SCHEMA_VERSION:
+        raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
+    names = {f.name for f in dataclasses.fields(cls)} - {"update"}
+    if plain.keys() != names:
+        raise InputError(f"{file} has other fields than a result: {sorted(plain.keys() ^ names)}; the file is damaged.")
+    plain["family"] = {name: Estimate(**estimate) for name, estimate in plain["family"].items()}
+    plain["health"] = WeightHealth(**plain["health"])
+    plain["evaluation"], plain["update_batch"] = (
+        BatchCounts(**plain["evaluation"]),
+        BatchCounts(**plain["update_batch"]),
+    )
+    plain["top"] = tuple((name, norm) for name, norm in plain["top"])
+    plain["warnings"], plain["notes"] = tuple(plain["warnings"]), tuple(plain["notes"])
+    kept = folder / "update.safetensors"
+    return cls(**plain, update=load_file(kept) if kept.is_file() else None)
+
+
+def _json_safe(value: Any) -> Any:
+    """Return plain JSON: tuples become lists, and numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(k): _json_safe(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(v) for v in value]
+    if isinstance(value, float) and value - value != 0.0:
+        return None
+    return value

@@ -1,0 +1,112 @@
+"""The entropy family: functionals of a policy, importance-sampled from scores.
+
+Two integrands, two weightings and two normalisations make eight estimators of two quantities:
+
+    per sequence   E[Σ_t h_t]             the entropy of a whole completion, nats per sequence
+    per token      E[Σ_t h_t] / E[T]      the same per generated token, nats per token
+
+They are functions of scores alone, so one set of scores serves all of them. The derivative of an estimator at the
+anchor is the derivative of this very function: nobody writes a score-function estimator by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from funcprobe.errors import InputError
+from funcprobe.estimators.importance import Proposal, Weighting, log_ratios, prefix_weights, sequence_weights
+from funcprobe.types import Rollouts, Statistic, TokenScores
+
+Integrand = Literal["rao_blackwell", "surprisal"]
+Per = Literal["token", "sequence"]
+
+_CHOICES = {
+    "integrand": ("rao_blackwell", "surprisal"),
+    "weighting": ("per_decision", "sequence"),
+    "per": ("token", "sequence"),
+    "proposal": ("anchor", "sampler"),
+}
+
+
+@dataclass(frozen=True)
+class Entropy:
+    """One member of the entropy family, as a function of scores; see `entropy`."""
+
+    integrand: Integrand = "rao_blackwell"
+    weighting: Weighting = "per_decision"
+    per: Per = "token"
+    proposal: Proposal = "anchor"
+    stats: Mapping[str, Statistic] = field(default_factory=dict, repr=False, hash=False)
+
+    def __post_init__(self) -> None:
+        for option, choices in _CHOICES.items():
+            if (found := getattr(self, option)) not in choices:
+                raise InputError(f"entropy(): unknown {option} '{found}'; expected one of {', '.join(choices)}.")
+
+    @property
+    def name(self) -> str:
+        """The name in tables, such as 'rao_blackwell/per_decision/token'."""
+        return f"{self.integrand}/{self.weighting}/{self.per}"
+
+    @property
+    def unit(self) -> str:
+        """Return 'nats per token' or 'nats per sequence'."""
+        return f"nats per {self.per}"
+
+    def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
+        """Return the estimate at `scores` from rollouts drawn at `anchor`, a float64 scalar in nats."""
+        d = log_ratios(scores, anchor, rollouts, self.proposal)
+        terms = scores.entropy if self.integrand == "rao_blackwell" else -scores.logp
+        a, mask = rollouts.weight, rollouts.completion_mask.to(terms.dtype)
+        if self.weighting == "sequence":
+            w = sequence_weights(d, a).unsqueeze(-1)
+            total, tokens = (w * terms).sum(), (w * mask).sum()
+        else:
+            # a surprisal depends on the token at t itself, so its own ratio belongs to the weight
+            prefix = prefix_weights(d, a)
+            w = prefix if self.integrand == "rao_blackwell" else prefix_weights(d, a, inclusive=True)
+            total, tokens = (w * terms).sum(), (prefix * mask).sum()
+        return total / tokens if self.per == "token" else total
+
+
+def entropy(
+    integrand: Integrand = "rao_blackwell",
+    weighting: Weighting = "per_decision",
+    per: Per = "token",
+    proposal: Proposal = "anchor",
+) -> Entropy:
+    """Return an estimator of the policy's entropy: by default Rao–Blackwell, per decision, per token.
+
+    With `w` the sequence weights and `w̄` the per-decision weights of `importance`, m the completion mask:
+
+        per_decision   Σ_t Σ_i w̄_it x_it           sequence   Σ_i w_i Σ_t x_it
+        rao_blackwell  x = h, w̄ over s < t         surprisal  x = −logp, w̄ over s ≤ t
+        per token      divided by Σ_t Σ_i w̄_it m_it (w̄ over s < t), or by Σ_i w_i Σ_t m_it
+
+    Estimand: E[Σ_t h_t] under the policy at the scores' temperature, or its ratio to E[T]. Bias: O(1/N) from
+    self-normalisation (and from the ratio), zero where the base weights are the exact probabilities of an enumeration.
+    `proposal="sampler"` weighs against the log-probs that the sampling engine reported; it is never chosen for you,
+    because engine mismatch compounds over long sequences and truncated samplers lose support.
+
+    Raises:
+        InputError: If an option is not one of its choices.
+
+    Example:
+        >>> entropy().name, entropy(per="sequence").unit
+        ('rao_blackwell/per_decision/token', 'nats per sequence')
+    """
+    return Entropy(integrand, weighting, per, proposal)
+
+
+def entropy_family(proposal: Proposal = "anchor") -> tuple[Entropy, ...]:
+    """Return all eight members, the default first."""
+    return tuple(
+        Entropy(integrand, weighting, per, proposal)  # type: ignore[arg-type]
+        for per in _CHOICES["per"]
+        for integrand in _CHOICES["integrand"]
+        for weighting in _CHOICES["weighting"]
+    )

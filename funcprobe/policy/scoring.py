@@ -1,0 +1,137 @@
+"""Scores of a batch: log-probability, entropy and named statistics of every completion token.
+
+`features` runs the model once; only the positions that predict a completion token go on to `readout`. Logits are
+scaled by the row's temperature and normalised in float32 or wider; everything after that is float64.
+
+Where the logits of a microbatch would exceed `LOGITS_BUDGET` entries they are made chunk by chunk, so that `[B, T, V]`
+never exists. A backward pass would keep every chunk alive; with `rematerialise=True` it makes them again instead, at
+the price of one more readout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcprobe.errors import InputError
+from funcprobe.policy.module import Policy
+from funcprobe.types import Params, Rollouts, Statistic, TokenScores
+
+#: The most logits that exist at once, in entries (128 MiB in float32, of which a backward pass keeps three).
+LOGITS_BUDGET = 2**25
+
+
+def score(
+    policy: Policy,
+    params: Params,
+    rollouts: Rollouts,
+    stats: Mapping[str, Statistic] | None = None,
+    *,
+    rematerialise: bool = False,
+) -> TokenScores:
+    """Return the scores `[B, T]` of every completion token, in nats, float64; 0 where the completion mask is 0.
+
+    For the token y drawn at a position with logits z and temperature τ: `logp = log softmax(z/τ)[y]` and
+    `entropy = −Σ_v p_v log p_v` with `p = softmax(z/τ)`. `stats` maps names to functions
+    `(log_probs [n, V], token [n]) -> [n]`, whose values come back in `extra`. Differentiable in `params` under
+    `torch.func` transforms and their compositions; with `rematerialise`, under one reverse pass and vmap of values.
+
+    Raises:
+        InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary.
+    """
+    _check(policy, params, rollouts)
+    stats = stats or {}
+    hidden = policy.features(params, rollouts.ids, rollouts.attention_mask)
+    row, position = rollouts.completion_mask.nonzero(as_tuple=True)
+    column = rollouts.prompt_lengths[row] + position
+    leaves = tuple(params[name] for name in policy.readout_names)
+
+    def fields(hidden: Tensor, token: Tensor, temperature: Tensor, *leaves: Tensor) -> Tensor:
+        known = dict(zip(policy.readout_names, leaves, strict=True))
+        return _fields(policy.readout(known, hidden), token, temperature, stats)
+
+    inputs = (hidden[row, column - 1], rollouts.ids[row, column], rollouts.temperature[row], *leaves)
+    values = _by_chunks(fields, max(1, LOGITS_BUDGET // policy.vocab_size), rematerialise, inputs)
+    return _scatter(values, rollouts.completion_mask, tuple(stats))
+
+
+def _fields(logits: Tensor, token: Tensor, temperature: Tensor, stats: Mapping[str, Statistic]) -> Tensor:
+    """Return `[n, 2 + len(stats)]` float64: logp, entropy and the named statistics."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probs = torch.log_softmax(wide / temperature.to(wide.dtype).unsqueeze(-1), dim=-1)
+    logp = log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    extra = [statistic(log_probs, token) for statistic in stats.values()]
+    return torch.stack([field.double() for field in (logp, entropy, *extra)], dim=-1)
+
+
+def _scatter(values: Tensor, mask: Tensor, names: tuple[str, ...]) -> TokenScores:
+    """Lay n rows of fields out as `[B, T]`, 0 elsewhere; a gather, so that it traces under every transform."""
+    place = torch.full(mask.shape, values.shape[0], device=mask.device)
+    place[mask] = torch.arange(values.shape[0], device=mask.device)
+    laid_out = torch.cat([values, values.new_zeros(1, values.shape[1])])[place]
+    logp, entropy, *extra = laid_out.unbind(-1)
+    return TokenScores(logp, entropy, dict(zip(names, extra, strict=True)))
+
+
+def _by_chunks(fields: Callable[..., Tensor], chunk: int, rematerialise: bool, inputs: tuple[Tensor, ...]) -> Tensor:
+    if inputs[0].shape[0] <= chunk:
+        return fields(*inputs)
+    return _Rematerialised.apply(fields, chunk, *inputs) if rematerialise else _concatenated(fields, chunk, *inputs)
+
+
+def _concatenated(
+    fields: Callable[..., Tensor], chunk: int, hidden: Tensor, token: Tensor, temperature: Tensor, *leaves: Tensor
+) -> Tensor:
+    pieces = zip(hidden.split(chunk), token.split(chunk), temperature.split(chunk), strict=True)
+    return torch.cat([fields(h, y, tau, *leaves) for h, y, tau in pieces])
+
+
+class _Rematerialised(torch.autograd.Function):
+    """`fields` over chunks of tokens, keeping its inputs alone: the backward pass runs each chunk again."""
+
+    @staticmethod
+    def forward(fields: Callable[..., Tensor], chunk: int, *inputs: Tensor) -> Tensor:
+        return _concatenated(fields, chunk, *inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.fields, ctx.chunk, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, token, temperature, *leaves = ctx.saved_tensors
+        by_hidden: list[Tensor] = []
+        by_leaf: list[Tensor] = []
+        pieces = (x.split(ctx.chunk) for x in (hidden, token, temperature, cotangents[0]))
+        for h, y, tau, c in zip(*pieces, strict=True):
+            _, pull = torch.func.vjp(lambda h, *ls, y=y, tau=tau: ctx.fields(h, y, tau, *ls), h, *leaves)
+            of_hidden, *of_leaves = pull(c, retain_graph=False, create_graph=False)
+            by_hidden.append(of_hidden)
+            by_leaf = [a + b for a, b in zip(by_leaf, of_leaves, strict=True)] if by_leaf else of_leaves
+        return None, None, torch.cat(by_hidden), None, None, *by_leaf
+
+
+def _check(policy: Policy, params: Params, rollouts: Rollouts) -> None:
+    if params.keys() != set(policy.names):
+        missing = [name for name in policy.names if name not in params][:3]
+        unexpected = [name for name in params if name not in policy.names][:3]
+        raise InputError(
+            f"The parameters are not this policy's: missing {missing or 'none'}, unexpected {unexpected or 'none'}; "
+            "pass the tree that from_module or load_checkpoint returned, or one with its keys."
+        )
+    if policy.max_length is not None and rollouts.ids.shape[1] > policy.max_length:
+        raise InputError(
+            f"A sequence of {rollouts.ids.shape[1]} tokens is longer than the model's {policy.max_length} positions; "
+            "drop such rows or load the model with more positions."
+        )
+    real = rollouts.ids[rollouts.attention_mask]
+    if real.numel() and (int(real.max()) >= policy.vocab_size or int(real.min()) < 0):
+        raise InputError(
+            f"Token id {int(real.max() if int(real.min()) >= 0 else real.min())} is outside the vocabulary of "
+            f"{policy.vocab_size} entries; the rollouts come from another tokenizer or model."
+        )
