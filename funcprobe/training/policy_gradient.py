@@ -1,0 +1,228 @@
+"""One policy-gradient loss, of which every objective of the field is a choice of options.
+
+`loss = Σ_t w_t (−surrogate_t + beta · kl_t)`: the surrogate says how an advantage meets the policy, the score-free
+weights `w [B, T]` say how tokens are averaged. Weights and advantages are fixed by `prepare` on the whole batch, so the
+loss is a plain sum over rows and a slice of the batch gives exactly its part.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.training.advantages import BASELINES, SCALES, advantages
+from funcprobe.types import Rollouts, Statistic, TokenScores
+
+SURROGATES = ("log_prob", "clip", "capped")
+RATIOS = ("token", "sequence_mean", "sequence_sum")
+AGGREGATIONS = ("sequence_mean", "token_mean", "fixed_length", "sequence_sum")
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """A policy-gradient objective: pure, separable after `prepare`, a scalar to minimise.
+
+    With r = π/π_old (token), exp(mean_t log r) or exp(Σ_t log r) (sequence), A the advantage of the row:
+
+    * `log_prob`: `A log π` (reinforce)
+    * `clip`: `min(r A, clip(r, 1 − epsilon, 1 + epsilon_high) A)`, with `r ← min(r, delta)` in the first term
+    * `capped`: `sg(min(r, epsilon_high)) A log π` (cispo)
+
+    `kl` is k3 against the reference, `exp(ref − logp) − (ref − logp) − 1`, times r with `use_bias_correction_kl`.
+    Absent `old_logps` means `logp.detach()`. With base weights a (default 1) the token weights are `a m / (N L)`
+    (sequence_mean), `a m / Σ a m` (token_mean), `a m / (N max_completion_length)` (fixed_length) and `a m / N`
+    (sequence_sum), N = Σ a, which is B; `normaliser` takes the place of N, of Σ a m, or of N max_completion_length.
+    """
+
+    name: str
+    surrogate: str  #: one of SURROGATES
+    aggregation: str  #: one of AGGREGATIONS
+    ratio: str = "token"  #: one of RATIOS
+    baseline: str = "group"  #: "group", "leave_one_out" or "none"
+    scale_rewards: str = "group"  #: "group", "batch" or "none"
+    epsilon: float = 0.2  #: lower clip range
+    epsilon_high: float | None = None  #: upper clip range, None for epsilon; the cap itself where capped
+    delta: float | None = None  #: two-sided clipping: an upper bound on the unclipped ratio
+    beta: float = 0.0  #: coefficient of the KL term
+    use_bias_correction_kl: bool = True  #: multiply the KL term by the ratio, as TRL 1.16 does
+    max_completion_length: int | None = None  #: None stands for the longest completion of the batch, holes included
+    normaliser: float | None = None  #: replaces the batch-wide denominator of the aggregation
+
+    def __post_init__(self) -> None:
+        _choice("surrogate", self.surrogate, SURROGATES)
+        _choice("aggregation", self.aggregation, AGGREGATIONS)
+        _choice("ratio", self.ratio, RATIOS)
+        _choice("baseline", self.baseline, BASELINES)
+        _choice("scale_rewards", self.scale_rewards, SCALES)
+        for option in ("epsilon", "epsilon_high", "beta"):
+            _number(option, getattr(self, option), optional=option == "epsilon_high")
+        for option in ("delta", "max_completion_length", "normaliser"):
+            _number(option, getattr(self, option), optional=True, positive=True)
+
+    @property
+    def separable(self) -> bool:
+        """Whether the loss of a prepared batch is the sum of its slices' losses: always."""
+        return True
+
+    @property
+    def stats(self) -> Mapping[str, Statistic]:
+        """The per-token statistics that are needed beyond log-probabilities: none."""
+        return {}
+
+    def prepare(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts with advantages `[B]` and token weights `[B, T]`, from the whole batch and no score.
+
+        Advantages that the rollouts bring are used as they are; token weights are always made anew. Warns with
+        FuncprobeWarning when no row has an advantage, because the step is then momentum and weight decay alone.
+
+        Raises:
+            InputError: If rewards and advantages are missing or not finite, if a group is too small, if there is no
+                completion token, or if beta > 0 and there are no reference log-probabilities.
+        """
+        found = advantages(rollouts, self.baseline, self.scale_rewards)
+        self._check_reference(rollouts)
+        if not bool(((found != 0) & rollouts.completion_mask.any(1)).any()):
+            left = "momentum and weight decay" if self.beta == 0 else "the KL term, momentum and weight decay"
+            warnings.warn(
+                f"All advantages are zero, so the policy gradient is zero and the step is {left} alone.",
+                FuncprobeWarning,
+                stacklevel=2,
+            )
+        return rollouts._replace(advantages=found, token_weights=self.token_weights(rollouts))
+
+    def token_weights(self, rollouts: Rollouts) -> Tensor:
+        """Return the score-free weights `[B, T]` of the token losses, 0 where the completion mask is 0.
+
+        Raises:
+            InputError: If the batch has no completion token, or no row with a weight.
+        """
+        mask = rollouts.completion_mask.double()
+        weighted = mask * rollouts.weight[:, None].double()
+        tokens, rows = float(weighted.sum()), float(rollouts.weight.double().sum())
+        if not tokens > 0:
+            raise InputError("The batch has no completion token with a weight above 0; there is nothing to train on.")
+        if self.aggregation == "sequence_mean":
+            weighted = weighted / mask.sum(1, keepdim=True).clamp(min=1)
+        natural = {
+            "sequence_mean": rows,
+            "token_mean": tokens,
+            "fixed_length": rows * (self.max_completion_length or _longest(rollouts.completion_mask)),
+            "sequence_sum": rows,
+        }[self.aggregation]
+        return weighted / (natural if self.normaliser is None else self.normaliser)
+
+    def __call__(self, scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (loss, info) at scores `[B, T]`; rollouts that were not prepared are prepared first.
+
+        Info holds token means over the rows given, detached: `ratio_mean`, `clip_fraction`, `approx_kl` (k3 of the old
+        policy to this one), `entropy` (nats per token), and `kl` (k3 to the reference) where beta > 0.
+
+        Raises:
+            InputError: If `prepare` fails, or beta > 0 and there are no reference log-probabilities.
+        """
+        if rollouts.token_weights is None or rollouts.advantages is None:
+            rollouts = self.prepare(rollouts)
+        assert rollouts.token_weights is not None
+        assert rollouts.advantages is not None
+        place = scores.logp.device
+        mask, weights = rollouts.completion_mask.to(place), rollouts.token_weights.to(place)
+        advantage = rollouts.advantages.to(place)[:, None]
+        logp = torch.where(mask, scores.logp, 0.0)
+        old = logp.detach() if rollouts.old_logps is None else rollouts.old_logps.to(place)
+        log_ratio = torch.where(mask, logp - old, 0.0)  # stored values in holes are never looked at
+        ratio = self._ratio(log_ratio, mask)
+        losses = -self._surrogate(ratio, logp, advantage, mask)
+        info = self._info(ratio, log_ratio, advantage, scores, mask)
+        if self.beta != 0:
+            k3 = self._kl(logp, rollouts, mask)
+            info["kl"] = _token_mean(k3, mask)
+            losses = losses + self.beta * (k3 * ratio if self.use_bias_correction_kl else k3)
+        return (weights * losses).sum(), info
+
+    def _ratio(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
+        """Return the importance ratio: `[B, T]` by token, `[B, 1]` by sequence."""
+        if self.ratio == "token":
+            return torch.exp(log_ratio)
+        total = log_ratio.sum(1, keepdim=True)
+        return torch.exp(total if self.ratio == "sequence_sum" else total / _lengths(mask))
+
+    def _surrogate(self, ratio: Tensor, logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
+        """Return what the loss maximises, broadcastable to `[B, T]`."""
+        if self.surrogate == "log_prob":
+            return advantage * logp
+        if self.surrogate == "capped":
+            return torch.clamp(ratio, max=self._high).detach() * advantage * logp
+        free = ratio if self.delta is None else torch.clamp(ratio, max=self.delta)
+        clipped = torch.clamp(ratio, 1 - self.epsilon, 1 + self._high)
+        bound = torch.minimum(free * advantage, clipped * advantage)
+        # The product of all ratios counts once a sequence, and the weights are per token: each bears its share.
+        return bound / _lengths(mask) if self.ratio == "sequence_sum" else bound
+
+    def _kl(self, logp: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
+        self._check_reference(rollouts)
+        assert rollouts.ref_logps is not None
+        d = torch.where(mask, rollouts.ref_logps.to(logp.device) - logp, 0.0)
+        return torch.exp(d) - d - 1
+
+    def _info(
+        self, ratio: Tensor, log_ratio: Tensor, advantage: Tensor, scores: TokenScores, mask: Tensor
+    ) -> dict[str, Tensor]:
+        r, d = ratio.detach(), log_ratio.detach()
+        cap = self._high if self.surrogate == "capped" else 1 + self._high
+        clipped = (r > cap) & (advantage > 0)
+        if self.surrogate == "clip":
+            clipped = clipped | ((r < 1 - self.epsilon) & (advantage < 0))
+        elif self.surrogate == "log_prob":
+            clipped = torch.zeros_like(clipped)
+        return {
+            "ratio_mean": _token_mean(r, mask),
+            "clip_fraction": _token_mean(clipped, mask),
+            "approx_kl": _token_mean(torch.exp(d) - 1 - d, mask),
+            "entropy": _token_mean(scores.entropy.detach(), mask),
+        }
+
+    @property
+    def _high(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    def _check_reference(self, rollouts: Rollouts) -> None:
+        if self.beta != 0 and rollouts.ref_logps is None:
+            raise InputError(
+                f"beta is {self.beta}, and the rollouts have no ref_logps to take the KL term against; add the "
+                "reference policy's log-probabilities, or set beta to 0."
+            )
+
+
+def _lengths(mask: Tensor) -> Tensor:
+    """Return the number of completion tokens `[B, 1]`, at least 1."""
+    return mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def _longest(mask: Tensor) -> int:
+    """Return the longest completion of the batch in positions, holes included and padding not."""
+    return int(torch.nonzero(mask.any(0)).max()) + 1
+
+
+def _token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _choice(option: str, value: Any, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise InputError(f"{option} is {value!r}; it must be one of {', '.join(valid)}.")
+
+
+def _number(option: str, value: Any, optional: bool = False, positive: bool = False) -> None:
+    if value is None and optional:
+        return
+    wanted = ("a number above 0" if positive else "a number at or above 0") + (", or none" if optional else "")
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (numeric and (value > 0 if positive else value >= 0)):
+        raise InputError(f"{option} is {value!r}; it must be {wanted}.")

@@ -1,0 +1,138 @@
+"""SGD, Adam and AdamW over torch's functional kernels, with their step in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe.training import kernels
+from funcprobe.training.groups import Group, assignments, check_gradient
+from funcprobe.training.kernels import Kernel, Terms
+from funcprobe.training.state import check_state
+from funcprobe.types import OptimizerResult, OptState, Params
+
+#: The classes whose step is known in closed form.
+KERNELS: dict[type[torch.optim.Optimizer], Kernel] = {
+    torch.optim.SGD: kernels.SGD,
+    torch.optim.Adam: kernels.ADAM,
+    torch.optim.AdamW: kernels.ADAM,
+}
+
+
+class Affine(NamedTuple):
+    """A step as an affine function of the gradient: `Δθ = offset + scale ⊙ g`, denominators at their actual values."""
+
+    offset: Params  #: float64: momentum and weight decay
+    scale: Params  #: float64
+
+
+@dataclass(frozen=True)
+class PureOptimizer:
+    """SGD, Adam or AdamW over torch's functional kernels, with their step in closed form."""
+
+    cls: type[torch.optim.Optimizer]  #: the class in torch.optim whose results are reproduced
+    groups: tuple[Group, ...]  #: complete hyperparameters for every leaf
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate."""
+        return float(self.groups[0].hyperparameters["lr"])
+
+    def init(self, params: Params) -> OptState:
+        """Return the state before the first step: zero moments, no momentum buffer.
+
+        Raises:
+            InputError: If the groups and the parameters do not have the same names.
+        """
+        found = {name: self._kernel.init(params[name], hyper) for name, hyper in self._leaves(params, None).items()}
+        return {name: found[name] for name in params}
+
+    def apply(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> OptimizerResult:
+        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit.
+        """
+        check_gradient(params, gradient)
+        gradient = {name: g.detach() for name, g in gradient.items()}
+        update = self.update(params, opt_state, gradient, lr)
+        after: Params = {}
+        state_after: OptState = {}
+        for names, hyper in assignments(self.groups, params, lr):
+            leaves = [params[name].detach().clone() for name in names]
+            grads = [gradient[name].to(params[name], copy=True) for name in names]  # foreach kernels write on them
+            states = [self._state(name, params, opt_state, hyper, copy=True) for name in names]
+            with torch.no_grad():
+                self._kernel.run(leaves, grads, states, hyper)
+            after |= dict(zip(names, leaves, strict=True))
+            state_after |= dict(zip(names, states, strict=True))
+        return OptimizerResult(
+            {name: after[name] for name in params}, update, {name: state_after[name] for name in params}
+        )
+
+    def update(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> Params:
+        """Return the step `Δθ` alone, in float32 (float64 for float64 leaves); differentiable in the gradient.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        found = {}
+        for name, hyper in self._leaves(params, lr).items():
+            scale, momentum, decay = self._terms(name, params, opt_state, gradient, hyper)
+            wide = torch.float64 if params[name].dtype == torch.float64 else torch.float32
+            found[name] = (scale * gradient[name].to(params[name].dtype).double() + (momentum + decay)).to(wide)
+        return {name: found[name] for name in params}
+
+    def affine(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> Affine:
+        """Return `(offset, scale)` with `Δθ = offset + scale ⊙ g`, float64 trees like the parameters.
+
+        AdamW: `scale = −η(1−β₁)/(bc₁·denom)`, `offset = −η(β₁m/(bc₁·denom) + λθ)`; Adam's coupled decay enters as
+        `scale ⊙ λθ`; SGD with momentum μ: `−η(1−damp) g` and `−ημ·buf`, Nesterov accordingly. Neither is ever taken
+        as a difference of steps.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        terms = self.terms(params, opt_state, gradient, lr)
+        return Affine(
+            {name: t.momentum + t.decay for name, t in terms.items()}, {name: t.scale for name, t in terms.items()}
+        )
+
+    def terms(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> dict[str, Terms]:
+        """Return for every leaf `(scale, momentum, decay)`, float64: the affine form with its offset in two parts.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        leaves = self._leaves(params, lr)
+        return {name: self._terms(name, params, opt_state, gradient, leaves[name]) for name in params}
+
+    @property
+    def _kernel(self) -> Kernel:
+        return KERNELS[self.cls]
+
+    def _leaves(self, params: Params, lr: float | None) -> dict[str, dict[str, Any]]:
+        return {name: hyper for names, hyper in assignments(self.groups, params, lr) for name in names}
+
+    def _terms(
+        self, name: str, params: Params, opt_state: OptState, gradient: Params, hyper: Mapping[str, Any]
+    ) -> Terms:
+        state = self._state(name, params, opt_state, hyper)
+        return self._kernel.terms(params[name].detach(), gradient[name].to(params[name].dtype), state, hyper)
+
+    def _state(
+        self, name: str, params: Params, opt_state: OptState, hyper: Mapping[str, Any], copy: bool = False
+    ) -> dict[str, Tensor]:
+        """Return a leaf's state, typed and placed as torch's load_state_dict does; an empty one is initialised."""
+        leaf, state = params[name].detach(), check_state(name, params[name], opt_state, self._kernel.keys(hyper))
+        if not state:
+            return self._kernel.init(leaf, hyper)
+        placed = {
+            key: value.detach().to(device=leaf.device, dtype=leaf.dtype) if key != "step" else value.detach()
+            for key, value in state.items()
+        }
+        return {key: value.clone() for key, value in placed.items()} if copy else placed

@@ -1,0 +1,127 @@
+"""One optimizer step as a value: (params, opt_state, U) -> StepResult. Nothing to snapshot, nothing to restore."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from funcprobe import engine, tree
+from funcprobe.errors import NumericsError
+from funcprobe.policy.module import Policy
+from funcprobe.training.groups import check_lr
+from funcprobe.training.optimizers import clip_by_global_norm
+from funcprobe.types import Microbatch, Objective, Optimizer, OptState, Params, Progress, Rollouts, StepResult
+
+
+def make_step(
+    policy: Policy,
+    objective: Objective,
+    optimizer: Optimizer,
+    max_grad_norm: float | None = None,
+    microbatch: Microbatch = None,
+) -> Step:
+    """Return the step `θ′ = optimizer(θ, clip(∇ loss(U)))`, exactly one, as a pure function.
+
+    Args:
+        policy: What scores the rollouts.
+        objective: The loss, as a function of scores.
+        optimizer: The pure optimizer.
+        max_grad_norm: The global norm to which the gradient is clipped; None leaves it as it is. Training frameworks
+            do not store it in a checkpoint (TRL and transformers default to 1.0).
+        microbatch: How the batch is cut for the model; it changes memory and no result.
+
+    Raises:
+        InputError: If max_grad_norm is not above 0.
+    """
+    if max_grad_norm is not None:
+        clip_by_global_norm({}, max_grad_norm)  # refuses a bound that is out of range before any model runs
+    return Step(policy, objective, optimizer, max_grad_norm, microbatch)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step in two halves, `gradient` and `apply`; calling it does both, so a sweep can share the gradient."""
+
+    policy: Policy
+    objective: Objective
+    optimizer: Optimizer
+    max_grad_norm: float | None = None
+    microbatch: Microbatch = None
+
+    def __call__(self, params: Params, opt_state: OptState, rollouts: Rollouts, lr: float | None = None) -> StepResult:
+        """Return parameters, update, state, raw gradient and info after one step on the rollouts.
+
+        Raises:
+            InputError: If rollouts, state or learning rate do not fit.
+            NumericsError: If a score or the gradient is not finite.
+        """
+        gradient, info = self.gradient(params, rollouts)
+        return self._apply(params, opt_state, gradient, lr, info)
+
+    def gradient(
+        self, params: Params, rollouts: Rollouts, progress: Progress | None = None
+    ) -> tuple[Params, dict[str, float]]:
+        """Return the gradient of the loss in the parameters, unclipped, and what the objective reported with `loss`.
+
+        Raises:
+            InputError: If the objective cannot use the rollouts.
+            NumericsError: If a score or the gradient is not finite; the message names the sequence or the leaf.
+        """
+        found = engine.gradient(
+            self.objective,
+            self.policy,
+            {name: leaf.detach() for name, leaf in params.items()},
+            self.objective.prepare(rollouts),
+            separable=self.objective.separable,
+            stats=self.objective.stats,
+            microbatch=self.microbatch,
+            progress=progress,
+            what="gradient",
+        )
+        _check_finite(found.gradient, "gradient of the loss")
+        return found.gradient, {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
+
+    def apply(
+        self,
+        params: Params,
+        opt_state: OptState,
+        gradient: Params,
+        lr: float | None = None,
+        info: Mapping[str, float] | None = None,
+    ) -> StepResult:
+        """Return the step along a gradient: clip, then the optimizer; `lr` overrides every group's for this call.
+
+        The result's gradient is a copy of the raw one; its info is `info` with `grad_norm`, `clip_coefficient` and `lr`
+        (the first group's, where groups differ).
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit.
+            NumericsError: If the gradient or the step is not finite; the message names the leaf.
+        """
+        _check_finite(gradient, "gradient")
+        return self._apply(params, opt_state, {n: g.detach().clone() for n, g in gradient.items()}, lr, info or {})
+
+    def _apply(
+        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, info: Mapping[str, float]
+    ) -> StepResult:
+        lr = None if lr is None else check_lr(lr)
+        coefficient, norm = 1.0, float(tree.norm(gradient))
+        if self.max_grad_norm is not None:
+            coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
+        clipped = gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)
+        params_after, update, state_after = self.optimizer.apply(params, opt_state, clipped, lr)
+        _check_finite(update, "update")
+        reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": self.optimizer.lr if lr is None else lr}
+        return StepResult(params_after, update, state_after, gradient, {**info, **reported})
+
+
+def _check_finite(leaves: Params, what: str) -> None:
+    bad = [name for name, leaf in leaves.items() if not bool(torch.isfinite(leaf).all())]
+    if bad:
+        raise NumericsError(
+            f"The {what} is not finite at '{bad[0]}'"
+            + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
+            + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
+        )
