@@ -219,7 +219,8 @@ def _completion_mask(prompts: Ragged, completions: Ragged, masks: Ragged | None)
     width = _width(completions.lengths)
     if masks is None:
         return columns(width) < completions.lengths[:, None]
-    _check_counts(masks, completions)
+    if len(masks.lengths) != len(completions.lengths):
+        raise InputError(f"There are {len(masks.lengths)} completion masks for {len(completions.lengths)} completions.")
     for row in np.flatnonzero(masks.lengths != completions.lengths)[:1]:
         found, expected = masks.lengths[row], completions.lengths[row]
         covers = found == expected + prompts.lengths[row]

@@ -57,6 +57,13 @@ def test_what_a_hand_written_line_may_leave_out(tmp_path: Path) -> None:
     assert read_metadata(path) == {"schema_version": None, "tokenizer": None}
 
 
+def test_a_first_line_with_tokens_is_no_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"schema_version": 1, "prompt_ids": [1], "completion_ids": [2, 3], "temperature": 1}\n')
+    with pytest.warns(FuncprobeWarning, match="the columns schema_version are not rollout columns"):
+        assert_same(read_rollouts(path), Lists([[1]], [[2, 3]], {"temperature": 1.0}).build())
+
+
 def test_parquet_written_by_others(tmp_path: Path) -> None:
     """32-bit numbers, fixed-size and large lists, several row groups, nulls in holes, no metadata."""
     table = pa.table(
