@@ -21,6 +21,61 @@ Layers, each importing only from those above it in this table and from `types`, 
 """
 
 from funcprobe import errors, tree
+from funcprobe.analysis.measure import probe
+from funcprobe.analysis.result import ProbeResult
+from funcprobe.checkpoints.folder import Checkpoint, load_checkpoint
+from funcprobe.checkpoints.live import from_training
+from funcprobe.checkpoints.saving import save_checkpoint
+from funcprobe.data.files import read_rollouts, write_rollouts
+from funcprobe.data.rollouts import rollouts_from_lists, rollouts_from_padded
+from funcprobe.engine import anchored
+from funcprobe.estimators.observables import entropy, entropy_family
+from funcprobe.policy.module import Policy, from_module
+from funcprobe.policy.sampling import sample
+from funcprobe.policy.scoring import score
+from funcprobe.training.objectives import bnpo, cispo, dapo, dr_grpo, grpo, gspo, reinforce, rloo
+from funcprobe.training.optimizers import adam, adamw, from_torch, sgd
+from funcprobe.training.step import make_step
+from funcprobe.types import Estimate, Rollouts, StepResult, TokenBudget, TokenScores
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "errors", "tree"]
+__all__ = [
+    "Checkpoint",
+    "Estimate",
+    "Policy",
+    "ProbeResult",
+    "Rollouts",
+    "StepResult",
+    "TokenBudget",
+    "TokenScores",
+    "__version__",
+    "adam",
+    "adamw",
+    "anchored",
+    "bnpo",
+    "cispo",
+    "dapo",
+    "dr_grpo",
+    "entropy",
+    "entropy_family",
+    "errors",
+    "from_module",
+    "from_torch",
+    "from_training",
+    "grpo",
+    "gspo",
+    "load_checkpoint",
+    "make_step",
+    "probe",
+    "read_rollouts",
+    "reinforce",
+    "rloo",
+    "rollouts_from_lists",
+    "rollouts_from_padded",
+    "sample",
+    "save_checkpoint",
+    "score",
+    "sgd",
+    "tree",
+    "write_rollouts",
+]

@@ -103,7 +103,7 @@ def gradient(
     pieces = []
     for rows, part in _pieces(rollouts, microbatch, progress, what):
         run = partial(score, policy, rollouts=part, stats=stats, rematerialise=True)
-        part_scores, pull = torch.func.vjp(run, params)
+        part_scores, pull = torch.func.vjp(run, params)  # type: ignore[misc]
         pieces.append((rows, _finite(part_scores, rows)))
         mine = _cotangents(f, part_scores, part) if cotangents is None else _rows(cotangents, rows, part)
         (pulled,) = pull(mine, retain_graph=False, create_graph=False)
@@ -139,7 +139,7 @@ def directional(
     primals, tangents = [], []
     with math_attention(), torch.no_grad(), _forward_mode_errors():
         for rows, part in _pieces(rollouts, microbatch, progress, what):
-            s, ds = torch.func.jvp(partial(score, policy, rollouts=part, stats=stats), (params,), (direction,))
+            s, ds = torch.func.jvp(partial(score, policy, rollouts=part, stats=stats), (params,), (direction,))  # type: ignore[misc]
             primals.append((rows, _finite(s, rows)))
             tangents.append((rows, ds))
         return Directional(_gather(primals, rollouts), _gather(tangents, rollouts))
@@ -147,7 +147,8 @@ def directional(
 
 def derivative(f: Callable[[TokenScores], Tensor], along: Directional) -> tuple[Tensor, Tensor]:
     """Return `f(s)` and `Df(s)[ṡ]` for scores and tangents that `directional` returned; no model is run."""
-    return torch.func.jvp(f, (along.scores,), (along.tangents,))
+    value, slope = torch.func.jvp(f, (along.scores,), (along.tangents,))  # type: ignore[misc]
+    return value, slope
 
 
 def anchored(
@@ -242,7 +243,12 @@ def _finite(found: TokenScores, rows: Tensor) -> TokenScores:
 
 @contextmanager
 def _forward_mode_errors() -> Iterator[None]:
-    """Turn torch's two ways of saying 'no forward derivative' into one of ours."""
+    """Turn torch's ways of saying 'no forward derivative' into one of ours.
+
+    Raises:
+        ForwardModeError: In their place.
+        RuntimeError: Any other one, as it came.
+    """
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:

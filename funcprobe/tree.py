@@ -110,7 +110,7 @@ def zeros_like(a: Params) -> Params:
 
 def size(a: Params) -> int:
     """Return the number of scalar entries."""
-    return sum(x.numel() for x in optree.tree_leaves(a))
+    return sum(x.numel() for x in _leaves(a))
 
 
 def same_keys(a: Params, b: Params, what: str = "trees") -> None:
@@ -134,6 +134,11 @@ def same_keys(a: Params, b: Params, what: str = "trees") -> None:
                 )
 
 
+def is_finite(a: Params) -> bool:
+    """Return whether every entry of every leaf is finite."""
+    return all(math.isfinite(value) for value in leaf_norms(a).values())
+
+
 def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
     """Return the tree of `function` over corresponding leaves, in the order of the first tree.
 
@@ -141,12 +146,17 @@ def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Param
     """
     for other in rest:
         same_keys(first, other)
-    result: Any = optree.tree_map(function, first, *rest)
+    trees: tuple[Any, ...] = (first, *rest)
+    result: Params = optree.tree_map(function, *trees)  # type: ignore[assignment]
     return result
 
 
+def _leaves(a: Any) -> list[Tensor]:
+    return optree.tree_leaves(a)
+
+
 def _total(a: Params) -> Tensor:
-    leaves = optree.tree_leaves(a)
+    leaves = _leaves(a)
     if not leaves:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack([leaf.to(leaves[0].device) for leaf in leaves]).sum()
@@ -156,8 +166,3 @@ def _listing(names: Iterable[str], limit: int = 4) -> str:
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(f"'{name}'" for name in listed[:limit]) + more) if listed else "none"
-
-
-def is_finite(a: Params) -> bool:
-    """Return whether every entry of every leaf is finite."""
-    return all(math.isfinite(value) for value in leaf_norms(a).values())

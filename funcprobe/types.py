@@ -99,9 +99,20 @@ class OptimizerResult(NamedTuple):
 class Observable(Protocol):
     """A functional of the policy, as a pure function of scores."""
 
-    name: str  #: what a table calls it
-    unit: str  #: "nats per token", ...
-    stats: Mapping[str, Statistic]  #: named statistics that it needs in `scores.extra`
+    @property
+    def name(self) -> str:
+        """What a table calls it."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """Its unit, such as "nats per token"."""
+        ...
+
+    @property
+    def stats(self) -> Mapping[str, Statistic]:
+        """The named statistics that it needs in `scores.extra`."""
+        ...
 
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
         """Return the scalar estimate at `scores`, for rollouts drawn at `anchor`."""
@@ -112,9 +123,20 @@ class Observable(Protocol):
 class Objective(Protocol):
     """A training loss, as a pure function of scores."""
 
-    name: str  #: the field's name of it
-    separable: bool  #: after `prepare`, the loss of a batch is the sum of the losses of its slices
-    stats: Mapping[str, Statistic]  #: named statistics that it needs in `scores.extra`
+    @property
+    def name(self) -> str:
+        """The field's name of it."""
+        ...
+
+    @property
+    def separable(self) -> bool:
+        """Whether, after `prepare`, the loss of a batch is the sum of the losses of its slices."""
+        ...
+
+    @property
+    def stats(self) -> Mapping[str, Statistic]:
+        """The named statistics that it needs in `scores.extra`."""
+        ...
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
         """Fill in what depends on the whole batch but on no score: advantages and token weights."""

@@ -1,0 +1,1 @@
+"""One step, measured and predicted, and the result it leaves."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcprobe import engine, tree
+from funcprobe.analysis.diagnostics import Clock, Messages, after_measuring, before_measuring, check_ess
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.result import BatchCounts, ProbeResult
-from funcprobe.data.rollouts import overlap
-from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError
-from funcprobe.estimators.importance import WeightHealth, log_ratios, weight_health
+from funcprobe.errors import ForwardModeError, InputError
+from funcprobe.estimators.importance import log_ratios, weight_health
 from funcprobe.estimators.observables import entropy, entropy_family
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
@@ -38,6 +36,9 @@ Mode = Literal["auto", "forward", "reverse"]
 #: A microbatch that suits a laptop and a data-centre card alike.
 DEFAULT_MICROBATCH = TokenBudget(4096)
 
+#: Rao–Blackwell, per decision, per token.
+DEFAULT_OBSERVABLE: Observable = entropy()
+
 #: Above this ratio of rounding to update, the rounding row is worth a pass of its own.
 ROUNDING_WORTH_A_PASS = 1e-3
 
@@ -49,7 +50,7 @@ def probe(
     opt_state: OptState,
     evaluation: Rollouts,
     update: Rollouts,
-    observable: Observable | None = None,
+    observable: Observable = DEFAULT_OBSERVABLE,
     *,
     lr: float | None = None,
     mode: Mode = "auto",
@@ -63,13 +64,13 @@ def probe(
 ) -> ProbeResult:
     """Take one pure step on `update` and return how far `observable` moves on `evaluation`, measured and predicted.
 
-    Measured: `ΔF = F(θ′) − F(θ)`, importance-sampled on rollouts drawn at θ = `params`. Predicted: `δF₁ = ⟨∇F, Δθ⟩` with
-    Δθ the step as a value. Both come from the same rollouts, so on one batch they agree to O(‖Δθ‖²); their common
+    Measured: `ΔF = F(θ′) − F(θ)`, importance-sampled on rollouts drawn at θ = `params`. Predicted: `δF₁ = ⟨∇F, Δθ⟩`
+    with Δθ the step as a value. Both come from the same rollouts, so on one batch they agree to O(‖Δθ‖²); their common
     sampling error is that of the estimator (see `entropy`). Nothing that is passed in changes.
 
     `mode="auto"` takes the first order in forward mode, and in reverse mode where an operation of the model has no
-    forward derivative. The rounding row, `⟨∇F, (θ′ − θ) − Δθ⟩`, is free in reverse mode; in forward mode it takes one more
-    pass, which `rounding="auto"` spends only where rounding is above 0.1 % of the update.
+    forward derivative. The rounding row, `⟨∇F, (θ′ − θ) − Δθ⟩`, is free in reverse mode; in forward mode it takes one
+    more pass, which `rounding="auto"` spends only where rounding is above 0.1 % of the update.
 
     Raises:
         InputError: If an option, a batch or the learning rate is out of range.
@@ -78,14 +79,13 @@ def probe(
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
     """
     _check_options(mode, on_low_ess, ess_threshold)
-    observable = entropy() if observable is None else observable
-    said, clock = _Said(), _Clock()
+    said, clock = Messages(), Clock()
     with said.recording(), clock("gradient on U"):
         gradient, info = step.gradient(params, update, progress=progress)
     with clock("optimizer step"):
         result = step.apply(params, opt_state, gradient, lr=lr, info=info)
         moved = _movement(params, result)
-    said.also(_before_measuring(evaluation, update))
+    said.also(before_measuring(evaluation, update))
 
     run = _Runner(policy, params, evaluation, observable, microbatch, progress, clock)
     first, mode_used = _first_order(run, result.update, mode, said)
@@ -96,8 +96,8 @@ def probe(
 
     d = log_ratios(after, first.scores, evaluation, getattr(observable, "proposal", "anchor"))
     health = weight_health(d, evaluation)
-    said.also(_after_measuring(first.scores, evaluation, health))
-    _check_ess(health, observable, ess_threshold, on_low_ess, said)
+    said.also(after_measuring(first.scores, evaluation, health))
+    check_ess(health, observable, ess_threshold, on_low_ess, said)
     main = _estimate(observable, first, after, evaluation)
     assert main.first_order is not None
     return ProbeResult(
@@ -147,7 +147,7 @@ class _Runner(NamedTuple):
     observable: Observable
     microbatch: Microbatch
     progress: Progress | None
-    clock: _Clock
+    clock: Clock
 
     def scores(self, params: Params, what: str) -> TokenScores:
         return engine.scores(
@@ -196,7 +196,7 @@ class _Runner(NamedTuple):
         return _FirstOrder(found.scores, None, found.gradient, value, self.observable.name)
 
 
-def _first_order(run: _Runner, update: Params, mode: Mode, said: _Said) -> tuple[_FirstOrder, str]:
+def _first_order(run: _Runner, update: Params, mode: Mode, said: Messages) -> tuple[_FirstOrder, str]:
     if mode == "reverse":
         return run.reverse(update), "reverse"
     try:
@@ -241,7 +241,7 @@ def _movement(params: Params, result: StepResult) -> _Movement:
 
 
 def _rounding_row(
-    run: _Runner, first: _FirstOrder, moved: _Movement, rounding: bool | Literal["auto"], said: _Said
+    run: _Runner, first: _FirstOrder, moved: _Movement, rounding: bool | Literal["auto"], said: Messages
 ) -> float | None:
     if first.gradient is not None:
         return float(tree.dot(first.gradient, moved.rounding))
@@ -256,57 +256,6 @@ def _rounding_row(
         return float(engine.derivative(lambda s: run.observable(s, anchor, run.evaluation), along)[1])
 
 
-def _before_measuring(evaluation: Rollouts, update: Rollouts) -> Iterator[str]:
-    shared = overlap(evaluation, update)
-    if shared.sequences:
-        yield (
-            f"{shared.sequences} of {evaluation.ids.shape[0]} evaluation sequences also stand in the update batch; on "
-            "them the measured change is optimistic, so draw E apart from U."
-        )
-
-
-def _after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[str]:
-    if health.khat is not None and health.khat > 0.7:
-        yield (
-            f"Pareto k̂ is {health.khat:.2f}, above 0.7: the sequence weights have a heavy tail and their estimates are "
-            "not reliable; take a smaller learning rate or more rollouts."
-        )
-    if evaluation.sampling_logps is None:
-        return
-    mask = evaluation.completion_mask
-    off = (anchor.logp - evaluation.sampling_logps)[mask]
-    gap, ratio = float(off.abs().mean()), float(off.exp().mean())
-    truncated = _is_truncated(evaluation)
-    if truncated or gap > 0.02:
-        cause = (
-            "the sampler truncated its support (top_p, top_k), which renormalises its log-probabilities"
-            if truncated
-            else "engine, precision, temperature or checkpoint may differ from those that sampled"
-        )
-        yield (
-            f"The sampler's log-probabilities differ from the recomputed ones by {gap:.3g} nats per token (mean ratio "
-            f"{ratio:.3g}): {cause}; the recomputed ones are used."
-        )
-
-
-def _is_truncated(rollouts: Rollouts) -> bool:
-    nucleus = rollouts.top_p is not None and bool((rollouts.top_p < 1).any())
-    return nucleus or (rollouts.top_k is not None and bool((rollouts.top_k > 0).any()))
-
-
-def _check_ess(health: WeightHealth, observable: Observable, threshold: float, action: str, said: _Said) -> None:
-    fraction = health.fraction(getattr(observable, "weighting", "sequence"))
-    if fraction >= threshold:
-        return
-    message = (
-        f"The effective sample size is {fraction:.1%} of the evaluation rollouts, below {threshold:.0%}: the step is too "
-        "large for these rollouts to measure it; take a smaller learning rate or more rollouts."
-    )
-    if action == "raise":
-        raise EffectiveSampleSizeError(message)
-    said.also([message])
-
-
 def _check_options(mode: str, on_low_ess: str, ess_threshold: float) -> None:
     if mode not in ("auto", "forward", "reverse"):
         raise InputError(f"Unknown mode '{mode}'; expected 'auto', 'forward' or 'reverse'.")
@@ -314,46 +263,6 @@ def _check_options(mode: str, on_low_ess: str, ess_threshold: float) -> None:
         raise InputError(f"Unknown on_low_ess '{on_low_ess}'; expected 'warn' or 'raise'.")
     if not (math.isfinite(ess_threshold) and 0 <= ess_threshold <= 1):
         raise InputError(f"ess_threshold is {ess_threshold}; expected a fraction of the sample between 0 and 1.")
-
-
-class _Said:
-    """What a probe has to say beside its numbers: warnings are issued and kept, notes only kept."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
-
-    def also(self, messages: Iterator[str] | list[str]) -> None:
-        for message in messages:
-            self.warnings.append(message)
-            warnings.warn(message, FuncprobeWarning, stacklevel=3)
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep the funcprobe warnings of a block, and let every warning through."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        for warning in caught:
-            if issubclass(warning.category, FuncprobeWarning):
-                self.also([str(warning.message)])
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-class _Clock:
-    """Seconds by phase; a phase entered twice adds up."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 def _detached(scores: TokenScores) -> TokenScores:

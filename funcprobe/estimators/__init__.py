@@ -1,0 +1,1 @@
+"""Importance weights and the observables made of them, as functions of scores."""

@@ -58,7 +58,7 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
     if device is not None and torch.device(device) != _device(module):
         module = copy.deepcopy(module).to(device)
     shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    skeleton = copy.deepcopy(module, shared).eval()  # type: ignore[arg-type]  # same tensors, its own flags
+    skeleton = copy.deepcopy(module, shared).eval()  # same tensors, its own flags
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise InputError(
@@ -70,7 +70,11 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
 
 
 def _whole(module: nn.Module, params: Params) -> Policy:
-    """Run the module as it is: its logits are the features and the readout is the identity."""
+    """Run the module as it is: its logits are the features and the readout is the identity.
+
+    Raises:
+        InputError: If it returns no logits of shape [B, L, V].
+    """
     bound = _Bound(module, _leaves(module))
     takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
 

@@ -109,7 +109,7 @@ class _Rematerialised(torch.autograd.Function):
         by_leaf: list[Tensor] = []
         pieces = (x.split(ctx.chunk) for x in (hidden, token, temperature, cotangents[0]))
         for h, y, tau, c in zip(*pieces, strict=True):
-            _, pull = torch.func.vjp(lambda h, *ls, y=y, tau=tau: ctx.fields(h, y, tau, *ls), h, *leaves)
+            pull = torch.func.vjp(lambda h, *ls, y=y, tau=tau: ctx.fields(h, y, tau, *ls), h, *leaves)[1]
             of_hidden, *of_leaves = pull(c, retain_graph=False, create_graph=False)
             by_hidden.append(of_hidden)
             by_leaf = [a + b for a, b in zip(by_leaf, of_leaves, strict=True)] if by_leaf else of_leaves

@@ -1,0 +1,119 @@
+"""What a probe says beside its numbers: overlaps, sampler mismatch, degenerate weights; and how long it took."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from funcprobe.data.rollouts import overlap
+from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning
+from funcprobe.estimators.importance import WeightHealth
+from funcprobe.types import Observable, Rollouts, TokenScores
+
+#: Mean absolute difference between the sampler's log-probs and ours, nats per token, above which a result says so.
+SAMPLER_MISMATCH = 0.02
+
+#: Pareto k̂ above which importance-sampled estimates are unreliable (Vehtari et al., arXiv 1507.02646).
+KHAT_LIMIT = 0.7
+
+
+class Messages:
+    """What a probe has to say beside its numbers: warnings are issued and kept, notes only kept."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def also(self, messages: Iterable[str]) -> None:
+        """Issue each message as a warning and keep it."""
+        for message in messages:
+            self.warnings.append(message)
+            warnings.warn(message, FuncprobeWarning, stacklevel=3)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the funcprobe warnings of a block, and let every warning through."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        for warning in caught:
+            if issubclass(warning.category, FuncprobeWarning):
+                self.also([str(warning.message)])
+            else:
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+class Clock:
+    """Seconds by phase; a phase entered twice adds up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the seconds that a block takes to its phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def before_measuring(evaluation: Rollouts, update: Rollouts) -> Iterator[str]:
+    """Yield what should be known of two batches before they are used together."""
+    shared = overlap(evaluation, update)
+    if shared.sequences:
+        yield (
+            f"{shared.sequences} of {evaluation.ids.shape[0]} evaluation sequences also stand in the update batch; on "
+            "them the measured change is optimistic, so draw E apart from U."
+        )
+
+
+def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[str]:
+    """Yield what the anchor's scores and the weights reveal about the rollouts."""
+    if health.khat is not None and health.khat > KHAT_LIMIT:
+        yield (
+            f"Pareto k̂ is {health.khat:.2f}, above 0.7: the sequence weights have a heavy tail and their estimates are "
+            "not reliable; take a smaller learning rate or more rollouts."
+        )
+    if evaluation.sampling_logps is None:
+        return
+    mask = evaluation.completion_mask
+    off = (anchor.logp - evaluation.sampling_logps)[mask]
+    gap, ratio = float(off.abs().mean()), float(off.exp().mean())
+    truncated = _is_truncated(evaluation)
+    if truncated or gap > SAMPLER_MISMATCH:
+        cause = (
+            "the sampler truncated its support (top_p, top_k), which renormalises its log-probabilities"
+            if truncated
+            else "engine, precision, temperature or checkpoint may differ from those that sampled"
+        )
+        yield (
+            f"The sampler's log-probabilities differ from the recomputed ones by {gap:.3g} nats per token (mean ratio "
+            f"{ratio:.3g}): {cause}; the recomputed ones are used."
+        )
+
+
+def _is_truncated(rollouts: Rollouts) -> bool:
+    nucleus = rollouts.top_p is not None and bool((rollouts.top_p < 1).any())
+    return nucleus or (rollouts.top_k is not None and bool((rollouts.top_k > 0).any()))
+
+
+def check_ess(health: WeightHealth, observable: Observable, threshold: float, action: str, said: Messages) -> None:
+    """Warn or raise where the effective sample, on the weights that the observable uses, is below the threshold.
+
+    Raises:
+        EffectiveSampleSizeError: If it is and `action` is "raise".
+    """
+    fraction = health.fraction(getattr(observable, "weighting", "sequence"))
+    if fraction >= threshold:
+        return
+    message = (
+        f"The effective sample size is {fraction:.1%} of the evaluation rollouts, below {threshold:.0%}: the step is "
+        "too large for these rollouts to measure it; take a smaller learning rate or more rollouts."
+    )
+    if action == "raise":
+        raise EffectiveSampleSizeError(message)
+    said.also([message])
