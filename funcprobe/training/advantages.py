@@ -36,7 +36,7 @@ def advantages(rollouts: Rollouts, baseline: str = "group", scale_rewards: str =
         )
     rewards = _finite("rewards", rollouts.rewards).double()
     ids, group = torch.unique(rollouts.group_ids, return_inverse=True)
-    count = torch.bincount(group, minlength=len(ids))
+    count = torch.bincount(group, minlength=len(ids)).double()  # integer quotients would be float32
     if scale_rewards == "group" or baseline == "leave_one_out":
         _check_group_sizes(ids, group, count, scale_rewards)
     centred = _centred(rewards, group, count)
@@ -50,7 +50,7 @@ def advantages(rollouts: Rollouts, baseline: str = "group", scale_rewards: str =
 
 def _centred(rewards: Tensor, group: Tensor, count: Tensor) -> Tensor:
     """Return R − group mean, exactly 0 where all rewards of a group are equal."""
-    low = torch.full_like(count, torch.inf, dtype=rewards.dtype).scatter_reduce(0, group, rewards, "amin")
+    low = torch.full_like(count, torch.inf).scatter_reduce(0, group, rewards, "amin")
     above = rewards - low[group]  # equal rewards leave exact zeros, whose mean is exactly zero
     return above - (_group_sum(above, group, count) / count)[group]
 
@@ -70,7 +70,7 @@ def _scale(rewards: Tensor, centred: Tensor, group: Tensor, count: Tensor, scale
 
 
 def _group_sum(values: Tensor, group: Tensor, count: Tensor) -> Tensor:
-    return torch.zeros_like(count, dtype=values.dtype).index_add(0, group, values)
+    return torch.zeros_like(count).index_add(0, group, values)
 
 
 def _check_group_sizes(ids: Tensor, group: Tensor, count: Tensor, scale_rewards: str) -> None:
