@@ -114,10 +114,16 @@ def _adam_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> T
     v = beta2 * v + (1 - beta2) * d * d
     v = torch.maximum(v, state["max_exp_avg_sq"].double()) if hyper["amsgrad"] else v
     t = float(state["step"]) + 1
-    denom = torch.sqrt(v) / (1 - beta2**t) ** 0.5 + hyper["eps"]
+    denom = _sqrt(v) / (1 - beta2**t) ** 0.5 + hyper["eps"]
     base = (-eta / (1 - beta1**t)) / denom
     scale = base * (1 - beta1)
     return Terms(scale * sign, base * (beta1 * m), (-eta * decay) * theta if decoupled else scale * (decay * theta))
+
+
+def _sqrt(v: Tensor) -> Tensor:
+    """Return √v with derivative 0 at v = 0: a leaf entry that never had a gradient would give 0 · ∞ there."""
+    zero = v == 0
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, v)))
 
 
 SGD = Kernel(_sgd_init, _sgd_keys, _sgd_run, _sgd_terms)

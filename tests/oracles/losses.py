@@ -62,7 +62,7 @@ def loss(
             if name == "reinforce":
                 value = -advantage[b] * logp[b, t]
             elif name == "cispo":
-                value = -min(float(r), high) * advantage[b] * logp[b, t]
+                value = -min(float(r.detach()), high) * advantage[b] * logp[b, t]
             else:
                 value = _clipped(r, advantage[b], epsilon, high, delta)
             if name == "rloo":
@@ -77,14 +77,14 @@ def loss(
 
 def _clipped(r: Tensor, a: float, epsilon: float, high: float, delta: float | None) -> Tensor:
     """−min(min(r, delta) A, clip(r) A), by comparing numbers."""
-    first = r if delta is None or float(r) <= delta else torch.tensor(delta, dtype=r.dtype)
-    if float(r) > 1 + high:
+    first = r if delta is None or float(r.detach()) <= delta else torch.tensor(delta, dtype=r.dtype)
+    if float(r.detach()) > 1 + high:
         second = torch.tensor(1 + high, dtype=r.dtype)
-    elif float(r) < 1 - epsilon:
+    elif float(r.detach()) < 1 - epsilon:
         second = torch.tensor(1 - epsilon, dtype=r.dtype)
     else:
         second = r
-    return -first * a if float(first) * a <= float(second) * a else -second * a
+    return -first * a if float(first.detach()) * a <= float(second.detach()) * a else -second * a
 
 
 def _sequence_mean(per_row: list[list[Tensor]], mask: list[list[bool]], limit: int | None) -> Tensor:

@@ -78,7 +78,7 @@ def leaves(dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0
     """A tree with a matrix, a vector, a transposed (non-contiguous) matrix and a scalar leaf."""
     g = torch.Generator().manual_seed(seed)
     shapes = {"layer.10.weight": (5, 7), "layer.2.bias": (3,), "head": (4, 6), "gain": ()}
-    made = {name: (scale * torch.randn(*s, generator=g, dtype=torch.float64)).to(dtype) for name, s in shapes.items()}
+    made = {name: (scale * torch.randn(s, generator=g, dtype=torch.float64)).to(dtype) for name, s in shapes.items()}
     return {**made, "head": made["head"].T}
 
 
@@ -100,9 +100,9 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 def gradients(params: Params, seed: int) -> Params:
     """A random gradient like the parameters, with one entry exactly zero."""
-    found = {name: g.to(params[name].dtype) for name, g in leaves(torch.float64, seed + 1000).items()}
-    found["layer.2.bias"][0] = 0.0
-    return {name: found[name] for name in params}
+    found = leaves(torch.float64, seed + 1000)
+    found["layer.2.bias"][0] = 0.0  # as in an embedding row that no token reads
+    return {name: found[name].to(p.dtype) for name, p in params.items()}
 
 
 def live_state(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], names: list[str]) -> OptState:
