@@ -1,0 +1,223 @@
+"""A Hugging Face or TRL checkpoint folder, as policy, parameters, optimizer and optimizer state.
+
+Read are `config.json` with `model.safetensors` (or shards and index), or `adapter_config.json` with
+`adapter_model.safetensors` over a base model; the tokenizer; and `optimizer.pt`. Nothing is unpickled but
+`optimizer.pt`, and that through `weights_only=True`, which admits tensors and plain containers alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
+from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
+from funcprobe.checkpoints.optimizer_state import as_loaded, map_ids_to_names, names_of_groups, state_by_name
+from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.policy.module import Policy, from_module
+from funcprobe.training.optimizers import adamw, from_param_groups
+from funcprobe.types import Optimizer, OptState, Params
+
+
+class Checkpoint(NamedTuple):
+    """Everything that one step needs, keyed by the same names."""
+
+    policy: Policy  #: the model as pure functions of its trainable leaves
+    params: Params  #: the trainable leaves
+    optimizer: Optimizer | None  #: with the run's hyperparameters; None where none was asked for
+    opt_state: OptState | None  #: the run's moments by name; None where no optimizer was asked for
+    tokenizer: Any = None  #: the folder's tokenizer; None where it has none, and for a live pair
+
+
+def load_checkpoint(
+    folder: str | Path,
+    base_model: str | Path | nn.Module | None = None,
+    optimizer: Literal["auto", "fresh"] | None = "auto",
+    lr: float | None = None,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+) -> Checkpoint:
+    """Return the checkpoint in a folder, with `optimizer.pt` mapped to parameter names or a refusal.
+
+    The model is in eval mode, without key-value cache, in `dtype` ("auto": as stored). Trainable are all parameters of
+    a full model, and the adapter's of a PEFT folder. The optimizer's moments take the dtype and device of their
+    parameters, as `torch.optim.Optimizer.load_state_dict` does; `step` stays as it is.
+
+    Args:
+        folder: The checkpoint, such as `outputs/checkpoint-500`.
+        base_model: The base of an adapter: a folder, a model in the local cache, or a module, which is left untouched
+            and shares its frozen weights. By default what `adapter_config.json` names, also relative to `folder`.
+        optimizer: "auto" reads `optimizer.pt`, and never does without it. "fresh" is AdamW (weight decay 0, as TRL's
+            default) with an empty state at `lr`. None reads no optimizer.
+        lr: The learning rate of the step; overrides the saved one in every group.
+        dtype: What the weights are loaded as; float32 holds bfloat16 and float16 files exactly.
+        device: Where the policy, its parameters and the moments go.
+
+    Raises:
+        CheckpointError: If the folder, the weights, the adapter or the optimizer state cannot be read faithfully.
+        InputError: If `lr` is negative or not finite.
+        MissingExtraError: If transformers, or for an adapter peft, is not installed.
+    """
+    path = _existing(folder)
+    _check_request(path, optimizer, lr)
+    if (path / "adapter_config.json").is_file():
+        module, base = load_adapter(path, base_model, torch_dtype(dtype), device)
+    else:
+        if base_model is not None:
+            raise CheckpointError(f"{path} holds a full model; base_model is for adapter folders, leave it out.")
+        module, base = load_full(path, torch_dtype(dtype), device), None
+    policy, params = from_module(module)
+    found, state = _optimizer(path, params, optimizer, lr)
+    return Checkpoint(policy, params, found, state, load_tokenizer(path, base))
+
+
+def load_optimizer(path: str | Path, params: Params, lr: float | None = None) -> tuple[Optimizer, OptState]:
+    """Return the optimizer in an `optimizer.pt` and its state by name, for leaves in `named_parameters()` order.
+
+    Raises:
+        CheckpointError: If the file is missing, needs unpickling, is another optimizer's, fits no mapping or several,
+            or if `lr` is None and the saved one is 0.
+        InputError: If `lr` is negative or not finite.
+    """
+    path = Path(path)
+    saved = _unpickled(path)
+    cls = optimizer_class(saved, path.name)
+    groups = with_lr(saved, lr, path.name)
+    names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
+    _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
+    opt_state = as_loaded(state_by_name(saved["state"], names), params, groups, names)
+    return from_param_groups(cls, groups, names_of_groups(groups, names)), opt_state
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    """Return the floating-point dtype of that name; "auto" stays as it is.
+
+    Raises:
+        CheckpointError: If there is no such dtype.
+
+    Example:
+        >>> torch_dtype("bfloat16")
+        torch.bfloat16
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if dtype == "auto":
+        return "auto"
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise CheckpointError(f"dtype is {dtype!r}; use 'float32', 'bfloat16', 'float16', 'float64' or 'auto'.")
+    return found
+
+
+def _existing(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if not path.exists():
+        raise CheckpointError(f"The checkpoint folder {path} does not exist.")
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the checkpoint folder that holds it.")
+    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        _refuse_shards(path, "the weights")
+        inner = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
+        hint = f" It holds {inner[-1]}: give that folder." if inner else ""
+        raise CheckpointError(
+            f"{path} has neither config.json (a full model) nor adapter_config.json (an adapter).{hint}"
+        )
+    weights = "model" if not (path / "adapter_config.json").is_file() else "adapter_model"
+    if not list(path.glob(f"{weights}*.safetensors")):
+        _refuse_shards(path, "the weights")
+        _refuse_pickled_weights(path)
+        raise CheckpointError(f"{path} holds no {weights}.safetensors; the weights are missing.")
+    return path
+
+
+def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
+    """Find out before a model is loaded what would make it useless.
+
+    Raises:
+        CheckpointError: If an argument is wrong, or `optimizer.pt` is wanted and missing.
+    """
+    if optimizer not in ("auto", "fresh", None):
+        raise CheckpointError(f"optimizer is {optimizer!r}; use 'auto', 'fresh' or None.")
+    if optimizer == "fresh" and lr is None:
+        raise CheckpointError("optimizer='fresh' has no learning rate of its own; pass lr=.")
+    if optimizer == "auto" and not (path / "optimizer.pt").is_file():
+        _refuse_shards(path, "the optimizer state")
+        raise CheckpointError(
+            f"{path} holds no optimizer.pt, so Adam's moments are unknown and so is the step that the run would take "
+            "(the trainer was told to save the model only?). Pass optimizer=None to measure without a step, or "
+            "optimizer='fresh' and lr= for the first step of a new AdamW, which represents nothing of the run."
+        )
+
+
+def _optimizer(
+    path: Path, params: Params, optimizer: str | None, lr: float | None
+) -> tuple[Optimizer | None, OptState | None]:
+    if optimizer is None:
+        return None, None
+    if optimizer == "auto":
+        return load_optimizer(path / "optimizer.pt", params, lr)
+    warnings.warn(
+        "optimizer='fresh': a first AdamW step is sign-like, about lr in every entry whatever the gradient's size, and "
+        "represents nothing of the run.",
+        FuncprobeWarning,
+        stacklevel=3,
+    )
+    assert lr is not None  # _check_request has seen to it
+    fresh = adamw(lr, weight_decay=0.0)
+    return fresh, fresh.init(params)
+
+
+def _unpickled(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"The optimizer state {path} does not exist.")
+    try:
+        with warnings.catch_warnings():  # what torch says about foreign pickles beside refusing them
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as plain tensors and containers, and nothing else is unpickled: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+        ) from error
+
+
+def _warn_never_stepped(names: list[str], cls: type[torch.optim.Optimizer], what: str) -> None:
+    if names and issubclass(cls, torch.optim.Adam):
+        warnings.warn(
+            f"{what} holds no state for '{names[0]}' and {len(names) - 1} others, which never received a gradient. "
+            "Their step starts from zero moments, as the run's would.",
+            FuncprobeWarning,
+            stacklevel=4,
+        )
+
+
+def _refuse_pickled_weights(path: Path) -> None:
+    if pickled := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(f"*model*{pattern[1:]}")):
+        raise CheckpointError(
+            f"{path} holds its weights as {pickled[0]}, a pickle, which is never loaded; convert it to safetensors "
+            "(load it where you trust it, then model.save_pretrained(folder), which writes safetensors)."
+        )
+
+
+def _refuse_shards(path: Path, what: str) -> None:
+    """Name the framework whose shards stand where `what` should be.
+
+    Raises:
+        CheckpointError: If there are such shards.
+    """
+    for framework, patterns in _SHARDS.items():
+        if found := sorted(p.name for pattern in patterns for p in path.glob(pattern)):
+            raise CheckpointError(
+                f"{path} holds {what} as {framework} shards ({found[0]}), which are not read. Supported are "
+                "safetensors weights with the optimizer.pt of transformers.Trainer and TRL without sharding; or use "
+                "from_training(model, optimizer) in an unsharded training process."
+            )
+
+
+_SHARDS = {
+    "DeepSpeed": ("global_step*", "*_optim_states.pt", "zero_to_fp32.py", "*_model_states.pt"),
+    "FSDP": ("optimizer_[0-9]*", "pytorch_model_fsdp*", "*.distcp", "optimizer.bin"),
+}

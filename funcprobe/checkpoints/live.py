@@ -1,0 +1,109 @@
+"""A live (model, optimizer) pair in somebody's training loop, read by parameter identity and left untouched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from funcprobe.checkpoints.folder import Checkpoint
+from funcprobe.checkpoints.optimizer_kind import bitsandbytes_optimizer
+from funcprobe.checkpoints.optimizer_state import state_by_name
+from funcprobe.errors import CheckpointError
+from funcprobe.policy.module import from_module
+from funcprobe.training.optimizers import from_param_groups
+from funcprobe.types import Optimizer, OptState, Params
+
+
+def from_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Checkpoint:
+    """Return the checkpoint that a live pair is at this moment, for asking *before* a step is applied.
+
+    Names come from parameter identity and hyperparameters from `optimizer.param_groups`, so there is nothing to guess.
+    A DDP or compiled wrapper round the model, and accelerate's round the optimizer, are looked through. Optimizers
+    other than SGD, Adam and AdamW are lifted (`from_torch`). Leaves that have not stepped yet have an empty state.
+
+    `params` and `opt_state` share storage with the pair: use them before the trainer's own step, or clone them. The
+    module, its flags and `.grad`, the optimizer and the global generators are left as they are.
+
+    Raises:
+        CheckpointError: If the optimizer misses trainable leaves or holds tensors that are not in the model, if either
+            is sharded, or if the optimizer is one of bitsandbytes, apex, DeepSpeed or torchao.
+    """
+    module = _unwrapped(model)
+    policy, params = from_module(module)
+    if optimizer is None:
+        return Checkpoint(policy, params, None, None)
+    pure, state = _read(_inner(optimizer), module, params)
+    return Checkpoint(policy, params, pure, state)
+
+
+def _read(optimizer: torch.optim.Optimizer, module: nn.Module, params: Params) -> tuple[Optimizer, OptState]:
+    names = {id(p): name for name, p in module.named_parameters()}
+    _check_cover(optimizer, names, params)
+    held = [[p for p in group["params"] if names[id(p)] in params] for group in optimizer.param_groups]
+    # .get, because `optimizer.state` is a defaultdict and indexing it would insert
+    entries = {id(p): optimizer.state.get(p, {}) for group in held for p in group}
+    _check_package(type(optimizer), {key for entry in entries.values() for key in entry})
+    listed = [[names[id(p)] for p in group] for group in held]
+    state = state_by_name(entries, {i: names[i] for i in entries})
+    pure = from_param_groups(type(optimizer), optimizer.param_groups, listed)
+    return pure, {name: state[name] for name in params}
+
+
+def _check_cover(optimizer: torch.optim.Optimizer, names: Mapping[int, str], params: Params) -> None:
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    if foreign := [p for i, p in held.items() if i not in names]:
+        listed = ", ".join(str(tuple(p.shape)) for p in foreign[:4])
+        raise CheckpointError(
+            f"The optimizer holds {len(foreign)} tensors that are not parameters of the model (shapes {listed}): it "
+            "was built on another model, or keeps sharded or master copies, which are not read. Pass the pair that "
+            "belongs together, unsharded."
+        )
+    if missing := [name for name in params if name not in {names[i] for i in held}]:
+        listed = ", ".join(f"'{name}'" for name in missing[:4])
+        raise CheckpointError(
+            f"The optimizer misses {len(missing)} trainable parameters of the model: {listed}. Add them to a group, or "
+            "call requires_grad_(False) on what the step is not to move."
+        )
+
+
+def _check_package(cls: type[torch.optim.Optimizer], state_keys: set[str]) -> None:
+    package = cls.__module__.partition(".")[0]
+    kind = bitsandbytes_optimizer(state_keys)
+    if kind or package in ("bitsandbytes", "apex", "deepspeed", "torchao"):
+        raise CheckpointError(
+            f"The optimizer {cls.__name__} is {kind or f'one of {package}'}, whose quantised, fused or sharded state "
+            "is not read. Train with a class of torch.optim (for transformers: optim='adamw_torch' or "
+            "'adamw_torch_fused')."
+        )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if "FullyShardedDataParallel" in type(model).__name__ or any(
+            hasattr(p, "device_mesh") for p in model.parameters()
+        ):
+            raise CheckpointError(
+                "The model is sharded by FSDP, which is not read; use an unsharded model, or a gathered checkpoint."
+            )
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """Look through accelerate's wrapper, which keeps the real optimizer in `.optimizer`.
+
+    Raises:
+        CheckpointError: If it is no torch optimizer.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise CheckpointError(f"The optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer.")
+    return optimizer

@@ -1,0 +1,125 @@
+"""Which optimizer wrote a state: Adam, AdamW or SGD of torch.optim, and a refusal by name for anything else.
+
+A state_dict names no class, so it is told from its entries. `adamw_torch_fused`, the default of transformers.Trainer,
+is torch.optim.AdamW with `fused=True`: the ordinary layout, and the flag is kept, since it decides the last bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from funcprobe.checkpoints.optimizer_state import check_layout
+from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.training.groups import check_lr
+
+_ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
+_SGD_STATE = frozenset({"momentum_buffer"})
+_COMMON = frozenset(
+    {"params", "param_names", "name", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable"}
+    | {"capturable", "fused"}
+)
+_ADAM_GROUP = _COMMON | {"betas", "eps", "amsgrad", "decoupled_weight_decay"}
+_SGD_GROUP = _COMMON | {"momentum", "dampening", "nesterov"}
+
+_SUPPORTED = (
+    "Supported are Adam, AdamW and SGD of torch.optim (for transformers: optim='adamw_torch' or 'adamw_torch_fused'). "
+    "optimizer=None measures without a step."
+)
+
+
+def optimizer_class(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -> type[torch.optim.Optimizer]:
+    """Return the torch.optim class that wrote a state_dict.
+
+    Adam and AdamW are told apart by `decoupled_weight_decay`. Older torch versions do not store it: where weight decay
+    is in use the answer is then AdamW, which is what transformers.Trainer uses, with a warning.
+
+    Raises:
+        CheckpointError: If it was bitsandbytes (8-bit, or paged and 32-bit), apex or DeepSpeed fused Adam, Adafactor,
+            or any other optimizer, naming it or listing the keys that were found.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0, "dampening": 0, "nesterov": False, "weight_decay": 0, "params": [0]}
+        >>> optimizer_class({"state": {}, "param_groups": [group]}).__name__
+        'SGD'
+    """
+    check_layout(state_dict, what)
+    entries = state_dict["state"].values()
+    state = {str(key) for entry in entries for key, value in entry.items() if value is not None}
+    options = {str(key) for group in state_dict["param_groups"] for key in group}
+    if name := _foreign(state, options):
+        raise CheckpointError(f"{what} was written by {name}, whose state is not read. {_SUPPORTED}")
+    if state <= _ADAM_STATE and {"betas", "eps", "amsgrad"} <= options <= _ADAM_GROUP:
+        if not state_dict["state"]:
+            raise CheckpointError(
+                f"{what} holds no state for any parameter: it was saved before the first step. Use optimizer='fresh' "
+                "with an lr if the first step is meant, or a later checkpoint."
+            )
+        return _adam_class(state_dict["param_groups"], what)
+    if state <= _SGD_STATE and {"momentum", "dampening", "nesterov"} <= options <= _SGD_GROUP:
+        return torch.optim.SGD
+    raise CheckpointError(
+        f"{what} was written by an optimizer that is not known here: its state holds {sorted(state)} and its groups "
+        f"{sorted(options)}. {_SUPPORTED}"
+    )
+
+
+def with_lr(state_dict: Mapping[str, Any], lr: float | None, what: str = "optimizer.pt") -> list[dict[str, Any]]:
+    """Return the param_groups with `lr` in every group, or as saved where `lr` is None.
+
+    Raises:
+        CheckpointError: If `lr` is None and the saved one is 0.
+        InputError: If `lr` is negative or not finite.
+    """
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    if lr is None:
+        if all(float(group["lr"]) == 0 for group in groups if group["params"]):
+            raise CheckpointError(
+                f"The learning rate saved in {what} is 0. It belongs to the step after the checkpoint and is 0 at the "
+                "end of a linear schedule, so the update would be 0 too; pass lr= with the rate that the step is to "
+                "have."
+            )
+        return groups
+    return [{**group, "lr": check_lr(lr)} for group in groups]
+
+
+def bitsandbytes_optimizer(state_keys: set[str]) -> str | None:
+    """Return what kind of bitsandbytes optimizer keeps state under these keys, or None.
+
+    Example:
+        >>> bitsandbytes_optimizer({"step", "state1", "qmap1"})
+        'an 8-bit bitsandbytes optimizer'
+    """
+    if any(key.startswith(("qmap", "absmax")) for key in state_keys):
+        return "an 8-bit bitsandbytes optimizer"
+    return "a paged or 32-bit bitsandbytes optimizer" if state_keys & {"state1", "state2"} else None
+
+
+def _foreign(state: set[str], options: set[str]) -> str | None:
+    """Return the name of an optimizer whose state is known and not read."""
+    if name := bitsandbytes_optimizer(state):
+        return name
+    if any(key.startswith(("exp_avg_sq_row", "exp_avg_sq_col")) for key in state):
+        return "Adafactor"
+    if options & {"bias_correction", "adam_w_mode"}:
+        return "a fused Adam of apex or DeepSpeed"
+    if "correct_bias" in options:
+        return "the AdamW of older transformers releases (which adds eps elsewhere)"
+    return None
+
+
+def _adam_class(param_groups: list[Mapping[str, Any]], what: str) -> type[torch.optim.Optimizer]:
+    flags = {group.get("decoupled_weight_decay") for group in param_groups if group["params"]}
+    if None in flags:
+        if any(group["weight_decay"] != 0 for group in param_groups if group["params"]):
+            warnings.warn(
+                f"{what} does not say whether its weight decay is Adam's or AdamW's (older torch versions do not store "
+                "it); it is read as AdamW, which is what transformers.Trainer uses.",
+                FuncprobeWarning,
+                stacklevel=4,
+            )
+        return torch.optim.AdamW
+    return torch.optim.AdamW if flags == {True} else torch.optim.Adam
