@@ -1,0 +1,125 @@
+"""Small real policies and batches that the suites share: asymmetric, so that a sign or an index error shows."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+import funcprobe as fp
+from funcprobe.types import Params
+
+VOCABULARY = 7
+
+
+class TwoLines(nn.Module):
+    """A Markov policy in two lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCABULARY, 5), nn.Linear(5, VOCABULARY)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(ids)))
+
+
+def gpt2(dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY, attention: str = "sdpa") -> nn.Module:
+    """Return a GPT-2: no float32 casts inside, so a float64 one is a float64 reference."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with seeded(5):
+        config = GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation=attention,
+        )
+        return GPT2LMHeadModel(config).to(dtype)
+
+
+def qwen2(dtype: torch.dtype = torch.float32, *, tied: bool = True) -> nn.Module:
+    """Return a Qwen2 with tied or separate embeddings."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    with seeded(6):
+        config = Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=tied,
+            initializer_range=0.3,
+        )
+        return Qwen2ForCausalLM(config).to(dtype)
+
+
+def lora(dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a Qwen2 with LoRA on attention and on the head, both factors away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    with seeded(7), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft 0.21 calls a deprecated transformers property
+        adapted = get_peft_model(
+            qwen2(dtype, tied=False), LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj", "v_proj", "lm_head"])
+        )
+        for name, leaf in adapted.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(leaf, std=0.3)
+        return adapted.to(dtype)
+
+
+def two_lines(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return the two-line module, seeded."""
+    with seeded(8):
+        return TwoLines().to(dtype)
+
+
+def rollouts(n: int = 9, seed: int = 0, *, vocabulary: int = VOCABULARY, holes: bool = False) -> fp.Rollouts:
+    """Return ragged rollouts of three prompts' groups, with rewards; with `holes`, some tokens are a tool's."""
+    g = torch.Generator().manual_seed(seed)
+    prompts, completions, masks = [], [], []
+    for row in range(n):
+        prompts.append([1 + row % 3, *([2] * (row % 3)), 3])
+        length = int(torch.randint(2, 7, (), generator=g))
+        completions.append(torch.randint(vocabulary, (length,), generator=g).tolist())
+        masks.append([not (holes and t == 1 and length > 3) for t in range(length)])
+    rewards = torch.randn(n, generator=g, dtype=torch.float64).tolist()
+    return fp.rollouts_from_lists(
+        prompts, completions, temperature=0.8, rewards=rewards, completion_masks=masks, vocab_size=vocabulary
+    )
+
+
+def direction(params: Params, scale: float = 1e-2, seed: int = 3) -> Params:
+    """Return a random direction with the keys of params."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        name: scale * torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype) for name, p in params.items()
+    }
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's global generator for a block and restore it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+EVERY_MODEL = {
+    "two lines": two_lines,
+    "gpt2": gpt2,
+    "qwen2, tied": functools.partial(qwen2, torch.float64),
+    "qwen2, lora": functools.partial(lora, torch.float64),
+}
