@@ -51,7 +51,8 @@ def load_checkpoint(
     Args:
         folder: The checkpoint, such as `outputs/checkpoint-500`.
         base_model: The base of an adapter: a folder, a model in the local cache, or a module, which is left untouched
-            and shares its frozen weights. By default what `adapter_config.json` names, also relative to `folder`.
+            and shares its frozen weights. By default what `adapter_config.json` names: a path relative to
+            the working directory, `folder` or its parent (refused where several hold a model), or a cached model.
         optimizer: "auto" reads `optimizer.pt`, and never does without it. "fresh" is AdamW (weight decay 0, as TRL's
             default) with an empty state at `lr`. None reads no optimizer.
         lr: The learning rate of the step; overrides the saved one in every group.

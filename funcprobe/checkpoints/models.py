@@ -140,8 +140,8 @@ def _base(
         module = structural_copy(base_model)
         return (module if dtype == "auto" else module.to(dtype)), None
     named = base_model if base_model is not None else _named_base(path)
-    candidates = [Path(named).expanduser(), path / named, path.parent / named]
-    where = next((c for c in candidates if (c / "config.json").is_file()), None)
+    given = Path(named).expanduser()
+    where = _only_place(path, given, [given] if base_model is not None else [given, path / given, path.parent / given])
     try:
         return load_full(where or str(named), dtype), where
     except CheckpointError as error:
@@ -151,6 +151,22 @@ def _base(
             f"The base model '{named}' of the adapter in {path} was found neither as a folder (as given, or beside the "
             "adapter) nor in the local Hugging Face cache; pass base_model= with its folder."
         ) from error
+
+
+def _only_place(path: Path, named: Path, candidates: list[Path]) -> Path | None:
+    """Return the one folder among the candidates that holds a model, or None.
+
+    Raises:
+        CheckpointError: If several do: a relative name says nothing about where it was relative to.
+    """
+    places = {c.resolve(): c for c in candidates if (c / "config.json").is_file()}
+    if len(places) > 1:
+        listed = " and ".join(str(place) for place in places)
+        raise CheckpointError(
+            f"The base model '{named}' of the adapter in {path} is a relative path that leads to several models: "
+            f"{listed}. Pass base_model= with the one that the adapter was trained on."
+        )
+    return next(iter(places.values()), None)
 
 
 def _named_base(path: Path) -> str:

@@ -86,12 +86,32 @@ def test_logits_are_the_live_models(runs: dict[str, Run], which: str) -> None:
     assert torch.allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_base_is_found_beside_the_adapter(adapter: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", ["../base", "base"])
+def test_the_base_is_found_beside_the_adapter(
+    adapter: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
     shutil.copytree(adapter.base, tmp_path / "base")
     shutil.copytree(adapter.folder, tmp_path / "out")
-    edit(tmp_path / "out" / "adapter_config.json", base_model_name_or_path="../base")
+    edit(tmp_path / "out" / "adapter_config.json", base_model_name_or_path=named)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere" / "deep")
     found = load_checkpoint(tmp_path / "out")
     assert_same_state(found.opt_state, adapter.truth())
+
+
+def test_a_relative_base_that_leads_to_two_models_is_refused(
+    adapter: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("base", "work/base"):  # equal shapes: nothing else would notice the wrong one
+        shutil.copytree(adapter.base, tmp_path / place)
+    shutil.copytree(adapter.folder, tmp_path / "out")
+    edit(tmp_path / "out" / "adapter_config.json", base_model_name_or_path="base")
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(CheckpointError, match=r"leads to several models: .*Pass base_model="):
+        load_checkpoint(tmp_path / "out")
+    assert_same_state(load_checkpoint(tmp_path / "out", "base").opt_state, adapter.truth())  # as given: from here
+    monkeypatch.chdir(tmp_path)  # the same folder by two ways is one model
+    load_checkpoint(tmp_path / "out")
 
 
 def test_a_module_as_base_is_left_as_it_is(adapter: Run) -> None:
