@@ -76,10 +76,11 @@ def _whole(module: nn.Module, params: Params) -> Policy:
         InputError: If it returns no logits of shape [B, L, V].
     """
     bound = _Bound(module, _leaves(module))
-    takes_mask = "attention_mask" in inspect.signature(module.forward).parameters
+    accepted = inspect.signature(module.forward).parameters
+    options = {"use_cache": False} if "use_cache" in accepted else {}
 
     def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
-        out = bound(params, ids, attention_mask=mask) if takes_mask else bound(params, ids)
+        out = bound(params, ids, **options, **({"attention_mask": mask} if "attention_mask" in accepted else {}))
         return getattr(out, "logits", out)
 
     device = next(iter(params.values())).device

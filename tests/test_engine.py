@@ -1,0 +1,264 @@
+"""One engine, held against the five lines: every mode, every cut of the batch, every model gives one number."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import funcprobe as fp
+from funcprobe import engine, tree
+from funcprobe.data.rollouts import concatenate, rollouts_from_padded, take
+from funcprobe.errors import ForwardModeError, NumericsError
+from funcprobe.policy import scoring
+from funcprobe.types import Params, Rollouts, TokenScores
+from tests import models
+
+FAMILY = fp.entropy_family()
+OBJECTIVES = {
+    "reinforce": fp.reinforce(),
+    "rloo": fp.rloo(),
+    "grpo": fp.grpo(),
+    "bnpo": fp.bnpo(),
+    "dr_grpo": fp.dr_grpo(),
+    "dapo": fp.dapo(),
+    "gspo": fp.gspo(),
+    "cispo": fp.cispo(),
+}
+
+
+@functools.cache
+def setting(build: str, *, holes: bool = True) -> tuple[fp.Policy, Params, Params, Rollouts]:
+    """Return policy, parameters, a direction and rollouts."""
+    policy, params = fp.from_module(models.EVERY_MODEL[build]())
+    return policy, params, models.direction(params), models.rollouts(holes=holes)
+
+
+def off_policy(rollouts: Rollouts, seed: int = 2) -> Rollouts:
+    """Return rollouts whose old and reference log-probs differ from the policy's, so that ratios and KL matter."""
+    g = torch.Generator().manual_seed(seed)
+    shape = rollouts.completion_mask.shape
+    old, ref = (-2.0 - torch.rand(shape, generator=g, dtype=torch.float64) for _ in range(2))
+    return rollouts._replace(old_logps=old, ref_logps=ref)
+
+
+def entropy_of(observable: fp.entropy, scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the observable with its anchor at the scores themselves, as an engine function."""
+    anchor = TokenScores(scores.logp.detach(), scores.entropy.detach(), {})
+    return observable(scores, anchor, rollouts), {}
+
+
+def terms(gradient: Params, direction: Params) -> float:
+    """Return Σ|terms| of ⟨∇F, v⟩: what rounding is relative to, since the sum itself may cancel."""
+    return float(tree.dot(tree.map_(torch.abs, gradient), tree.map_(torch.abs, direction)))
+
+
+@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("observable", FAMILY, ids=lambda o: o.name)
+def test_reverse_forward_and_the_five_lines_agree(build: str, observable: fp.entropy) -> None:
+    policy, params, v, rollouts = setting(build)
+    H = fp.anchored(observable, policy, rollouts, params)
+    five_lines = torch.func.grad(H)(params)
+    slope = float(tree.dot(five_lines, v))
+    f = functools.partial(entropy_of, observable)
+    with engine.math_attention():
+        reverse = engine.gradient(f, policy, params, rollouts, microbatch=4)
+    along = engine.directional(policy, params, v, rollouts, microbatch=2)
+    value, forward = engine.derivative(lambda s: f(s, rollouts)[0], along)
+    _, jvp = torch.func.jvp(H, (params,), (v,))
+    # GPT-2 and the two lines are float64 throughout: 1e-10 of Σ|terms| leaves five digits to accumulation. Qwen2 casts
+    # to float32 inside its norms (eps 6e-8), of which some thousands of roundings average out in a sum of terms.
+    tolerance = (1e-10 if build in ("gpt2", "two lines") else 1e-6) * terms(five_lines, v)
+    assert abs(float(tree.dot(reverse.gradient, v)) - slope) <= tolerance
+    assert abs(float(forward) - slope) <= tolerance
+    assert abs(float(jvp) - slope) <= tolerance
+    assert math.isclose(float(value), float(H(params)), rel_tol=1e-12)
+    assert abs(slope) > 100 * tolerance
+
+
+@pytest.mark.parametrize("build", ["two lines", "gpt2"])
+@pytest.mark.parametrize("observable", FAMILY, ids=lambda o: o.name)
+def test_the_remainder_falls_as_the_square_of_the_step(build: str, observable: fp.entropy) -> None:
+    policy, params, v, rollouts = setting(build)
+    H = fp.anchored(observable, policy, rollouts, params)
+    slope, base = float(torch.func.jvp(H, (params,), (v,))[1]), float(H(params))
+    # at ε = 2^-3 … 2^-6 the cubic term is below a few per cent and float64 rounding (1e-16/ε²) far below that
+    steps = [2.0**-k for k in (3, 4, 5, 6)]
+    remainders = [abs(float(H(tree.axpy(e, v, params))) - base - e * slope) for e in steps]
+    x, y = torch.log(torch.tensor(steps)), torch.log(torch.tensor(remainders))
+    fitted = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    assert abs(fitted - 2) <= 0.1, remainders
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("microbatch", [1, 4, None, fp.TokenBudget(20)], ids=str)
+def test_single_pass_is_two_phase(name: str, microbatch: int | fp.TokenBudget | None) -> None:
+    policy, params, _, rollouts = setting("gpt2")
+    objective = OBJECTIVES[name]
+    prepared = objective.prepare(off_policy(rollouts))
+    assert objective.separable
+    one, two = (
+        engine.gradient(objective, policy, params, prepared, separable=s, microbatch=microbatch) for s in (True, False)
+    )
+    scale = float(tree.norm(two.gradient))
+    assert scale > 0
+    assert float(tree.norm(tree.sub(one.gradient, two.gradient))) <= 1e-13 * scale  # only the order of float64 sums
+    assert math.isclose(float(one.value), float(two.value), rel_tol=1e-13)
+
+
+def test_an_objective_that_is_not_separable_needs_two_phases() -> None:
+    """The law above can fail: for a function that couples rows, slices give something else."""
+    policy, params, _, rollouts = setting("gpt2")
+    coupled = functools.partial(entropy_of, fp.entropy())
+    one, two = (engine.gradient(coupled, policy, params, rollouts, separable=s, microbatch=2) for s in (True, False))
+    assert float(tree.norm(tree.sub(one.gradient, two.gradient))) > 1e-3 * float(tree.norm(two.gradient))
+
+
+@settings(max_examples=12)
+@given(
+    microbatch=st.one_of(st.none(), st.integers(1, 10), st.builds(fp.TokenBudget, st.integers(1, 80))),
+    order=st.permutations(range(9)),
+    objective=st.sampled_from(sorted(OBJECTIVES)),
+)
+def test_neither_the_cut_nor_the_order_of_a_batch_matters(
+    microbatch: int | fp.TokenBudget | None, order: list[int], objective: str
+) -> None:
+    policy, params, v, rollouts = setting("gpt2")
+    rollouts = off_policy(rollouts)
+    shuffled = take(rollouts, torch.tensor(order))
+    loss = OBJECTIVES[objective]
+    whole = engine.gradient(loss, policy, params, loss.prepare(rollouts), separable=True)
+    cut = engine.gradient(loss, policy, params, loss.prepare(shuffled), separable=True, microbatch=microbatch)
+    assert float(tree.norm(tree.sub(whole.gradient, cut.gradient))) <= 1e-12 * float(tree.norm(whole.gradient))
+    for observable in FAMILY:
+        f = functools.partial(entropy_of, observable)
+        values = []
+        for batch, size in ((rollouts, None), (shuffled, microbatch)):
+            along = engine.directional(policy, params, v, batch, microbatch=size)
+            values.append(torch.stack(engine.derivative(lambda s, b=batch, f=f: f(s, b)[0], along)))
+        torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("build", models.EVERY_MODEL)
+def test_the_padding_side_does_not_matter(build: str) -> None:
+    policy, params, _, rollouts = setting(build)
+    before = engine.scores(policy, params, rollouts)
+    for side in ("left", "right"):
+        padded = _padded(rollouts, side, filler=0)  # 0 is an ordinary token of the vocabulary: only the mask decides
+        after = engine.scores(policy, params, padded)
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-12)
+
+
+def _padded(rollouts: Rollouts, side: str, filler: int) -> Rollouts:
+    width = rollouts.ids.shape[1] + 3
+    ids, attention, completion = [], [], []
+    for row in range(len(rollouts.ids)):
+        length, start = int(rollouts.attention_mask[row].sum()), int(rollouts.prompt_lengths[row])
+        chosen = [False] * start + rollouts.completion_mask[row].tolist()
+        real = [rollouts.ids[row, :length].tolist(), [True] * length, chosen[:length]]
+        pad = width - length
+        for out, values, empty in zip((ids, attention, completion), real, (filler, False, False), strict=True):
+            out.append([empty] * pad + values if side == "left" else values + [empty] * pad)
+    return rollouts_from_padded(
+        ids, attention, completion, temperature=0.8, rewards=rollouts.rewards, group_ids=rollouts.group_ids
+    )
+
+
+@pytest.mark.parametrize("build", models.EVERY_MODEL)
+def test_vmap_over_parameters_is_a_loop(build: str) -> None:
+    policy, params, v, rollouts = setting(build)
+    H = fp.anchored(fp.entropy(), policy, rollouts, params)
+    several = [tree.axpy(c, v, params) for c in (0.0, 0.5, 1.0)]
+    stacked = {name: torch.stack([p[name] for p in several]) for name in params}
+    looped = torch.stack([H(p) for p in several])
+    torch.testing.assert_close(torch.vmap(H)(stacked), looped, rtol=1e-6 if "qwen2" in build else 1e-12, atol=0)
+
+
+@pytest.mark.parametrize("build", models.EVERY_MODEL)
+def test_chunks_and_rematerialisation_change_nothing(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, params, v, rollouts = setting(build)
+    f = functools.partial(entropy_of, fp.entropy())
+    whole = engine.gradient(f, policy, params, rollouts)
+    along = engine.directional(policy, params, v, rollouts)
+    monkeypatch.setattr(scoring, "LOGITS_BUDGET", 3 * policy.vocab_size)  # three tokens at a time
+    chunked = engine.gradient(f, policy, params, rollouts)
+    # Qwen2's norms sum in float32 in another order
+    relative = 1e-6 if "qwen2" in build else 1e-13
+    gap = float(tree.norm(tree.sub(whole.gradient, chunked.gradient)))
+    assert gap <= relative * float(tree.norm(whole.gradient))
+    torch.testing.assert_close(engine.directional(policy, params, v, rollouts), along, rtol=1e-6, atol=1e-12)
+
+
+def test_gradients_that_share_storage_do_not_add_up_twice() -> None:
+    class Twins(nn.Module):
+        """Two biases that autograd hands one and the same gradient tensor."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.randn(7, dtype=torch.float64)) for _ in range(2))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return (self.a + self.b).expand(*ids.shape, 7)
+
+    with models.seeded(0):
+        policy, params = fp.from_module(Twins())
+    rollouts = models.rollouts()
+    f = functools.partial(entropy_of, fp.entropy())
+    cut = engine.gradient(f, policy, params, rollouts, microbatch=2).gradient
+    whole = engine.gradient(f, policy, params, rollouts).gradient
+    torch.testing.assert_close(cut, whole, rtol=1e-13, atol=1e-15)
+    torch.testing.assert_close(cut["a"], cut["b"], rtol=0, atol=0)
+
+
+def test_a_model_that_is_not_finite_names_the_sequence() -> None:
+    policy, params, _, rollouts = setting("two lines")
+    broken = {n: p.clone() for n, p in params.items()}
+    row = rollouts.ids.shape[0] - 1
+    marked = concatenate([rollouts, rollouts._replace(ids=torch.full_like(rollouts.ids, 5))])
+    broken["embed.weight"][5] = torch.nan
+    first_bad = [b for b in range(len(marked.ids)) if 5 in _context(marked, b)]
+    with pytest.raises(NumericsError, match=rf"not finite for sequence {first_bad[0]}, "):
+        engine.scores(policy, broken, marked, microbatch=None)
+    assert first_bad[-1] > row
+
+
+def _context(rollouts: Rollouts, row: int) -> list[int]:
+    length = int(rollouts.attention_mask[row].sum())
+    return rollouts.ids[row, int(rollouts.prompt_lengths[row]) - 1 : length - 1].tolist()
+
+
+def test_a_model_without_forward_derivative_says_so() -> None:
+    class Stubborn(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: object, c: Tensor) -> Tensor:
+            return 2 * c
+
+    class Model(models.TwoLines):
+        def forward(self, ids: Tensor) -> Tensor:
+            return Stubborn.apply(super().forward(ids))
+
+    policy, params = fp.from_module(Model())
+    rollouts = models.rollouts()
+    with pytest.raises(ForwardModeError, match='use mode="reverse"'):
+        engine.directional(policy, params, models.direction(params), rollouts)
+    assert engine.gradient(functools.partial(entropy_of, fp.entropy()), policy, params, rollouts).gradient
+
+
+def test_progress_is_reported_by_sequence() -> None:
+    policy, params, _, rollouts = setting("two lines")
+    seen: list[tuple[str, int, int]] = []
+    engine.scores(policy, params, rollouts, microbatch=4, progress=lambda *args: seen.append(args), what="E")
+    assert seen == [("E", 4, 9), ("E", 8, 9), ("E", 9, 9)]
