@@ -185,6 +185,10 @@ def test_leaves_frozen_after_the_optimizer_was_built_are_left_out() -> None:
     found = from_training(model, optimizer)
     assert "transformer.wte.weight" not in found.params
     assert list(found.opt_state) == list(found.params)
+    gradient = random_like(found.params)
+    result = found.optimizer.apply(found.params, found.opt_state, gradient)
+    for name, value in expected_step(model, optimizer, gradient).items():
+        assert torch.equal(result.params[name], value), name
 
 
 def test_an_optimizer_that_misses_leaves() -> None:
