@@ -343,8 +343,9 @@ def test_a_clip_bound_is_above_zero() -> None:
             clip_by_global_norm({"w": torch.ones(1)}, bound)
 
 
-def test_an_optimizer_does_not_change_with_the_options_it_was_made_from() -> None:
+def test_a_group_does_not_change_with_the_options_it_was_made_from() -> None:
     options = {"weight_decay": 0.5}
-    optimizer = adamw(groups=[Group(("a",), options)])
+    group = Group(("a",), options)
+    optimizer = adamw(groups=[group])
     options["weight_decay"] = 7.0
-    assert optimizer.groups[0].hyperparameters["weight_decay"] == 0.5
+    assert group.hyperparameters["weight_decay"] == optimizer.groups[0].hyperparameters["weight_decay"] == 0.5
