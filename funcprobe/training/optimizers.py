@@ -18,7 +18,7 @@ from funcprobe.training.groups import Group, build_groups, stored_groups
 from funcprobe.training.lifted import LiftedOptimizer, refuse
 from funcprobe.training.pure import KERNELS, Affine, PureOptimizer
 from funcprobe.training.state import state_from_torch, state_to_torch
-from funcprobe.types import Optimizer, Params
+from funcprobe.types import Params
 
 __all__ = [
     "Affine",
@@ -173,8 +173,3 @@ def clip_by_global_norm(gradient: Params, max_norm: float) -> tuple[float, float
 def _built(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> PureOptimizer:
     groups = options.pop("groups")
     return PureOptimizer(cls, build_groups(cls, options, groups))
-
-
-def _protocols(pure: PureOptimizer, lifted: LiftedOptimizer) -> tuple[Optimizer, Optimizer]:
-    """Hold both classes against the Optimizer protocol, statically."""
-    return pure, lifted
