@@ -1,7 +1,7 @@
 """Scores of a batch: log-probability, entropy and named statistics of every completion token.
 
 `features` runs the model once; only the positions that predict a completion token go on to `readout`. Logits are
-scaled by the row's temperature and normalised in float32 or wider; everything after that is float64.
+scaled by the row's temperature; entries of the softmax are float32 or wider, its sums and all that follows float64.
 
 Where the logits of a microbatch would exceed `LOGITS_BUDGET` entries they are made chunk by chunk, so that `[B, T, V]`
 never exists. A backward pass would keep every chunk alive; with `rematerialise=True` it makes them again instead, at
@@ -59,13 +59,25 @@ def score(
 
 
 def _fields(logits: Tensor, token: Tensor, temperature: Tensor, stats: Mapping[str, Statistic]) -> Tensor:
-    """Return `[n, 2 + len(stats)]` float64: logp, entropy and the named statistics."""
+    """Return `[n, 2 + len(stats)]` float64: logp, entropy and the named statistics.
+
+    With `z = logits/τ − max`, `Z = Σ e^z` and `S = Σ z e^z`: `logp = z_y − log Z` and `entropy = log Z − S/Z`. Only the
+    entries are float32; both sums and all that follows is float64. A float32 log-softmax would round `log Z` once for
+    the whole distribution, an error that no sum averages out.
+    """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = torch.log_softmax(wide / temperature.to(wide.dtype).unsqueeze(-1), dim=-1)
-    logp = log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    extra = [statistic(log_probs, token) for statistic in stats.values()]
-    return torch.stack([field.double() for field in (logp, entropy, *extra)], dim=-1)
+    z = wide / temperature.to(wide.dtype).unsqueeze(-1)
+    z = z - z.detach().amax(-1, keepdim=True)  # the shift cancels
+    weight = z.exp()
+    total = weight.sum(-1, dtype=torch.float64)
+    log_total = total.log()
+    logp = z.gather(-1, token.unsqueeze(-1)).squeeze(-1).double() - log_total
+    entropy = log_total - (weight * z).sum(-1, dtype=torch.float64) / total
+    if not stats:
+        return torch.stack([logp, entropy], dim=-1)
+    log_probs = z - log_total.to(z.dtype).unsqueeze(-1)
+    extra = [statistic(log_probs, token).double() for statistic in stats.values()]
+    return torch.stack([logp, entropy, *extra], dim=-1)
 
 
 def _scatter(values: Tensor, mask: Tensor, names: tuple[str, ...]) -> TokenScores:
