@@ -79,6 +79,12 @@ def test_weights_are_a_distribution_whatever_the_scale(rows: int, width: int, sh
     torch.testing.assert_close(importance.sequence_weights(d, a), w, rtol=1e-10, atol=1e-12)
 
 
+def test_an_absent_row_cannot_drown_the_others() -> None:
+    d = torch.tensor([[2000.0], [0.0], [math.log(3.0)]], dtype=torch.float64)
+    a = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(importance.sequence_weights(d, a), torch.tensor([0.0, 0.25, 0.75]).double())
+
+
 @given(st.integers(1, 8), st.integers(0, 99))
 def test_ess_lies_between_one_and_n(rows: int, seed: int) -> None:
     w = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 1e-9
