@@ -1,0 +1,1 @@
+"""The command line: configuration, run, sample, demo."""

@@ -92,7 +92,7 @@ def new_axes() -> Axes:
     except ImportError as error:
         missing = missing_extra("matplotlib", "app", "drawing a figure")
         raise missing from error
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.9, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
 

@@ -1,0 +1,236 @@
+"""The configuration of `funcprobe run`: one typed, frozen value, from a YAML file and `--key value` overrides.
+
+Relative paths in the file are relative to the file's folder, those of overrides to the working directory.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from funcprobe.cli.fields import FilePath, ObjectiveConfig, ObservableConfig, Strict, key, objective_model
+from funcprobe.cli.messages import check_known, explain, show
+from funcprobe.cli.yaml_values import read_mapping, scalar, yaml
+from funcprobe.errors import ConfigError, missing_extra
+from funcprobe.types import Microbatch, TokenBudget
+
+try:
+    from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
+except ImportError as error:
+    missing = missing_extra("pydantic", "app", "reading a configuration")
+    raise missing from error
+
+#: Fields that hold a path; `base_model` may also be a name in the local Hugging Face cache.
+PATHS = ("checkpoint", "base_model", "evaluation", "update", "output")
+
+
+class Config(Strict):
+    """Everything a run depends on."""
+
+    checkpoint: FilePath = key(..., "the path of a checkpoint folder", "Hugging Face or TRL folder")
+    base_model: str | None = key(
+        None, "a folder, a model name, or none", "base of an adapter; none: as it names it", min_length=1
+    )
+    optimizer: Literal["auto", "fresh"] | None = key(
+        "auto", "auto, fresh or none", "auto reads optimizer.pt; fresh is a new AdamW at lr"
+    )
+    lr: float | None = key(None, "a number ≥ 0, or none", "learning rate; none: the saved one", ge=0)
+    dtype: str = key("float32", "the name of a floating-point dtype, or auto", "what the weights are loaded as")
+    device: str = key("auto", "auto, cpu, cuda or cuda:N", "where the model runs; auto: CUDA where there is one")
+    evaluation: FilePath = key(..., "the path of a rollout file", "rollouts E that measure the step")
+    update: FilePath = key(..., "the path of a rollout file", "rollouts U that the step is taken on")
+    objective: SerializeAsAny[ObjectiveConfig] = Field(
+        default_factory=lambda: objective_model("grpo")(),
+        description="the loss: a name and its options",
+        json_schema_extra={"expected": "keys of its own, objective.name and the options of that objective"},
+    )
+    max_grad_norm: float | None = key(None, "a number > 0, or none", "clip the gradient's global norm", gt=0)
+    microbatch: int | None = key(None, "an integer ≥ 1, or none", "sequences at a time", ge=1)
+    microbatch_tokens: int | None = key(
+        4096, "an integer ≥ 1, or none", "tokens at a time, padding included; none: no cutting", ge=1
+    )
+    observable: ObservableConfig = Field(
+        default_factory=ObservableConfig,
+        description="what is measured: a member of the entropy family",
+        json_schema_extra={"expected": "keys of its own: integrand, weighting, per, proposal"},
+    )
+    mode: Literal["auto", "forward", "reverse"] = key(
+        "auto", "auto, forward or reverse", "how δF₁ is taken; auto: forward where the model allows"
+    )
+    rounding: Literal["auto"] | bool = key(
+        "auto", "auto, true or false", "true, false or auto: the effect of storing θ′ in its dtype"
+    )
+    ess_threshold: float = key(0.1, "a number from 0 to 1", "least effective sample, of all rollouts", ge=0, le=1)
+    on_low_ess: Literal["warn", "raise"] = key("warn", "warn or raise", "warn or raise below ess_threshold")
+    top_k: int = key(10, "an integer ≥ 0", "how many of the most moved leaves are listed", ge=0)
+    keep_update: bool = key(False, "true or false", "write Δθ beside the result, as safetensors")
+    output: FilePath = key(Path("results"), "the path of a folder", "where the results go")
+    force: bool = key(False, "true or false", "replace the results of an earlier run in output")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_microbatch(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("microbatch") is not None:
+            return {"microbatch_tokens": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _every_key_counts(self) -> Config:
+        if said := _idle_keys(self):
+            raise ValueError("; ".join(said))
+        return self
+
+    @property
+    def microbatching(self) -> Microbatch:
+        """How batches are cut: by `microbatch` sequences, by `microbatch_tokens` tokens, or not at all."""
+        return self.microbatch or (None if self.microbatch_tokens is None else TokenBudget(self.microbatch_tokens))
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Return the configuration in a YAML file, with overrides such as `["--objective.name", "dapo", "--lr", "2e-8"]`.
+
+    Raises:
+        ConfigError: Naming every field that is wrong, what was found and what was expected.
+        MissingExtraError: If pydantic or PyYAML is not installed.
+    """
+    path = Path(path)
+    values = _located({"output": "results", **read_mapping(path)}, path.parent)
+    for name, value in parse_overrides(overrides).items():
+        _set(values, name, value)
+    problems: list[str] = []
+    if isinstance(values.setdefault("objective", {}), dict):
+        values["objective"] = _objective(values["objective"], problems)
+    found = _validated(Config, values, (), problems)
+    if problems:
+        raise ConfigError(f"{path}: {'; '.join(dict.fromkeys(problems))}.")
+    return cast(Config, found)
+
+
+def dump(config: Config) -> str:
+    """Return the configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def describe_keys() -> str:
+    """Return a line a key: its name, its default, what it means."""
+    from funcprobe.training.objectives import OBJECTIVES
+
+    lines = []
+    for name, field in Config.model_fields.items():
+        if name == "objective":
+            lines.append(_line("objective.name", "grpo", ", ".join(OBJECTIVES)))
+            lines.append(
+                _line("objective.OPTION", "", "an option of that objective: epsilon, beta, scale_rewards, ...")
+            )
+        elif name == "observable":
+            lines += [
+                _line(f"{name}.{key}", f.default, f.description) for key, f in ObservableConfig.model_fields.items()
+            ]
+        else:
+            default = "required" if field.is_required() else field.default
+            lines.append(_line(name, default if isinstance(default, str | Path) else show(default), field.description))
+    return "\n".join(lines)
+
+
+def _line(name: str, default: object, meaning: str | None) -> str:
+    return f"  {name:<23}{default!s:<14}{meaning}"
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Return {dotted key: value} of `--key value` and `--key=value`; paths are made absolute.
+
+    A truth value may stand alone: `--force`. Hyphens and underscores are one.
+
+    Raises:
+        ConfigError: If a word is no option, an option is unknown or stands twice, or a value is missing.
+
+    Example:
+        >>> parse_overrides(["--max-grad-norm", "1", "--objective.epsilon=.1", "--force"])
+        {'max_grad_norm': 1, 'objective.epsilon': 0.1, 'force': True}
+    """
+    found: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"'{word}' stands where an option was expected; options have the form --key value.")
+        name, has_value, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if not name.startswith("objective."):
+            check_known(name, Config, option=True)
+        if name in found:
+            raise ConfigError(f"--{name} stands twice; give it once.")
+        if not has_value and (not rest or rest[0].startswith("--")):
+            if name not in Config.model_fields or Config.model_fields[name].annotation is not bool:
+                raise ConfigError(f"--{name} has no value; write --{name} VALUE.")
+            text = "true"
+        elif not has_value:
+            text = rest.pop(0)
+        found[name] = text if name in PATHS and scalar(text) is not None else scalar(text)
+    return _located(found, Path.cwd())
+
+
+def _objective(values: dict[str, Any], problems: list[str]) -> ObjectiveConfig | None:
+    """Return the objective, or say in `problems` what is wrong with it."""
+    name = values.get("name", "grpo")
+    try:
+        model = objective_model(name if isinstance(name, str) else show(name))
+    except ConfigError as error:
+        problems.append(str(error))
+        return None
+    # `scale_rewards: none` is a word among words, unlike `delta: none`
+    words = {name: "none" for name, f in model.model_fields.items() if f.annotation is str and name in values}
+    return _validated(
+        model, {name: words.get(name, v) if v is None else v for name, v in values.items()}, ("objective",), problems
+    )
+
+
+def _validated(
+    model: type[BaseModel], values: dict[str, Any], prefix: tuple[str, ...], problems: list[str]
+) -> Any | None:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        known = bool(problems)  # an objective that failed has been explained already
+        problems += [line for line in explain(error, model, prefix) if not (known and line.startswith("objective:"))]
+        return None
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    outer, dot, inner = dotted.partition(".")
+    if not dot:
+        values[outer] = value
+        return
+    inside = values.get(outer)
+    values[outer] = {**inside, inner: value} if isinstance(inside, dict) else {inner: value}
+
+
+def _located(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the values with relative paths taken from `folder`; a base model that is no path there stays a name."""
+    result = dict(values)
+    for name in PATHS:
+        text = values.get(name)
+        if not isinstance(text, str) or not text.strip():
+            continue
+        path = Path(os.path.abspath(folder / Path(text).expanduser()))
+        is_name = name == "base_model" and not text.startswith((".", "/", "~")) and not path.exists()
+        result[name] = text if is_name else str(path)
+    return result
+
+
+def _idle_keys(config: Config) -> list[str]:
+    """Say which keys could do nothing, or not what they say."""
+    said = []
+    if config.microbatch is not None and config.microbatch_tokens is not None:
+        said.append("microbatch and microbatch_tokens exclude one another; leave one out, or set it to none")
+    if config.optimizer == "fresh" and config.lr is None:
+        said.append("lr: missing, and optimizer fresh has no learning rate of its own; give one")
+    if config.optimizer is None and config.lr is not None:
+        said.append("lr: can do nothing with optimizer none; leave one of them out")
+    if config.mode == "reverse" and config.rounding is False:
+        said.append("rounding: false can do nothing in mode reverse, where the row is free; leave it out")
+    if config.ess_threshold == 0 and config.on_low_ess == "raise":
+        said.append("on_low_ess: raise can do nothing with ess_threshold 0; set a threshold above 0")
+    return said

@@ -1,0 +1,106 @@
+"""The parts that a configuration is made of: strict models whose fields know what they expect and what they mean."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from funcprobe.errors import ConfigError, missing_extra
+from funcprobe.types import Objective
+
+try:
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+    from pydantic_core import PydanticCustomError
+except ImportError as error:
+    missing = missing_extra("pydantic", "app", "reading a configuration")
+    raise missing from error
+
+
+def key(default: Any, expected: str, meaning: str, **limits: Any) -> Any:
+    """Return a field that knows what it expects (for messages) and what it means (for `--help`)."""
+    return Field(default, description=meaning, json_schema_extra={"expected": expected}, **limits)
+
+
+def _path(value: Any) -> Path:
+    if isinstance(value, str | Path) and str(value).strip():
+        return Path(value)
+    raise PydanticCustomError("path", "not a path")
+
+
+#: A path; text is taken for one, a number is not.
+FilePath = Annotated[Path, BeforeValidator(_path)]
+
+
+class Strict(BaseModel):
+    """Frozen; no key that it does not know, no text for a number, no number for a truth value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ObjectiveConfig(Strict):
+    """An objective by name; the options are those of its factory, so `objective_model` adds them."""
+
+    name: str = key("grpo", "the name of an objective", "the loss, under TRL's name")
+
+    @model_validator(mode="after")
+    def _in_range(self) -> ObjectiveConfig:
+        self.build()
+        return self
+
+    def build(self) -> Objective:
+        """Return the objective itself."""
+        from funcprobe.training.objectives import objective
+
+        return objective(self.name, **self.model_dump(exclude={"name"}))
+
+
+class ObservableConfig(Strict):
+    """A member of the entropy family."""
+
+    integrand: Literal["rao_blackwell", "surprisal"] = key(
+        "rao_blackwell",
+        "rao_blackwell or surprisal",
+        "rao_blackwell or surprisal: entropy of each distribution, or −log p",
+    )
+    weighting: Literal["per_decision", "sequence"] = key(
+        "per_decision", "per_decision or sequence", "per_decision or sequence: how importance weights multiply"
+    )
+    per: Literal["token", "sequence"] = key("token", "token or sequence", "token or sequence: nats per which")
+    proposal: Literal["anchor", "sampler"] = key(
+        "anchor", "anchor or sampler", "anchor or sampler: weigh against recomputed log-probs, or the sampler's"
+    )
+
+
+@functools.cache
+def objective_model(name: str) -> type[ObjectiveConfig]:
+    """Return the model of the objective of that name: the parameters of its factory, with their types and defaults.
+
+    Raises:
+        ConfigError: If there is no such objective.
+    """
+    from funcprobe.training.objectives import OBJECTIVES
+
+    if name not in OBJECTIVES:
+        near = next(iter(difflib.get_close_matches(name, OBJECTIVES, n=1)), None)
+        meant = "" if near is None else f" (did you mean {near}?)"
+        raise ConfigError(f"objective.name: found {name!r}, expected one of {', '.join(OBJECTIVES)}{meant}")
+    factory: Callable[..., Any] = OBJECTIVES[name]
+    hints = get_type_hints(factory)
+    options: dict[str, Any] = {
+        option: (hints[option], key(parameter.default, _EXPECTED[hints[option]], ""))
+        for option, parameter in inspect.signature(factory).parameters.items()
+    }
+    return create_model(f"{name}_config", __base__=ObjectiveConfig, name=(str, name), **options)
+
+
+_EXPECTED: dict[Any, str] = {
+    bool: "true or false",
+    str: "a word",
+    int | None: "an integer, or none",
+    float: "a number",
+    float | None: "a number, or none",
+}

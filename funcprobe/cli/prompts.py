@@ -1,0 +1,87 @@
+"""Prompts from a text, JSONL or parquet file, as token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from funcprobe.errors import InputError, missing_extra
+
+#: Of a JSONL or parquet row, the columns that may hold the prompt; ids win over text.
+COLUMNS = ("prompt_ids", "prompt")
+
+
+def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
+    """Return the prompts of a file as token ids: `.txt` a line each, `.jsonl` and `.parquet` a row each.
+
+    A row's `prompt_ids` are taken as they are; its `prompt` is text, or a list of chat messages for the tokenizer's
+    template. Text is encoded with the special tokens that the tokenizer adds.
+
+    Raises:
+        InputError: If the file is missing, empty or of another format, or text comes without a tokenizer.
+        MissingExtraError: If a parquet file is read without pyarrow.
+    """
+    readers = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise InputError(f"{path}: the extension '{path.suffix}' is not known; expected {', '.join(readers)}.")
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file of prompts; check the path.")
+    try:
+        rows = list(readers[path.suffix](path))
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: the file is not UTF-8 text.") from None
+    if not rows:
+        raise InputError(f"{path}: the file holds no prompt.")
+    return [_ids(row, tokenizer, f"{path}, prompt {number}") for number, row in enumerate(rows)]
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    return (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            raise InputError(f"{path}: line {number} is not JSON.") from None
+        column = next((c for c in COLUMNS if isinstance(row, dict) and row.get(c) is not None), None)
+        if column is None:
+            raise InputError(f"{path}: line {number} has neither {' nor '.join(COLUMNS)}.")
+        yield row[column]
+
+
+def _parquet_rows(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        missing = missing_extra("pyarrow", "app", "reading parquet")
+        raise missing from error
+    try:
+        names = pq.read_schema(path).names
+        column = next((c for c in COLUMNS if c in names), None)
+        if column is None:
+            raise InputError(f"{path}: the file has neither a column {' nor '.join(COLUMNS)}.")
+        return iter(pq.read_table(path, columns=[column])[column].to_pylist())
+    except (pa.ArrowException, OSError):
+        raise InputError(f"{path}: this is not a parquet file that can be read.") from None
+
+
+def _ids(prompt: Any, tokenizer: Any, where: str) -> list[int]:
+    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+        return prompt
+    is_chat = isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt)
+    if not (isinstance(prompt, str) or is_chat):
+        raise InputError(f"{where} (counted from 0): expected text, chat messages or token ids, found {prompt!r:.60}.")
+    if tokenizer is None:
+        raise InputError(f"{where}: this is text, and the checkpoint folder has no tokenizer; give prompt_ids instead.")
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt))
+    if not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{where}: these are chat messages, and the tokenizer has no chat template; give plain text.")
+    return list(tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False))

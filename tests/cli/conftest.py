@@ -1,0 +1,107 @@
+"""A small real world for the command line: a Hugging Face folder with real Adam moments, and its rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import yaml
+
+from funcprobe.checkpoints import save_checkpoint
+from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts, reward
+from funcprobe.data.files import write_rollouts
+from funcprobe.policy.module import from_module
+from funcprobe.policy.sampling import sample
+from funcprobe.training.objectives import grpo
+from funcprobe.training.optimizers import adamw
+from funcprobe.training.step import make_step
+from funcprobe.types import Rollouts
+
+
+class World(NamedTuple):
+    """What a user has on disk."""
+
+    folder: Path
+    evaluation: Rollouts
+    update: Rollouts
+
+    def config(self, place: Path, **changes: object) -> Path:
+        """Write a configuration into a folder; a change to None leaves the key out."""
+        keys: dict[str, object] = {
+            "checkpoint": str(self.folder / "checkpoint"),
+            "evaluation": str(self.folder / "evaluation.parquet"),
+            "update": str(self.folder / "update.parquet"),
+            "device": "cpu",
+            **changes,
+        }
+        path = place / "config.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}))
+        return path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A one-layer Qwen2 after two GRPO steps, 24 + 24 rollouts of it, saved as TRL and `funcprobe sample` would."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("world")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=len(SYMBOLS),
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=32,
+                initializer_range=0.3,
+            )
+        )
+    tokenizer, generator = build_tokenizer(), torch.Generator().manual_seed(1)
+    policy, params = from_module(module)
+    prompts = draw_prompts(18, 2, 3, generator)
+
+    def draw(part: list[str]) -> Rollouts:
+        return sample(
+            policy,
+            params,
+            [tokenizer.encode(p) for p in part],
+            generator=generator,
+            max_new_tokens=4,
+            eos_id=tokenizer.eos_token_id,
+            group_size=4,
+            reward=reward,
+            tokenizer=tokenizer,
+        )
+
+    optimizer = adamw(1e-3, weight_decay=0.0)
+    step, opt_state = make_step(policy, grpo(), optimizer), optimizer.init(params)
+    for _ in range(2):
+        params, _, opt_state, *_ = step(params, opt_state, draw(prompts[12:]))
+    evaluation, update = draw(prompts[:6]), draw(prompts[6:12])
+    save_checkpoint(folder / "checkpoint", module, params, optimizer, opt_state, tokenizer, global_step=2)
+    write_rollouts(folder / "evaluation.parquet", evaluation)
+    write_rollouts(folder / "update.parquet", update)
+    return World(folder, evaluation, update)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command that must end with 2 and one calm line on stderr, and nothing on stdout; return that line."""
+    from funcprobe.cli.main import main
+
+    def run(*words: object, code: int = 2) -> str:
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("funcprobe: ")
+        assert err.count("\n") == 1, err
+        return err
+
+    return run

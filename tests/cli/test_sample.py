@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from funcprobe import engine
+from funcprobe.checkpoints import load_checkpoint
+from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, reward
+from funcprobe.cli.main import main
+from funcprobe.cli.prompts import read_prompts
+from funcprobe.data.files import read_rollouts
+from funcprobe.errors import InputError
+from tests.cli.conftest import World
+
+Refused = Callable[..., str]
+TEXTS = ["12=", "345=", "9="]
+ONE, TWO, THREE, EQUALS = (SYMBOLS.index(symbol) for symbol in "123=")
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(TEXTS) + "\n")
+    return path
+
+
+def words(world: World, prompts: Path, output: Path, *more: str) -> list[str]:
+    required = ["--temperature", "0.7", "--output", str(output), "--max-new-tokens", "4"]
+    return ["sample", str(world.folder / "checkpoint"), str(prompts), *required, *more]
+
+
+def test_rollouts_are_drawn_scored_and_ready_for_run(
+    world: World, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--group-size", "2", "--reward", "funcprobe.cli.demo_task:reward"]
+    for name, seed in (("evaluation", "1"), ("update", "2")):
+        assert main(words(world, prompts, tmp_path / f"{name}.parquet", *options, "--seed", seed)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.splitlines()[0].startswith("6 rollouts, ")
+    assert out.splitlines()[0].endswith(f": {tmp_path / 'evaluation.parquet'}")
+
+    found, tokenizer = read_rollouts(tmp_path / "evaluation.parquet"), build_tokenizer()
+    assert found.temperature.tolist() == [0.7] * 6
+    assert found.group_ids.tolist() == [0, 0, 1, 1, 2, 2]
+    completions = [
+        tokenizer.decode(row[start : int(keep.sum())], skip_special_tokens=True)
+        for row, start, keep in zip(found.ids, found.prompt_lengths, found.attention_mask, strict=True)
+    ]
+    assert found.rewards is not None
+    assert found.rewards.tolist() == reward([text for text in TEXTS for _ in range(2)], completions)
+
+    checkpoint = load_checkpoint(world.folder / "checkpoint", optimizer=None)
+    scores = engine.scores(checkpoint.policy, checkpoint.params, found)
+    # float32 log-probabilities of magnitude 1, by cache and by whole rows
+    torch.testing.assert_close(scores.logp, found.sampling_logps, rtol=0, atol=2e-5)
+
+    config = world.config(tmp_path, evaluation="evaluation.parquet", update="update.parquet")
+    assert main(["run", str(config)]) == 0
+
+
+def test_equal_seeds_draw_equal_rollouts_and_others_do_not(world: World, prompts: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        assert main(words(world, prompts, tmp_path / f"{name}.jsonl", "--seed", seed)) == 0
+    a, b, c = ((tmp_path / f"{name}.jsonl").read_text() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_an_existing_file_is_replaced_only_by_force(
+    world: World, prompts: Path, tmp_path: Path, refused: Refused
+) -> None:
+    output = tmp_path / "a.jsonl"
+    output.write_text("mine")
+    said = refused(*words(world, prompts, output))
+    assert f"--output: {output} exists already; choose another name, or replace it with --force." in said
+    assert output.read_text() == "mine"
+    assert main(words(world, prompts, output, "--force")) == 0
+    assert len(read_rollouts(output).ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--temperature", "0"], "The temperature is 0.0; expected a number above 0"),
+        (["--temperature", "warm"], "argument --temperature: invalid float value: 'warm'"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number of at least 1"),
+        (["--max-new-tokens", "999"], "exceeds the 32 positions of the model"),
+        (["--output", "a.csv"], "--output is a.csv; expected a file ending in .parquet or .jsonl"),
+        (["--output", "absent/a.jsonl"], "--output: the folder absent does not exist"),
+        (["--reward", "nothing"], "expected the form module:function"),
+        (["--reward", "absent_module_of_mine:f"], "There is no module 'absent_module_of_mine'"),
+        (["--reward", "math:sqrt"], "The reward function 'math:sqrt' failed: TypeError"),
+        (["--device", "gpu"], "device: found 'gpu'"),
+        (["--base-model", "x"], "base_model is for adapter folders"),
+    ],
+)
+def test_bad_options_are_one_line_and_leave_no_file(
+    changes: list[str], message: str, world: World, prompts: Path, tmp_path: Path, refused: Refused
+) -> None:
+    assert message in refused(*words(world, prompts, tmp_path / "out.jsonl"), *changes)
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_prompts_come_as_text_or_as_ids(suffix: str, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    text = write(tmp_path / f"text{suffix}", [{"prompt": "12=", "other": 1}, {"prompt": "3=", "other": 2}])
+    assert read_prompts(text, tokenizer) == [[ONE, TWO, EQUALS], [THREE, EQUALS]]
+    ids = write(tmp_path / f"ids{suffix}", [{"prompt": "ignored", "prompt_ids": [4, 5]}])
+    assert read_prompts(ids, None) == [[4, 5]]
+
+
+def test_chat_messages_go_through_the_template(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    path = write(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "12"}]}])
+    with pytest.raises(InputError, match=r"prompt 0: .* has no chat template"):
+        read_prompts(path, tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}"
+    assert read_prompts(path, tokenizer) == [[ONE, TWO, EQUALS]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "1", "the extension '.csv' is not known; expected .txt, .jsonl, .parquet"),
+        ("a.txt", "\n\n", "the file holds no prompt"),
+        ("a.txt", b"\xff\xfe", "the file is not UTF-8 text"),
+        ("a.jsonl", '{"prompt": "1="}\n{', "line 2 is not JSON"),
+        ("a.jsonl", '{"text": "1="}\n', "line 1 has neither prompt_ids nor prompt"),
+        ("a.jsonl", "[1]\n", "line 1 has neither prompt_ids nor prompt"),
+        ("a.jsonl", '{"prompt": 3}\n', "prompt 0 (counted from 0): expected text, chat messages or token ids, found 3"),
+        ("a.parquet", "no", "this is not a parquet file that can be read"),
+    ],
+)
+def test_files_that_are_no_prompts_are_refused(name: str, content: str | bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError) as caught:
+        read_prompts(tmp_path / name, build_tokenizer())
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_a_missing_column_and_text_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no such file of prompts"):
+        read_prompts(tmp_path / "absent.txt", None)
+    with pytest.raises(InputError, match="neither a column prompt_ids nor prompt"):
+        read_prompts(write(tmp_path / "a.parquet", [{"text": "1="}]), None)
+    (tmp_path / "a.txt").write_text("1=\n")
+    with pytest.raises(InputError, match="has no tokenizer; give prompt_ids instead"):
+        read_prompts(tmp_path / "a.txt", None)
