@@ -43,7 +43,7 @@ def sample(
     """Return rollouts of the policy, `group_size` rows a prompt, in the order of the prompts.
 
     A completion ends with `eos_id`, which belongs to it, or after `max_new_tokens`. `sampling_logps` `[B, T]` are the
-    log-probabilities of the tokens, `log softmax(z / temperature)` in float32 or wider, nats. Equal prompts are one
+    log-probabilities of the tokens, `log softmax(z / temperature)` in float64, nats. Equal prompts are one
     group. A policy that can decode by a key-value cache does so, over left-padded prompts; otherwise the whole row is
     run again for every token. Only `generator` is drawn from, `8 · B · max_new_tokens` bytes of it at once.
 
@@ -127,12 +127,13 @@ def _choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor
     them, because u <= 1 − 2⁻⁵³ keeps the product below the total. A row that is not finite comes back with NaN.
     """
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_probs = torch.log_softmax(wide / torch.full((), temperature, dtype=wide.dtype, device=wide.device), dim=-1)
-    cumulative = log_probs.double().exp().cumsum(-1)
+    scaled = wide / torch.full((), temperature, dtype=wide.dtype, device=wide.device)  # as scores are scaled
+    log_probs = torch.log_softmax(scaled.double(), dim=-1)
+    cumulative = log_probs.exp().cumsum(-1)
     total = cumulative[:, -1]
     token = torch.searchsorted(cumulative, (uniform * total).unsqueeze(-1), right=True).squeeze(-1)
     token = token.clamp(max=logits.shape[-1] - 1)  # NaN sorts behind everything
-    logp = log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1).double()
+    logp = log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     return token, torch.where(torch.isfinite(total), logp, torch.nan)
 
 
