@@ -157,6 +157,31 @@ def test_rounding_is_its_own_row_in_float32() -> None:
     assert forward.first_order + forward.rounding == pytest.approx(slope, rel=1e-4)
 
 
+def test_the_change_follows_what_is_stored_and_the_prediction_the_update() -> None:
+    policy, params = fp.from_module(models.gpt2())
+    drift = models.direction(params, 1e-5, seed=8)
+
+    class Drifting:
+        """An optimizer whose stored parameters are off by a known amount, as a coarse dtype's would be."""
+
+        lr = 1e-5
+
+        def init(self, params: Params) -> OptState:
+            return fp.sgd(self.lr).init(params)
+
+        def apply(self, *arguments: Any) -> Any:
+            taken = fp.sgd(self.lr).apply(*arguments)
+            return taken._replace(params=tree.add(taken.params, drift))
+
+    step = fp.make_step(policy, fp.grpo(), Drifting())
+    result = fp.probe(policy, step, params, Drifting().init(params), E, U)
+    H = fp.anchored(fp.entropy(), policy, E, params)
+    off = float(torch.func.jvp(H, (params,), (drift,))[1])
+    assert result.rounding == pytest.approx(off, rel=1e-9)
+    assert result.change == pytest.approx(result.first_order + off, rel=0.02)
+    assert abs(off) > 0.1 * abs(result.first_order)
+
+
 def test_a_model_without_forward_derivative_falls_back_with_a_note() -> None:
     class Double(torch.autograd.Function):
         @staticmethod
@@ -199,11 +224,11 @@ def test_the_threshold_is_on_the_weights_that_the_estimator_uses() -> None:
     health = result.health
     assert health.fraction("per_decision") != health.fraction("sequence")
     between = (health.fraction("per_decision") + health.fraction("sequence")) / 2
-    worse = min(("per_decision", "sequence"), key=health.fraction)
+    worse, better = sorted(("per_decision", "sequence"), key=health.fraction)
+    options = {"ess_threshold": between, "on_low_ess": "raise"}
     with pytest.raises(EffectiveSampleSizeError):
-        Case("two lines", lr=0.3).probe(
-            observable=fp.entropy(weighting=worse), ess_threshold=between, on_low_ess="raise"
-        )
+        Case("two lines", lr=0.3).probe(observable=fp.entropy(weighting=worse), **options)
+    Case("two lines", lr=0.3).probe(observable=fp.entropy(weighting=better), **options)
 
 
 def test_shared_rollouts_are_reported() -> None:

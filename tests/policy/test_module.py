@@ -102,6 +102,28 @@ def test_tied_embeddings_are_one_leaf_that_both_ends_read() -> None:
     assert torch.equal(policy.readout(moved, hidden), 2 * policy.readout(params, hidden))
 
 
+def test_weights_tied_inside_one_module_are_one_leaf() -> None:
+    class Tied(models.TwoLines):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project, self.head = nn.Linear(5, 5), nn.Linear(5, models.VOCABULARY)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.project(self.embed(ids))))
+
+    with models.seeded(2):
+        module = Tied()
+    policy, params = fp.from_module(module)
+    assert "head.weight" not in params
+    moved = {n: p + 0.1 for n, p in params.items()}
+    found = fp.score(policy, moved, models.rollouts()).logp
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.1)
+    assert torch.equal(found, fp.score(*fp.from_module(module), models.rollouts()).logp)
+
+
 def test_soft_capping_stays_with_the_readout() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
