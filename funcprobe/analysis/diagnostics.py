@@ -18,6 +18,9 @@ SAMPLER_MISMATCH = 0.02
 #: Pareto k̂ above which importance-sampled estimates are unreliable (Vehtari et al., arXiv 1507.02646).
 KHAT_LIMIT = 0.7
 
+#: ESS fraction above which the weights are so nearly equal that the shape of their tail, which k̂ fits, weighs nothing.
+NEARLY_EQUAL = 0.99
+
 
 class Messages:
     """What a probe has to say beside its numbers: warnings are issued and kept, notes only kept."""
@@ -73,10 +76,10 @@ def before_measuring(evaluation: Rollouts, update: Rollouts) -> Iterator[str]:
 
 def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[str]:
     """Yield what the anchor's scores and the weights reveal about the rollouts."""
-    if health.khat is not None and health.khat > KHAT_LIMIT:
+    if health.khat is not None and health.khat > KHAT_LIMIT and health.fraction("sequence") < NEARLY_EQUAL:
         yield (
-            f"Pareto k̂ is {health.khat:.2f}, above 0.7: the sequence weights have a heavy tail and their estimates are "
-            "not reliable; take a smaller learning rate or more rollouts."
+            f"Pareto k̂ is {health.khat:.2f}, above {KHAT_LIMIT}: the sequence weights have a heavy tail and their "
+            "estimates are not reliable; take a smaller learning rate or more rollouts."
         )
     if evaluation.sampling_logps is None:
         return

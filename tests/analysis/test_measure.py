@@ -14,8 +14,10 @@ from torch import nn
 
 import funcprobe as fp
 from funcprobe import tree
+from funcprobe.analysis.diagnostics import after_measuring
 from funcprobe.data.rollouts import take
 from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError
+from funcprobe.estimators.importance import weight_health
 from funcprobe.types import OptState, Params
 from tests import models
 from tests.policy.test_module import same, snapshot
@@ -229,6 +231,15 @@ def test_the_threshold_is_on_the_weights_that_the_estimator_uses() -> None:
     with pytest.raises(EffectiveSampleSizeError):
         Case("two lines", lr=0.3).probe(observable=fp.entropy(weighting=worse), **options)
     Case("two lines", lr=0.3).probe(observable=fp.entropy(weighting=better), **options)
+
+
+def test_a_heavy_tail_is_reported_where_it_carries_weight() -> None:
+    base = weight_health(torch.zeros(E.completion_mask.shape, dtype=torch.float64), E)._replace(khat=0.9)
+    scores = fp.score(case().policy, case().params, E)
+    assert list(after_measuring(scores, E, base)) == []  # equal weights: the shape of their tail weighs nothing
+    (said,) = after_measuring(scores, E, base._replace(ess_sequence=5.0))
+    assert "Pareto k̂ is 0.90, above 0.7" in said
+    assert list(after_measuring(scores, E, base._replace(ess_sequence=5.0, khat=0.6))) == []
 
 
 def test_shared_rollouts_are_reported() -> None:
