@@ -58,7 +58,7 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
     if device is not None and torch.device(device) != _device(module):
         module = copy.deepcopy(module).to(device)
     shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    skeleton = copy.deepcopy(module, shared).eval()  # same tensors, its own flags
+    skeleton = _ready(copy.deepcopy(module, shared))  # same tensors, its own flags and hooks
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise InputError(
@@ -189,6 +189,19 @@ def _is_causal_lm(module: nn.Module) -> bool:
     prefix = getattr(type(module), "base_model_prefix", "")
     head = getattr(type(module), "get_output_embeddings", None)
     return prefix in module._modules and head is not None and head(module) is not None
+
+
+def _ready(skeleton: nn.Module) -> nn.Module:
+    """Return the copy in eval mode, without the hook that checkpointing puts on embeddings.
+
+    That hook calls `requires_grad_` on activations, which function transforms refuse and nothing here needs; in eval
+    mode transformers does not checkpoint.
+    """
+    for part in skeleton.modules():
+        for key, hook in list(part._forward_hooks.items()):
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del part._forward_hooks[key]
+    return skeleton.eval()
 
 
 def _leaves(module: nn.Module) -> dict[int, str]:
