@@ -65,8 +65,9 @@ def _fields(logits: Tensor, token: Tensor, temperature: Tensor, stats: Mapping[s
     entries are float32; both sums and all that follows is float64. A float32 log-softmax would round `log Z` once for
     the whole distribution, an error that no sum averages out.
     """
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    z = wide / temperature.to(wide.dtype).unsqueeze(-1)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    del logits  # one array of V entries a token less at the peak
+    z = z / temperature.to(z.dtype).unsqueeze(-1)
     z = z - z.detach().amax(-1, keepdim=True)  # the shift cancels
     weight = z.exp()
     total = weight.sum(-1, dtype=torch.float64)
