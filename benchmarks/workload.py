@@ -179,11 +179,12 @@ def _qwen2(size: Size) -> nn.Module:
         num_key_value_heads=max(1, size.hidden // 256),
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Qwen2ForCausalLM(config).eval()
+        model = Qwen2ForCausalLM(config).eval()
+    model.set_attn_implementation("sdpa")
+    return model
 
 
 def _random_rollouts(size: Size, seed: int) -> Rollouts:
