@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from funcprobe import tree
-from funcprobe.data.rollouts import microbatches, take
+from funcprobe.data.rollouts import microbatches, take, to_device
 from funcprobe.errors import ForwardModeError, NumericsError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
@@ -62,9 +62,10 @@ def scores(
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
     """
+    rollouts = to_device(rollouts, policy.device)
     with torch.no_grad():
         pieces = [
-            (rows, _finite(score(policy, params, part, stats), rows))
+            (rows, _finite(score(policy, params, part, stats), rows, what))
             for rows, part in _pieces(rollouts, microbatch, progress, what)
         ]
         return _gather(pieces, rollouts)
@@ -91,6 +92,7 @@ def gradient(
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
     """
+    rollouts = to_device(rollouts, policy.device)
     known = (
         None
         if separable
@@ -104,7 +106,7 @@ def gradient(
     for rows, part in _pieces(rollouts, microbatch, progress, what):
         run = partial(score, policy, rollouts=part, stats=stats, rematerialise=True)
         part_scores, pull = torch.func.vjp(run, params)  # type: ignore[misc]
-        pieces.append((rows, _finite(part_scores, rows)))
+        pieces.append((rows, _finite(part_scores, rows, what)))
         mine = _cotangents(f, part_scores, part) if cotangents is None else _rows(cotangents, rows, part)
         (pulled,) = pull(mine, retain_graph=False, create_graph=False)
         total = _accumulate(total, pulled, fresh=len(pieces) > 2)
@@ -135,12 +137,13 @@ def directional(
         ForwardModeError: If an operation of the model has no forward derivative.
         NumericsError: If a score is not finite; the message names the sequences.
     """
+    rollouts = to_device(rollouts, policy.device)
     direction = tree.like(direction, params)
     primals, tangents = [], []
     with math_attention(), torch.no_grad(), _forward_mode_errors():
         for rows, part in _pieces(rollouts, microbatch, progress, what):
             s, ds = torch.func.jvp(partial(score, policy, rollouts=part, stats=stats), (params,), (direction,))  # type: ignore[misc]
-            primals.append((rows, _finite(s, rows)))
+            primals.append((rows, _finite(s, rows, what)))
             tangents.append((rows, ds))
         return Directional(_gather(primals, rollouts), _gather(tangents, rollouts))
 
@@ -163,6 +166,7 @@ def anchored(
     Raises:
         NumericsError: If a score at the anchor is not finite.
     """
+    rollouts = to_device(rollouts, policy.device)
     with math_attention():
         anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch)
 
@@ -229,14 +233,14 @@ def _accumulate(total: Params | None, more: Params, *, fresh: bool) -> Params:
     return total
 
 
-def _finite(found: TokenScores, rows: Tensor) -> TokenScores:
+def _finite(found: TokenScores, rows: Tensor, what: str) -> TokenScores:
     healthy = torch.isfinite(found.logp.detach() + found.entropy.detach()).all(dim=1)
     if not bool(healthy.all()):
         bad = rows.to(healthy.device)[~healthy].tolist()
         listed = ", ".join(str(b) for b in sorted(bad)[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NumericsError(
-            f"The model returned log-probabilities that are not finite for sequence {listed}; check the weights, or "
-            "load the model in a wider dtype."
+            f"The model returned log-probabilities that are not finite for sequence {listed} (in: {what}); check the "
+            "weights, or load the model in a wider dtype."
         )
     return found
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from funcprobe.errors import InputError
 from funcprobe.types import Params
 
+#: How many entries of a leaf a float64 reduction widens at once (32 MiB).
+CHUNK = 2**22
+
 
 def add(a: Params, b: Params) -> Params:
     """Return a + b, leaf by leaf.
@@ -56,7 +59,7 @@ def dot(a: Params, b: Params) -> Tensor:
         >>> dot({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])})
         tensor(11., dtype=torch.float64)
     """
-    return _total(map_(lambda x, y: torch.dot(x.double().flatten(), y.double().flatten()), a, b))
+    return _total(map_(_dot, a, b))
 
 
 def norm(a: Params) -> Tensor:
@@ -66,7 +69,7 @@ def norm(a: Params) -> Tensor:
 
 def leaf_norms(a: Params) -> dict[str, float]:
     """Return the Euclidean norm of every leaf, taken in float64."""
-    return {name: float(torch.linalg.vector_norm(x.double())) for name, x in a.items()}
+    return {name: float(torch.sqrt(_dot(x, x))) for name, x in a.items()}
 
 
 def top_k(a: Params, k: int) -> list[tuple[str, float]]:
@@ -149,6 +152,14 @@ def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Param
     trees: tuple[Any, ...] = (first, *rest)
     result: Params = optree.tree_map(function, *trees)  # type: ignore[assignment]
     return result
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return Σ x y in float64, widening `CHUNK` entries at a time: a float64 copy of an embedding is gigabytes."""
+    pieces = zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True)
+    return sum(
+        (torch.dot(p.double(), q.double()) for p, q in pieces), torch.zeros((), dtype=torch.float64, device=x.device)
+    )
 
 
 def _leaves(a: Any) -> list[Tensor]:

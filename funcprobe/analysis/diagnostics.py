@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from funcprobe.analysis.movement import Movement
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning
-from funcprobe.estimators.importance import WeightHealth
+from funcprobe.estimators.importance import SamplerMismatch, WeightHealth, sampler_mismatch
 from funcprobe.types import Observable, Rollouts, TokenScores
 
 #: Mean absolute difference between the sampler's log-probs and ours, nats per token, above which a result says so.
@@ -64,14 +65,20 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
-def before_measuring(evaluation: Rollouts, update: Rollouts) -> Iterator[str]:
-    """Yield what should be known of two batches before they are used together."""
+def before_measuring(
+    evaluation: Rollouts, update: Rollouts, moved: Movement, info: Mapping[str, float]
+) -> Iterator[str]:
+    """Yield what should be known of the batches and the step before anything is measured."""
+    if moved.norm == 0.0:
+        yield f"The step is zero at learning rate {info['lr']:g}: no parameter moves, and neither does anything else."
     shared = overlap(evaluation, update)
     if shared.sequences:
         yield (
             f"{shared.sequences} of {evaluation.ids.shape[0]} evaluation sequences also stand in the update batch; on "
             "them the measured change is optimistic, so draw E apart from U."
         )
+    if "sampler_gap" in info:
+        yield from _mismatch(SamplerMismatch(info["sampler_gap"], info["sampler_ratio"]), update, "update")
 
 
 def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[str]:
@@ -81,21 +88,22 @@ def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHea
             f"Pareto k̂ is {health.khat:.2f}, above {KHAT_LIMIT}: the sequence weights have a heavy tail and their "
             "estimates are not reliable; take a smaller learning rate or more rollouts."
         )
-    if evaluation.sampling_logps is None:
-        return
-    mask = evaluation.completion_mask
-    off = (anchor.logp - evaluation.sampling_logps)[mask]
-    gap, ratio = float(off.abs().mean()), float(off.exp().mean())
-    truncated = _is_truncated(evaluation)
-    if truncated or gap > SAMPLER_MISMATCH:
-        cause = (
-            "the sampler truncated its support (top_p, top_k), which renormalises its log-probabilities"
-            if truncated
-            else "engine, precision, temperature or checkpoint may differ from those that sampled"
-        )
+    found = sampler_mismatch(anchor, evaluation)
+    if found is not None:
+        yield from _mismatch(found, evaluation, "evaluation")
+
+
+def _mismatch(found: SamplerMismatch, rollouts: Rollouts, which: str) -> Iterator[str]:
+    size = f"by {found.gap:.3g} nats per token (mean ratio {found.ratio:.3g}) from the recomputed ones, which are used"
+    if _is_truncated(rollouts):
         yield (
-            f"The sampler's log-probabilities differ from the recomputed ones by {gap:.3g} nats per token (mean ratio "
-            f"{ratio:.3g}): {cause}; the recomputed ones are used."
+            f"The {which} rollouts come from a truncated sampler (top_p, top_k), so they are not the policy's own; "
+            f"their log-probabilities differ {size}."
+        )
+    elif found.gap > SAMPLER_MISMATCH:
+        yield (
+            f"The sampler's log-probabilities of the {which} rollouts differ {size}: engine, precision, temperature or "
+            "checkpoint may not be those that sampled."
         )
 
 
@@ -110,7 +118,8 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
     Raises:
         EffectiveSampleSizeError: If it is and `action` is "raise".
     """
-    fraction = health.fraction(getattr(observable, "weighting", "sequence"))
+    inclusive = getattr(observable, "integrand", "") == "surprisal"
+    fraction = health.fraction(getattr(observable, "weighting", "sequence"), inclusive=inclusive)
     if fraction >= threshold:
         return
     message = (

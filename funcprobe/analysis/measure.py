@@ -12,9 +12,12 @@ from torch import Tensor
 from funcprobe import engine, tree
 from funcprobe.analysis.diagnostics import Clock, Messages, after_measuring, before_measuring, check_ess
 from funcprobe.analysis.environment import describe_environment
+from funcprobe.analysis.movement import Movement, movement
+from funcprobe.analysis.movement import rounding as rounding_of
 from funcprobe.analysis.result import BatchCounts, ProbeResult
+from funcprobe.data.rollouts import to_device
 from funcprobe.errors import ForwardModeError, InputError
-from funcprobe.estimators.importance import log_ratios, weight_health
+from funcprobe.estimators.importance import Proposal, log_ratios, weight_health
 from funcprobe.estimators.observables import entropy, entropy_family
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
@@ -26,7 +29,6 @@ from funcprobe.types import (
     Params,
     Progress,
     Rollouts,
-    StepResult,
     TokenBudget,
     TokenScores,
 )
@@ -80,25 +82,23 @@ def probe(
     """
     _check_options(mode, on_low_ess, ess_threshold)
     said, clock = Messages(), Clock()
-    with said.recording(), clock("gradient on U"):
-        gradient, info = step.gradient(params, update, progress=progress)
-    with clock("optimizer step"):
-        result = step.apply(params, opt_state, gradient, lr=lr, info=info)
-        moved = _movement(params, result)
-    said.also(before_measuring(evaluation, update))
+    after, delta, info = _take(step, params, opt_state, update, lr, clock, said, progress)
+    moved = movement(params, after, delta)
+    said.also(before_measuring(evaluation, update, moved, info))
+    evaluation = to_device(evaluation, policy.device)
 
-    run = _Runner(policy, params, evaluation, observable, microbatch, progress, clock)
-    first, mode_used = _first_order(run, result.update, mode, said)
-    slow_but_equal = engine.math_attention() if mode_used == "forward" else nullcontext()
-    with slow_but_equal, clock("E at θ′"):
-        after = run.scores(result.params, "E after the step")
-    rounding_row = _rounding_row(run, first, moved, rounding, said)
+    passes = _Passes(policy, params, evaluation, observable, microbatch, progress, clock)
+    first, mode_used = _first_order(passes, delta, mode, said)
+    one_arithmetic = engine.math_attention() if mode_used == "forward" else nullcontext()
+    with one_arithmetic, clock("E at θ′"):
+        scores_after = passes.scores(after, "E at θ′")
+    rounding_row = _rounding_row(passes, first, after, delta, moved, rounding, said)
 
-    d = log_ratios(after, first.scores, evaluation, getattr(observable, "proposal", "anchor"))
-    health = weight_health(d, evaluation)
+    proposal: Proposal = getattr(observable, "proposal", "anchor")
+    health = weight_health(log_ratios(scores_after, first.scores, evaluation, proposal), evaluation)
     said.also(after_measuring(first.scores, evaluation, health))
     check_ess(health, observable, ess_threshold, on_low_ess, said)
-    main = _estimate(observable, first, after, evaluation)
+    main = _estimate(observable, first, scores_after, evaluation)
     assert main.first_order is not None
     return ProbeResult(
         observable=observable.name,
@@ -112,20 +112,38 @@ def probe(
         rounding=rounding_row,
         rounding_ratio=moved.rounding_ratio,
         update_norm=moved.norm,
-        lr=result.info["lr"],
+        lr=info["lr"],
         unmoved=moved.unmoved,
-        top=tuple(tree.top_k(result.update, top_k)),
-        family={o.name: _estimate(o, first, after, evaluation) for o in entropy_family()},
+        top=tuple(tree.top_k(delta, top_k)),
+        family={o.name: _estimate(o, first, scores_after, evaluation) for o in entropy_family(proposal)},
         health=health,
-        step=dict(result.info),
+        step=info,
         evaluation=BatchCounts.of(evaluation),
         update_batch=BatchCounts.of(update),
         warnings=tuple(said.warnings),
         notes=tuple(said.notes),
         timings=clock.seconds,
         environment=describe_environment(policy.device, params),
-        update=_portable(result.update) if keep_update else None,
+        update=_portable(delta) if keep_update else None,
     )
+
+
+def _take(
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    update: Rollouts,
+    lr: float | None,
+    clock: Clock,
+    said: Messages,
+    progress: Progress | None,
+) -> tuple[Params, Params, dict[str, float]]:
+    """Return (θ′, Δθ, info) of one step; gradient and optimizer state are let go before E needs the memory."""
+    with said.recording(), clock("gradient on U"):
+        gradient, info = step.gradient(params, update, progress=progress)
+    with clock("optimizer step"):
+        taken = step.apply(params, opt_state, gradient, lr=lr, info=info)
+    return taken.params, taken.update, dict(taken.info)
 
 
 class _FirstOrder(NamedTuple):
@@ -135,10 +153,10 @@ class _FirstOrder(NamedTuple):
     along: engine.Directional | None  #: forward mode: tangents, for every observable at once
     gradient: Params | None  #: reverse mode: ∇F of the observable asked for
     value: Tensor | None  #: reverse mode: ⟨∇F, Δθ⟩
-    of: str  #: the observable that `value` belongs to
+    of: Observable  #: the observable that `value` belongs to
 
 
-class _Runner(NamedTuple):
+class _Passes(NamedTuple):
     """The model passes over E that a probe is made of."""
 
     policy: Policy
@@ -175,7 +193,7 @@ class _Runner(NamedTuple):
     def forward(self, update: Params) -> _FirstOrder:
         with self.clock("E and its derivative at θ"):
             along = self.directional(update, "E, forward mode")
-        return _FirstOrder(along.scores, along, None, None, self.observable.name)
+        return _FirstOrder(along.scores, along, None, None, self.observable)
 
     def reverse(self, update: Params) -> _FirstOrder:
         def f(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
@@ -193,19 +211,19 @@ class _Runner(NamedTuple):
                 what="E, reverse mode",
             )
         value = tree.dot(found.gradient, update)
-        return _FirstOrder(found.scores, None, found.gradient, value, self.observable.name)
+        return _FirstOrder(found.scores, None, found.gradient, value, self.observable)
 
 
-def _first_order(run: _Runner, update: Params, mode: Mode, said: Messages) -> tuple[_FirstOrder, str]:
+def _first_order(passes: _Passes, update: Params, mode: Mode, said: Messages) -> tuple[_FirstOrder, str]:
     if mode == "reverse":
-        return run.reverse(update), "reverse"
+        return passes.reverse(update), "reverse"
     try:
-        return run.forward(update), "forward"
+        return passes.forward(update), "forward"
     except ForwardModeError as error:
         if mode == "forward":
             raise
         said.notes.append(f"reverse mode was used: {error}")
-        return run.reverse(update), "reverse"
+        return passes.reverse(update), "reverse"
 
 
 def _estimate(observable: Observable, first: _FirstOrder, after: TokenScores, evaluation: Rollouts) -> Estimate:
@@ -214,46 +232,31 @@ def _estimate(observable: Observable, first: _FirstOrder, after: TokenScores, ev
     slope: float | None = None
     if first.along is not None:
         slope = float(engine.derivative(lambda s: observable(s, anchor, evaluation), first.along)[1])
-    elif first.value is not None and observable.name == first.of:
+    elif first.value is not None and observable == first.of:
         slope = float(first.value)
     return Estimate(float(before), float(changed), float(changed - before), slope)
 
 
-class _Movement(NamedTuple):
-    """What the step did to the stored parameters."""
-
-    norm: float  #: ‖Δθ‖₂, float64
-    rounding: Params  #: (θ′ − θ) − Δθ in float64, kept in the update's dtype
-    rounding_ratio: float  #: its norm over ‖Δθ‖₂; 0 where nothing moved
-    unmoved: float  #: fraction of entries that the update would move and the storage dtype does not
-
-
-def _movement(params: Params, result: StepResult) -> _Movement:
-    def off(after: Tensor, before: Tensor, update: Tensor) -> Tensor:
-        return ((after.double() - before.double()) - update.double()).to(update.dtype)
-
-    rounding = tree.map_(off, result.params, params, result.update)
-    norm = float(tree.norm(result.update))
-    wanted = sum(int((u != 0).sum()) for u in result.update.values())
-    stuck = sum(int(((u != 0) & (result.params[n] == params[n])).sum()) for n, u in result.update.items())
-    ratio = float(tree.norm(rounding)) / norm if norm > 0 else 0.0
-    return _Movement(norm, rounding, ratio, stuck / wanted if wanted else 0.0)
-
-
 def _rounding_row(
-    run: _Runner, first: _FirstOrder, moved: _Movement, rounding: bool | Literal["auto"], said: Messages
+    passes: _Passes,
+    first: _FirstOrder,
+    after: Params,
+    delta: Params,
+    moved: Movement,
+    wanted: bool | Literal["auto"],
+    said: Messages,
 ) -> float | None:
     if first.gradient is not None:
-        return float(tree.dot(first.gradient, moved.rounding))
-    if rounding is False or (rounding == "auto" and moved.rounding_ratio <= ROUNDING_WORTH_A_PASS):
+        return float(tree.dot(first.gradient, rounding_of(passes.params, after, delta)))
+    if wanted is False or (wanted == "auto" and moved.rounding_ratio <= ROUNDING_WORTH_A_PASS):
         said.notes.append(
             f"the rounding row was not computed: rounding is {moved.rounding_ratio:.1e} of the update's norm"
         )
         return None
-    with run.clock("rounding row"):
-        along = run.directional(moved.rounding, "rounding row")
+    with passes.clock("rounding row"):
+        along = passes.directional(rounding_of(passes.params, after, delta), "E, rounding row")
         anchor = first.scores
-        return float(engine.derivative(lambda s: run.observable(s, anchor, run.evaluation), along)[1])
+        return float(engine.derivative(lambda s: passes.observable(s, anchor, passes.evaluation), along)[1])
 
 
 def _check_options(mode: str, on_low_ess: str, ess_threshold: float) -> None:

@@ -86,6 +86,7 @@ class WeightHealth(NamedTuple):
     ess_sequence: float  #: ESS of the sequence weights, in sequences
     ess_prefix_min: float  #: smallest ESS of the per-decision weights over positions, all rows counted
     ess_prefix_mean: float  #: mean over positions of the same
+    ess_inclusive_min: float  #: as ess_prefix_min, for the weights with s ≤ t that a surprisal takes
     ess_contributing_min: float  #: smallest ESS over positions, among rows that have a token there
     ess_contributing_mean: float  #: mean over positions of the same
     ess_base: float  #: ESS of the base weights alone: N, where they are equal
@@ -95,9 +96,13 @@ class WeightHealth(NamedTuple):
     log_weight_mean: float  #: mean of the same
     log_weight_std: float  #: their standard deviation
 
-    def fraction(self, weighting: Weighting) -> float:
-        """Return the ESS of the named weighting as a fraction of what the base weights alone would give."""
-        return (self.ess_sequence if weighting == "sequence" else self.ess_prefix_min) / self.ess_base
+    def fraction(self, weighting: Weighting, *, inclusive: bool = False) -> float:
+        """Return the ESS of the named weights as a fraction of what the base weights alone would give.
+
+        `inclusive` asks for per-decision weights over `s ≤ t`, which a surprisal takes, instead of `s < t`.
+        """
+        per_decision = self.ess_inclusive_min if inclusive else self.ess_prefix_min
+        return (self.ess_sequence if weighting == "sequence" else per_decision) / self.ess_base
 
 
 def weight_health(d: Tensor, rollouts: Rollouts) -> WeightHealth:
@@ -112,6 +117,7 @@ def weight_health(d: Tensor, rollouts: Rollouts) -> WeightHealth:
         ess_sequence=float(effective_sample_size(sequence)),
         ess_prefix_min=float(per_position.min()),
         ess_prefix_mean=float(per_position.mean()),
+        ess_inclusive_min=float(effective_sample_size(prefix_weights(d, a, inclusive=True)).min()),
         ess_contributing_min=float(contributing.min()),
         ess_contributing_mean=float(contributing.mean()),
         ess_base=float(effective_sample_size(a)),
@@ -121,6 +127,22 @@ def weight_health(d: Tensor, rollouts: Rollouts) -> WeightHealth:
         log_weight_mean=float(log_weights.mean()),
         log_weight_std=float(log_weights.std(correction=0)),
     )
+
+
+class SamplerMismatch(NamedTuple):
+    """How far the log-probabilities that a sampling engine reported are from the recomputed ones."""
+
+    gap: float  #: mean |recomputed − reported|, nats per token
+    ratio: float  #: mean exp(recomputed − reported): 1 where they agree, about .9 under a nucleus of .9
+
+
+def sampler_mismatch(scores: TokenScores, rollouts: Rollouts) -> SamplerMismatch | None:
+    """Return the mismatch over completion tokens; None where the rollouts carry no `sampling_logps`."""
+    if rollouts.sampling_logps is None:
+        return None
+    mask = rollouts.completion_mask.to(scores.logp.device)
+    off = (scores.logp - rollouts.sampling_logps.to(scores.logp.device))[mask]
+    return SamplerMismatch(float(off.abs().mean()), float(off.exp().mean()))
 
 
 def pareto_khat(log_weights: Tensor) -> float | None:

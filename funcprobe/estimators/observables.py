@@ -49,8 +49,9 @@ class Entropy:
 
     @property
     def name(self) -> str:
-        """The name in tables, such as 'rao_blackwell/per_decision/token'."""
-        return f"{self.integrand}/{self.weighting}/{self.per}"
+        """The name in tables, such as 'rao_blackwell/per_decision/token'; a proposal other than the anchor is added."""
+        proposal = "" if self.proposal == "anchor" else f"/{self.proposal}"
+        return f"{self.integrand}/{self.weighting}/{self.per}{proposal}"
 
     @property
     def unit(self) -> str:

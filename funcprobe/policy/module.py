@@ -55,7 +55,7 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
     Raises:
         InputError: If the module has no trainable leaf or returns no logits of the right shape.
     """
-    if device is not None and torch.device(device) != _device(module):
+    if device is not None and not _is_on(module, torch.device(device)):
         module = copy.deepcopy(module).to(device)
     shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     skeleton = _ready(copy.deepcopy(module, shared))  # same tensors, its own flags and hooks
@@ -142,11 +142,12 @@ def _agrees(policy: Policy, module: nn.Module, params: Params) -> bool:
     ids = torch.arange(3, device=policy.device).remainder(policy.vocab_size).unsqueeze(0)
     mask = torch.ones_like(ids, dtype=torch.bool)
     with torch.no_grad():
-        whole = module(input_ids=ids, use_cache=False).logits[0]
+        whole = _whole(module, params).features(params, ids, mask)[0]
         split = policy.readout(params, policy.features(params, ids, mask)[0])
-    # a misplaced scale or cap is off by far more than low-precision rounding of logits of order one
+    # a misplaced scale or cap is off by far more than low-precision rounding of logits of order one; NaN is nobody's
+    # disagreement, and scoring names the sequence it comes from
     tolerance = max(1e-5, 32 * torch.finfo(whole.dtype).eps) * (1 + float(whole.abs().max()))
-    agrees = whole.shape == split.shape and bool((whole - split).abs().max() <= tolerance)
+    agrees = whole.shape == split.shape and not bool(((whole - split).abs() > tolerance).any())
     if not agrees:
         log.warning("%s does not split at its head; it is run whole, with logits in memory", type(module).__name__)
     return agrees
@@ -208,5 +209,6 @@ def _leaves(module: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in module.named_parameters() if p.requires_grad}
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
+def _is_on(module: nn.Module, device: torch.device) -> bool:
+    found = next((p.device for p in module.parameters()), device)
+    return found.type == device.type and device.index in (None, found.index)  # "cuda" is wherever on cuda it already is

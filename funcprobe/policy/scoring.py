@@ -3,9 +3,8 @@
 `features` runs the model once; only the positions that predict a completion token go on to `readout`. Logits are
 scaled by the row's temperature; entries of the softmax are float32 or wider, its sums and all that follows float64.
 
-Where the logits of a microbatch would exceed `LOGITS_BUDGET` entries they are made chunk by chunk, so that `[B, T, V]`
-never exists. A backward pass would keep every chunk alive; with `rematerialise=True` it makes them again instead, at
-the price of one more readout.
+Logits are made chunk by chunk, so that `[B, T, V]` never exists. A backward pass would keep every chunk alive: with
+`rematerialise=True` logits beyond `LOGITS_BUDGET` entries are made again in it instead, for one more readout.
 """
 
 from __future__ import annotations
@@ -16,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprobe.data.rollouts import to_device
 from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
 from funcprobe.types import Params, Rollouts, Statistic, TokenScores
 
-#: The most logits that exist at once, in entries (128 MiB in float32, of which a backward pass keeps three).
+#: The most logits that a reverse pass keeps, in entries: 128 MiB in float32, a few such arrays at the peak.
 LOGITS_BUDGET = 2**25
+
+#: The most logits that exist at once where nothing is kept (values, forward mode), in entries, and the least number of
+#: tokens in such a chunk: 8 MiB stay near the cache, and 128 rows keep the product with the head efficient.
+CHUNK_ENTRIES, CHUNK_TOKENS = 2**21, 128
 
 
 def score(
@@ -42,9 +46,13 @@ def score(
     Raises:
         InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary.
     """
+    rollouts = to_device(rollouts, policy.device)
     _check(policy, params, rollouts)
     stats = stats or {}
-    hidden = policy.features(params, rollouts.ids, rollouts.attention_mask)
+    ids = rollouts.ids.masked_fill(
+        ~rollouts.attention_mask, 0
+    )  # whatever stands in padded columns, it is not looked at
+    hidden = policy.features(params, ids, rollouts.attention_mask)
     row, position = rollouts.completion_mask.nonzero(as_tuple=True)
     column = rollouts.prompt_lengths[row] + position
     leaves = tuple(params[name] for name in policy.readout_names)
@@ -54,7 +62,7 @@ def score(
         return _fields(policy.readout(known, hidden), token, temperature, stats)
 
     inputs = (hidden[row, column - 1], rollouts.ids[row, column], rollouts.temperature[row], *leaves)
-    values = _by_chunks(fields, max(1, LOGITS_BUDGET // policy.vocab_size), rematerialise, inputs)
+    values = _by_chunks(fields, policy.vocab_size, rematerialise, inputs)
     return _scatter(values, rollouts.completion_mask, tuple(stats))
 
 
@@ -90,10 +98,13 @@ def _scatter(values: Tensor, mask: Tensor, names: tuple[str, ...]) -> TokenScore
     return TokenScores(logp, entropy, dict(zip(names, extra, strict=True)))
 
 
-def _by_chunks(fields: Callable[..., Tensor], chunk: int, rematerialise: bool, inputs: tuple[Tensor, ...]) -> Tensor:
-    if inputs[0].shape[0] <= chunk:
-        return fields(*inputs)
-    return _Rematerialised.apply(fields, chunk, *inputs) if rematerialise else _concatenated(fields, chunk, *inputs)
+def _by_chunks(
+    fields: Callable[..., Tensor], vocab_size: int, rematerialise: bool, inputs: tuple[Tensor, ...]
+) -> Tensor:
+    kept = max(1, LOGITS_BUDGET // vocab_size)
+    if rematerialise:  # few large chunks: each adds a gradient of the head's size
+        return fields(*inputs) if len(inputs[0]) <= kept else _Rematerialised.apply(fields, kept, *inputs)
+    return _concatenated(fields, min(kept, max(CHUNK_TOKENS, CHUNK_ENTRIES // vocab_size)), *inputs)
 
 
 def _concatenated(

@@ -124,9 +124,10 @@ def _draw(ax: Axes, point: Point, scale: float, *, ringed: bool) -> None:
 
 def _label(name: str) -> str:
     integrand, *rest = name.split("/")
-    if len(rest) != 2:
+    if len(rest) < 2:
         return name
-    return f"{WORDS.get(integrand, integrand)}, {WORDS.get(rest[0], rest[0])}, per {rest[1]}"
+    proposal = f", against the {rest[2]}" if len(rest) > 2 else ""
+    return f"{WORDS.get(integrand, integrand)}, {WORDS.get(rest[0], rest[0])}, per {rest[1]}{proposal}"
 
 
 def _scale(largest: float) -> tuple[float, str]:

@@ -127,7 +127,7 @@ def _family(result: ProbeResult) -> RenderableType:
         table.add_column(heading, justify="right", no_wrap=True)
     unit = None
     for name, estimate in result.family.items():
-        integrand, weighting, per = name.split("/")
+        integrand, weighting, per, *_ = name.split("/")
         if per != unit:
             table.add_row(f"nats per {per}", style="dim")
             unit = per

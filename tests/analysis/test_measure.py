@@ -16,7 +16,7 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.analysis.diagnostics import after_measuring
 from funcprobe.data.rollouts import take
-from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError
+from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError, NumericsError
 from funcprobe.estimators.importance import weight_health
 from funcprobe.types import OptState, Params
 from tests import models
@@ -133,7 +133,8 @@ def test_first_order_and_update_scale_with_the_learning_rate(lr: float, optimize
 
 
 def test_no_learning_rate_no_step() -> None:
-    result = case().probe(lr=0.0)
+    with pytest.warns(FuncprobeWarning, match="The step is zero at learning rate 0"):
+        result = case().probe(lr=0.0)
     assert (result.update_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
     assert result.health.ess_sequence == pytest.approx(9)
 
@@ -253,13 +254,43 @@ def test_a_sampler_that_disagrees_is_reported() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert c.probe(evaluation=E._replace(sampling_logps=ours)).warnings == ()
-    with pytest.warns(
-        FuncprobeWarning, match=r"differ from the recomputed ones by 0.1 nats per token \(mean ratio 0.905\)"
-    ):
-        c.probe(evaluation=E._replace(sampling_logps=ours + 0.1 * E.completion_mask))
+    off = E._replace(sampling_logps=ours + 0.1 * E.completion_mask)
+    with pytest.warns(FuncprobeWarning, match=r"differ by 0.1 nats per token \(mean ratio 0.905\) from the recomputed"):
+        c.probe(evaluation=off)
     nucleus = E._replace(sampling_logps=ours, top_p=torch.full((9,), 0.9, dtype=torch.float64))
-    with pytest.warns(FuncprobeWarning, match=r"truncated its support \(top_p, top_k\)"):
+    with pytest.warns(
+        FuncprobeWarning, match=r"The evaluation rollouts come from a truncated sampler \(top_p, top_k\)"
+    ):
         c.probe(evaluation=nucleus)
+
+
+def test_a_sampler_that_disagrees_on_the_update_batch_is_reported() -> None:
+    c = case()
+    off = U._replace(sampling_logps=fp.score(c.policy, c.params, U).logp - 0.1 * U.completion_mask)
+    with pytest.warns(
+        FuncprobeWarning, match=r"of the update rollouts differ by 0.1 nats per token \(mean ratio 1.11\)"
+    ):
+        c.probe(update=off)
+
+
+def test_another_proposal_is_named_and_never_mixed_with_the_anchor() -> None:
+    c = case()
+    reported = E._replace(sampling_logps=fp.score(c.policy, c.params, E).logp - 0.01 * E.completion_mask)
+    observable = fp.entropy(proposal="sampler")
+    forward, reverse = (c.probe(observable=observable, evaluation=reported, mode=m) for m in ("forward", "reverse"))
+    assert forward.observable == "rao_blackwell/per_decision/token/sampler"
+    for result in (forward, reverse):
+        assert all(name.endswith("/sampler") for name in result.family)
+        main = result.family[result.observable]
+        assert (main.change, main.first_order) == (result.change, result.first_order)
+    assert reverse.first_order == pytest.approx(forward.first_order, rel=1e-9)
+
+
+def test_the_batch_of_a_score_that_is_not_finite_is_named() -> None:
+    c = case("two lines")
+    broken = {n: torch.full_like(p, torch.nan) for n, p in c.params.items()}
+    with pytest.raises(NumericsError, match=r"not finite for sequence [\d, ]+ \(in: gradient\)"):
+        fp.probe(c.policy, c.step, broken, c.state, E, U)
 
 
 def test_what_the_step_warns_of_stands_in_the_result() -> None:
@@ -304,7 +335,7 @@ def test_microbatches_change_nothing_and_progress_counts() -> None:
     cut = c.probe(microbatch=fp.TokenBudget(16))
     assert cut.change == pytest.approx(whole.change, rel=1e-10)
     assert cut.first_order == pytest.approx(whole.first_order, rel=1e-10)
-    assert list(dict.fromkeys(seen)) == ["gradient", "E, forward mode", "E after the step"]
+    assert list(dict.fromkeys(seen)) == ["gradient", "E, forward mode", "E at θ′"]
     fewer = c.probe(evaluation=take(E, torch.arange(3)))
     assert fewer.evaluation.sequences == 3
     assert isinstance(c.module, nn.Module)

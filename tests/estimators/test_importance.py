@@ -103,6 +103,11 @@ def test_health_by_hand() -> None:
     assert math.isclose(health.ess_base, 16 / 10)
     assert math.isclose(health.ess_prefix_min, min(16 / 10, 25 / 13, 81 / 45))
     assert math.isclose(health.ess_contributing_min, 1.0)  # the third token is the second row's alone
+    assert math.isclose(health.ess_inclusive_min, min(25 / 13, 81 / 45, 441 / 261))
+    one_token = fp.rollouts_from_lists([[1]] * 10, [[2]] * 10, temperature=1.0)
+    outlier = importance.weight_health(torch.eye(10, dtype=torch.float64)[:, :1] * 20, one_token)
+    assert math.isclose(outlier.fraction("per_decision"), 1.0)  # no prefix, nothing to weigh
+    assert outlier.fraction("per_decision", inclusive=True) < 0.11  # a surprisal weighs the token itself
     assert math.isclose(health.fraction("sequence"), health.ess_sequence / 1.6)
     assert math.isclose(health.log_weight_max, math.log(6))
     assert health.khat is None  # two rows have no tail

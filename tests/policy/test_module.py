@@ -199,6 +199,34 @@ def test_a_wrapped_module_keeps_its_own_names() -> None:
     assert torch.equal(fp.score(policy, params, rollouts).logp, fp.score(bare, bare_params, rollouts).logp)
 
 
+def test_a_module_around_a_causal_lm_is_a_module_like_any_other() -> None:
+    class Around(nn.Module):
+        def __init__(self, *, scale: float) -> None:
+            super().__init__()
+            self.lm, self.scale = models.gpt2(), scale
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.scale * self.lm(ids).logits
+
+    rollouts = models.rollouts()
+    bare = fp.score(*fp.from_module(models.gpt2()), rollouts).logp
+    split, params = fp.from_module(Around(scale=1.0))
+    assert split.readout_names == ("lm.transformer.wte.weight",)
+    assert torch.allclose(fp.score(split, params, rollouts).logp, bare, rtol=0, atol=1e-12)
+    whole, params = fp.from_module(Around(scale=2.0))  # what stands around the model has its say
+    assert whole.readout_names == ()
+    assert not torch.allclose(fp.score(whole, params, rollouts).logp, bare, rtol=0, atol=1e-3)
+
+
+def test_weights_that_are_not_numbers_do_not_change_how_a_model_is_run(caplog: pytest.LogCaptureFixture) -> None:
+    module = models.gpt2()
+    nn.init.constant_(module.transformer.wte.weight, torch.nan)
+    with caplog.at_level(logging.WARNING):
+        policy, _ = fp.from_module(module)
+    assert policy.readout_names
+    assert caplog.text == ""
+
+
 def test_a_device_is_a_copy() -> None:
     module = models.two_lines()
     _, shared = fp.from_module(module, device="cpu")

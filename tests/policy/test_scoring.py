@@ -94,6 +94,13 @@ def test_temperature_is_the_rows_own() -> None:
     assert float(found.entropy[1].sum()) != float(fp.score(policy, params, rollouts).entropy[1].sum())
 
 
+def test_what_stands_in_padded_columns_is_never_looked_at() -> None:
+    policy, params = fp.from_module(models.gpt2())
+    rollouts = models.rollouts()
+    filled = rollouts._replace(ids=rollouts.ids.masked_fill(~rollouts.attention_mask, -100))
+    assert torch.equal(fp.score(policy, params, filled).logp, fp.score(policy, params, rollouts).logp)
+
+
 def test_ids_outside_the_vocabulary_and_rows_too_long_are_refused() -> None:
     policy, params = fp.from_module(models.two_lines())
     with pytest.raises(InputError, match="Token id 8 is outside the vocabulary of 7"):

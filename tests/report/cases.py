@@ -42,7 +42,7 @@ def result(**changes: Any) -> ProbeResult:
         "unmoved": 0.25,
         "top": (("model.layers.0.mlp.up_proj.weight", 0.01), ("model.norm.weight", 0.001)),
         "family": members,
-        "health": WeightHealth(250.0, 251.0, 253.0, 100.0, 200.0, 256.0, 0.31, 1.2, 0.4, 0.0, 0.1),
+        "health": WeightHealth(250.0, 251.0, 253.0, 249.0, 100.0, 200.0, 256.0, 0.31, 1.2, 0.4, 0.0, 0.1),
         "step": {"loss": 0.5},
         "evaluation": BatchCounts(256, 5000, 32),
         "update_batch": BatchCounts(128, 2500, 16),

@@ -1,0 +1,38 @@
+"""What one step did to the stored parameters: how far it went, and what storing it in their dtype lost."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from funcprobe import tree
+from funcprobe.types import Params
+
+
+class Movement(NamedTuple):
+    """The size of a step, and of the rounding that storing it caused."""
+
+    norm: float  #: ‖Δθ‖₂, float64
+    rounding_ratio: float  #: ‖(θ′ − θ) − Δθ‖₂ / ‖Δθ‖₂; 0 where nothing moved
+    unmoved: float  #: fraction of entries that Δθ would move and the storage dtype does not
+
+
+def movement(params: Params, after: Params, update: Params) -> Movement:
+    """Return how far a step went; one leaf's rounding exists at a time."""
+    norm = float(tree.norm(update))
+    lost = math.sqrt(sum(float(tree.norm({name: _off(params, after, update, name)})) ** 2 for name in params))
+    wanted = sum(int((u != 0).sum()) for u in update.values())
+    stuck = sum(int(((u != 0) & (after[name] == params[name])).sum()) for name, u in update.items())
+    return Movement(norm, lost / norm if norm > 0 else 0.0, stuck / wanted if wanted else 0.0)
+
+
+def rounding(params: Params, after: Params, update: Params) -> Params:
+    """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the update's dtype."""
+    return {name: _off(params, after, update, name) for name in params}
+
+
+def _off(params: Params, after: Params, update: Params, name: str) -> Tensor:
+    off = (after[name].double() - params[name].double()) - update[name].double()
+    return off.to(update[name].dtype)
