@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcprobe.training import kernels
 from funcprobe.training.groups import Group, assignments, check_gradient
-from funcprobe.training.kernels import Kernel, Terms
+from funcprobe.training.kernels import Kernel, State, Terms
 from funcprobe.training.state import check_state
 from funcprobe.types import OptimizerResult, OptState, Params
 
@@ -21,6 +21,10 @@ KERNELS: dict[type[torch.optim.Optimizer], Kernel] = {
     torch.optim.Adam: kernels.ADAM,
     torch.optim.AdamW: kernels.ADAM,
 }
+
+
+#: Entries of a leaf that are worked on at once; float64 temporaries of about ten times this many exist.
+CHUNK = 2**22
 
 
 class Affine(NamedTuple):
@@ -77,15 +81,18 @@ class PureOptimizer:
     def update(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> Params:
         """Return the step `Δθ` alone, in float32 (float64 for float64 leaves); differentiable in the gradient.
 
+        A leaf is worked on in flat chunks, so that float64 temporaries do not grow with it.
+
         Raises:
             InputError: If names or shapes do not fit.
         """
-        found = {}
-        for name, hyper in self._leaves(params, lr).items():
-            scale, momentum, decay = self._terms(name, params, opt_state, gradient, hyper)
-            wide = torch.float64 if params[name].dtype == torch.float64 else torch.float32
-            found[name] = (scale * gradient[name].to(params[name].dtype).double() + (momentum + decay)).to(wide)
-        return {name: found[name] for name in params}
+        leaves = self._leaves(params, lr)
+        return {
+            name: self._update(
+                p.detach(), gradient[name], self._state(name, params, opt_state, leaves[name]), leaves[name]
+            )
+            for name, p in params.items()
+        }
 
     def affine(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> Affine:
         """Return `(offset, scale)` with `Δθ = offset + scale ⊙ g`, float64 trees like the parameters.
@@ -118,6 +125,15 @@ class PureOptimizer:
     def _leaves(self, params: Params, lr: float | None) -> dict[str, dict[str, Any]]:
         return {name: hyper for names, hyper in assignments(self.groups, params, lr) for name in names}
 
+    def _update(self, leaf: Tensor, gradient: Tensor, state: State, hyper: Mapping[str, Any]) -> Tensor:
+        wide = torch.float64 if leaf.dtype == torch.float64 else torch.float32
+        pieces = []
+        for theta, g, entries in zip(_chunks(leaf), _chunks(gradient), _state_chunks(state, leaf), strict=True):
+            g = g.to(leaf.dtype)
+            scale, momentum, decay = self._kernel.terms(theta, g, entries, hyper)
+            pieces.append((scale * g.double() + (momentum + decay)).to(wide))
+        return torch.cat(pieces).reshape(leaf.shape)
+
     def _terms(
         self, name: str, params: Params, opt_state: OptState, gradient: Params, hyper: Mapping[str, Any]
     ) -> Terms:
@@ -136,3 +152,15 @@ class PureOptimizer:
             for key, value in state.items()
         }
         return {key: value.clone() for key, value in placed.items()} if copy else placed
+
+
+def _chunks(leaf: Tensor) -> tuple[Tensor, ...]:
+    return leaf.reshape(-1).split(CHUNK)
+
+
+def _state_chunks(state: State, leaf: Tensor) -> Iterator[State]:
+    """Yield the part of a leaf's state that belongs to each of its chunks; `step` belongs to all of them."""
+    cut = {key: _chunks(value) for key, value in state.items() if key != "step"}
+    whole = {key: value for key, value in state.items() if key == "step"}
+    for index in range(len(_chunks(leaf))):
+        yield {**whole, **{key: parts[index] for key, parts in cut.items()}}

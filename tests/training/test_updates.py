@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcprobe import tree
+from funcprobe.training import pure
 from funcprobe.training.optimizers import Group, PureOptimizer, adam, adamw, from_torch, sgd
 from funcprobe.types import Optimizer, OptState, Params
 from tests.training.cases import assert_same, clone, gradients, law, leaves
@@ -197,6 +199,49 @@ def test_the_update_is_differentiable_in_the_gradient(name: str) -> None:
     h = 1e-5
     numeric = float(total(tree.axpy(h, along, gradient)) - total(tree.axpy(-h, along, gradient))) / (2 * h)
     assert analytic == pytest.approx(numeric, rel=1e-5, abs=1e-9)
+
+
+class Float64Sizes(TorchDispatchMode):
+    """Remembers the sizes of the float64 tensors that operations return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            self.seen.add(out.numel())
+        return out
+
+
+@built_in
+@pytest.mark.parametrize("steps", [0, 2])
+def test_chunks_change_no_bit_and_bound_the_float64_temporaries(
+    name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer = BUILT_IN[name]
+    params, state, gradient = trained(optimizer, torch.float32, steps)
+    weights, along = gradients(params, 77), gradients(params, 78)
+
+    def results() -> dict[str, Params]:
+        update = lambda g: optimizer.update(params, state, g)  # noqa: E731
+        value, pull = torch.func.vjp(update, gradient)
+        pushed = torch.func.jvp(update, (gradient,), (along,))[1]
+        return {"plain": update(gradient), "value": value, "pulled": pull(weights)[0], "pushed": pushed}
+
+    whole = results()
+    monkeypatch.setattr(pure, "CHUNK", 4)  # leaves of 35, 24, 3 and 1 entries
+    assert_same(results(), whole)
+    with Float64Sizes() as sizes:
+        optimizer.update(params, state, gradient)
+    assert max(sizes.seen) == 4
+
+
+def test_a_leaf_without_entries_is_stepped() -> None:
+    params = {"none": torch.ones(0, 2)}
+    optimizer = adamw()
+    assert_same(optimizer.update(params, optimizer.init(params), params), params)
 
 
 def test_adafactor_keeps_the_epsilon_of_the_stored_dtype() -> None:
