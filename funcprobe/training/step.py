@@ -9,6 +9,7 @@ import torch
 
 from funcprobe import engine, tree
 from funcprobe.errors import NumericsError
+from funcprobe.estimators.importance import sampler_mismatch
 from funcprobe.policy.module import Policy
 from funcprobe.training.groups import check_lr
 from funcprobe.training.optimizers import clip_by_global_norm
@@ -55,7 +56,7 @@ class Step:
 
         Raises:
             InputError: If rollouts, state or learning rate do not fit.
-            NumericsError: If a score or the gradient is not finite.
+            NumericsError: If a score, the gradient, the step or a stepped parameter is not finite.
         """
         gradient, info = self.gradient(params, rollouts)
         return self._apply(params, opt_state, gradient, lr, info)
@@ -64,6 +65,10 @@ class Step:
         self, params: Params, rollouts: Rollouts, progress: Progress | None = None
     ) -> tuple[Params, dict[str, float]]:
         """Return the gradient of the loss in the parameters, unclipped, and what the objective reported with `loss`.
+
+        Where the rollouts carry `sampling_logps`, info says how far they are from the recomputed ones: `sampler_gap`,
+        the mean of `|logp − sampling_logps|` in nats per completion token, and `sampler_ratio`, that of
+        `exp(logp − sampling_logps)`.
 
         Raises:
             InputError: If the objective cannot use the rollouts.
@@ -81,7 +86,10 @@ class Step:
             what="gradient",
         )
         _check_finite(found.gradient, "gradient of the loss")
-        return found.gradient, {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
+        info = {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
+        mismatch = sampler_mismatch(found.scores, rollouts)
+        sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
+        return found.gradient, {**info, **sampler}
 
     def apply(
         self,
@@ -93,15 +101,16 @@ class Step:
     ) -> StepResult:
         """Return the step along a gradient: clip, then the optimizer; `lr` overrides every group's for this call.
 
-        The result's gradient is a copy of the raw one; its info is `info` with `grad_norm`, `clip_coefficient` and `lr`
-        (the first group's, where groups differ).
+        The result's gradient is the raw one as it was given, detached and sharing storage; nothing else in the result
+        shares storage with an argument, and no argument is changed. Its info is `info` with `grad_norm`,
+        `clip_coefficient` and `lr` (the first group's, where groups differ).
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit.
-            NumericsError: If the gradient or the step is not finite; the message names the leaf.
+            NumericsError: If the gradient, the step or a stepped parameter is not finite; the message names the leaf.
         """
         _check_finite(gradient, "gradient")
-        return self._apply(params, opt_state, {n: g.detach().clone() for n, g in gradient.items()}, lr, info or {})
+        return self._apply(params, opt_state, {n: g.detach() for n, g in gradient.items()}, lr, info or {})
 
     def _apply(
         self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, info: Mapping[str, float]
@@ -113,6 +122,7 @@ class Step:
         clipped = gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)
         params_after, update, state_after = self.optimizer.apply(params, opt_state, clipped, lr)
         _check_finite(update, "update")
+        _check_finite(params_after, "stepped parameter")  # a finite step may still leave the range of float16
         reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": self.optimizer.lr if lr is None else lr}
         return StepResult(params_after, update, state_after, gradient, {**info, **reported})
 
@@ -121,7 +131,7 @@ def _check_finite(leaves: Params, what: str) -> None:
     bad = [name for name, leaf in leaves.items() if not bool(torch.isfinite(leaf).all())]
     if bad:
         raise NumericsError(
-            f"The {what} is not finite at '{bad[0]}'"
+            f"The {what} is not finite at '{bad[0]}' ({str(leaves[bad[0]].dtype).removeprefix('torch.')})"
             + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
             + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
         )

@@ -171,10 +171,23 @@ def test_a_step_is_pure(name: str) -> None:
 
     gradient = found.gradient
     result = step.apply(params, state, gradient)
-    held = clone(dict(enumerate(result[:4])))
-    for leaf in (*params.values(), *gradient.values()):
+    assert_same({"params": params, "state": state}, {"params": before["params"], "state": before["state"]})
+    held = clone(dict(enumerate(result[:3])))
+    for leaf in (*params.values(), *gradient.values(), *(x for entries in state.values() for x in entries.values())):
         leaf.fill_(3.0)  # later changes of the arguments do not show in the result
-    assert_same(dict(enumerate(result[:4])), held)
+    assert_same(dict(enumerate(result[:3])), held)
+
+
+def test_the_gradient_is_carried_and_not_copied() -> None:
+    step, params = built(max_grad_norm=1e-3)
+    state = step.optimizer.init(params)
+    gradient = {name: torch.randn_like(p).requires_grad_() for name, p in params.items()}
+    before = clone(gradient)
+    result = step.apply(params, state, gradient)
+    assert_same(gradient, before)
+    for name, g in gradient.items():
+        assert result.gradient[name].data_ptr() == g.data_ptr()
+        assert not result.gradient[name].requires_grad
 
 
 def test_leaves_that_require_grad_are_detached() -> None:
@@ -207,14 +220,38 @@ def test_numbers_that_are_not_finite_name_the_leaf() -> None:
     step, params = built(dtype=torch.float32)
     state = step.optimizer.init(params)
     good = {name: torch.ones_like(p) for name, p in params.items()}
-    with pytest.raises(NumericsError, match=r"The gradient is not finite at 'mix\.bias'; check"):
+    with pytest.raises(NumericsError, match=r"The gradient is not finite at 'mix\.bias' \(float32\); check"):
         step.apply(params, state, {**good, "mix.bias": torch.full((5,), torch.nan)})
     bad_state = {**state, "head.bias": {**state["head.bias"], "exp_avg": torch.full((V,), torch.inf)}}
     with pytest.raises(NumericsError, match=r"The update is not finite at 'head\.bias'"):
         step.apply(params, bad_state, good)
     huge = rollouts(advantages=[1e300, -1e300, 1e300, -1e300, 1e300, -1e300])  # beyond float32
-    with pytest.raises(NumericsError, match=r"The gradient of the loss is not finite at 'embed\.weight' and \d more"):
+    with pytest.raises(
+        NumericsError, match=r"The gradient of the loss is not finite at 'embed\.weight' \(float32\) and \d more"
+    ):
         step.gradient(params, huge)
+
+
+def test_a_finite_update_that_overflows_the_stored_dtype_names_leaf_and_dtype() -> None:
+    step, params = built(dtype=torch.float16, optimizer=sgd(1.0))
+    params = {**params, "head.bias": torch.full_like(params["head.bias"], 65504.0)}  # the largest float16
+    gradient = {name: torch.full_like(p, -1e3 if name == "head.bias" else 0.0) for name, p in params.items()}
+    with pytest.raises(NumericsError, match=r"The stepped parameter is not finite at 'head\.bias' \(float16\)"):
+        step.apply(params, step.optimizer.init(params), gradient)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_the_gradient_reports_how_far_the_sampler_is(microbatch: int | None) -> None:
+    step, params = built(microbatch=microbatch)
+    scored = logps(Tiny()).detach()
+    off = torch.linspace(-0.5, 0.3, scored.numel(), dtype=torch.float64).reshape(scored.shape)
+    reported = [(scored - off)[row, : len(c)].tolist() for row, c in enumerate(COMPLETIONS)]
+    u = rollouts(sampling_logps=reported)
+    _, info = step.gradient(params, u)
+    mine = off[u.completion_mask]
+    # Thirteen log-probabilities of order one, each rounded a few times.
+    assert info["sampler_gap"] == pytest.approx(float(mine.abs().mean()), rel=1e-12)
+    assert info["sampler_ratio"] == pytest.approx(float(mine.exp().mean()), rel=1e-12)
 
 
 @pytest.mark.parametrize("bound", [0.0, -1.0, float("nan")])
