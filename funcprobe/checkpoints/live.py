@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,29 +17,34 @@ from funcprobe.training.optimizers import from_param_groups
 from funcprobe.types import Optimizer, OptState, Params
 
 
-def from_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Checkpoint:
+def from_training(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, device: str | torch.device | None = None
+) -> Checkpoint:
     """Return the checkpoint that a live pair is at this moment, for asking *before* a step is applied.
 
     Names come from parameter identity and hyperparameters from `optimizer.param_groups`, so there is nothing to guess.
     A DDP or compiled wrapper round the model, and accelerate's round the optimizer, are looked through. Optimizers
     other than SGD, Adam and AdamW are lifted (`from_torch`). Leaves that have not stepped yet have an empty state.
 
-    `params` and `opt_state` share storage with the pair: use them before the trainer's own step, or clone them. The
-    module, its flags and `.grad`, the optimizer and the global generators are left as they are.
+    `params` and `opt_state` share storage with the pair: use them before the trainer's own step, or clone them. With a
+    `device` other than the model's, policy, `params` and `opt_state` are copies there. The module, its flags, hooks and
+    `.grad`, the optimizer and the global generators are left as they are.
 
     Raises:
         CheckpointError: If the optimizer misses trainable leaves or holds tensors that are not in the model, if either
             is sharded, or if the optimizer is one of bitsandbytes, apex, DeepSpeed or torchao.
     """
     module = _unwrapped(model)
-    policy, params = from_module(module)
+    policy, params = from_module(module, device=device)
     if optimizer is None:
         return Checkpoint(policy, params, None, None)
-    pure, state = _read(_inner(optimizer), module, params)
+    pure, state = _read(_inner(optimizer), module, params, device)
     return Checkpoint(policy, params, pure, state)
 
 
-def _read(optimizer: torch.optim.Optimizer, module: nn.Module, params: Params) -> tuple[Optimizer, OptState]:
+def _read(
+    optimizer: torch.optim.Optimizer, module: nn.Module, params: Params, device: str | torch.device | None
+) -> tuple[Optimizer, OptState]:
     names = {id(p): name for name, p in module.named_parameters()}
     _check_cover(optimizer, names, params)
     held = [[p for p in group["params"] if names[id(p)] in params] for group in optimizer.param_groups]
@@ -49,7 +54,27 @@ def _read(optimizer: torch.optim.Optimizer, module: nn.Module, params: Params) -
     listed = [[names[id(p)] for p in group] for group in held]
     state = state_by_name(entries, {i: names[i] for i in entries})
     pure = from_param_groups(type(optimizer), optimizer.param_groups, listed)
-    return pure, {name: state[name] for name in params}
+    ordered = {name: state[name] for name in params}
+    return pure, ordered if device is None else _beside(ordered, params, optimizer.param_groups, listed)
+
+
+def _beside(
+    state: OptState, params: Params, groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]
+) -> OptState:
+    """Return the state on the devices of its leaves; `step` follows where a fused or capturable kernel wants it."""
+    follows = {
+        name
+        for group, mine in zip(groups, names, strict=True)
+        if group.get("fused") or group.get("capturable")
+        for name in mine
+    }
+    return {
+        name: {
+            key: value.to(params[name].device) if key != "step" or name in follows else value
+            for key, value in entries.items()
+        }
+        for name, entries in state.items()
+    }
 
 
 def _check_cover(optimizer: torch.optim.Optimizer, names: Mapping[int, str], params: Params) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from funcprobe import engine
 from funcprobe.checkpoints import from_training, load_checkpoint
+from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import CheckpointError
 from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party
 
@@ -147,6 +149,72 @@ def test_the_pair_is_shared_not_copied() -> None:
         assert found.params[name].data_ptr() == p.data_ptr()
         assert found.opt_state[name]["exp_avg"].data_ptr() == optimizer.state[p]["exp_avg"].data_ptr()
         assert not found.params[name].requires_grad
+
+
+class Plain(nn.Module):
+    """A model that runs on the meta device too, where values cannot be compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(ids))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_with_another_device_everything_is_a_copy_there(fused: bool) -> None:
+    model = Plain()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    model(IDS).sum().backward()
+    optimizer.step()
+    found = from_training(model, optimizer, device="meta")
+    assert found.policy.device.type == "meta"
+    assert all(p.device.type == "meta" for p in found.params.values())
+    for entries in found.opt_state.values():
+        assert {key: x.device.type for key, x in entries.items()} == {
+            "step": "meta" if fused else "cpu",  # as torch's kernels want it
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }
+    assert all(p.device.type == "cpu" for p in model.parameters())
+    assert all(x.device.type == "cpu" for entries in optimizer.state.values() for x in entries.values())
+
+
+def test_with_the_device_it_is_on_the_pair_is_shared() -> None:
+    model = gpt2()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    step(model, optimizer)
+    found = from_training(model, optimizer, device="cpu")
+    for name, p in model.named_parameters():
+        assert found.params[name].data_ptr() == p.data_ptr()
+        assert found.opt_state[name]["exp_avg"].data_ptr() == optimizer.state[p]["exp_avg"].data_ptr()
+
+
+def checkpointing(model: nn.Module) -> nn.Module:
+    with third_party():
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.parametrize("make", [gpt2, qwen2, lambda: lora(qwen2())], ids=["gpt2", "qwen2", "lora"])
+def test_a_model_that_trains_with_gradient_checkpointing_is_differentiated(make: Any) -> None:
+    plain, model = make(), checkpointing(make())
+    u = rollouts_from_lists([[1, 2], [3]], [[3, 4], [2, 1, 5]], temperature=1.0)
+
+    def gradient(module: nn.Module) -> dict[str, torch.Tensor]:
+        found = from_training(module)
+        return engine.gradient(lambda scores, u: (scores.logp.sum(), {}), found.policy, found.params, u).gradient
+
+    hooks = [(name, list(m._forward_hooks.values())) for name, m in model.named_modules()]
+    assert any(held for _, held in hooks), "enable_input_require_grads hangs its hook on the embeddings"
+    found, expected = gradient(model), gradient(plain.eval())
+    assert any(bool(g.any()) for g in expected.values())
+    assert_same(found, expected)
+    assert [(name, list(m._forward_hooks.values())) for name, m in model.named_modules()] == hooks
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_without_an_optimizer() -> None:
