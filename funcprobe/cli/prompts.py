@@ -20,7 +20,8 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
     template. Text is encoded with the special tokens that the tokenizer adds.
 
     Raises:
-        InputError: If the file is missing, empty or of another format, or text comes without a tokenizer.
+        InputError: If the file is missing, empty or of another format, text comes without a tokenizer, or the
+            tokenizer cannot encode a prompt.
         MissingExtraError: If a parquet file is read without pyarrow.
     """
     readers = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
@@ -80,8 +81,18 @@ def _ids(prompt: Any, tokenizer: Any, where: str) -> list[int]:
         raise InputError(f"{where} (counted from 0): expected text, chat messages or token ids, found {prompt!r:.60}.")
     if tokenizer is None:
         raise InputError(f"{where}: this is text, and the checkpoint folder has no tokenizer; give prompt_ids instead.")
+    if is_chat and not getattr(tokenizer, "chat_template", None):
+        raise InputError(f"{where}: these are chat messages, and the tokenizer has no chat template; give plain text.")
+    try:
+        return _encoded(prompt, tokenizer)
+    except Exception as error:  # tokenizers and their templates raise whatever they like
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{where} (counted from 0): the tokenizer cannot encode {prompt!r:.60}: {reason.rstrip('.')}."
+        ) from error
+
+
+def _encoded(prompt: Any, tokenizer: Any) -> list[int]:
     if isinstance(prompt, str):
         return list(tokenizer.encode(prompt))
-    if not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"{where}: these are chat messages, and the tokenizer has no chat template; give plain text.")
     return list(tokenizer.apply_chat_template(prompt, tokenize=True, add_generation_prompt=True, return_dict=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def sample_command(options: argparse.Namespace) -> Rollouts:
         InputError: If an option, the checkpoint, a prompt or a reward is not usable; then nothing was written.
     """
     output = Path(options.output)
+    _check_numbers(options)
     _check_output(output, options.force)
     reward = None if options.reward is None else _guarded(load_reward(options.reward), options.reward)
     with Bars() as bars:
@@ -60,6 +62,19 @@ def _line(drawn: Rollouts, output: Path) -> str:
     rows, tokens = drawn.ids.shape[0], int(drawn.completion_mask.sum())
     mean = "" if drawn.rewards is None else f", mean reward {float(drawn.rewards.mean()):.4g}"
     return f"{rows} rollouts, {tokens} tokens{mean}: {output}"
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Find out before anything is loaded what `sample` would refuse after it.
+
+    Raises:
+        InputError: If a number is out of range.
+    """
+    if not (math.isfinite(options.temperature) and options.temperature > 0):
+        raise InputError(f"--temperature is {options.temperature}; expected a number above 0.")
+    for name in ("max_new_tokens", "group_size", "batch_size"):
+        if (value := getattr(options, name)) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; expected a whole number of at least 1.")
 
 
 def _check_output(output: Path, force: bool) -> None:

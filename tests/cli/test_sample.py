@@ -88,9 +88,12 @@ def test_an_existing_file_is_replaced_only_by_force(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--temperature", "0"], "The temperature is 0.0; expected a number above 0"),
+        (["--temperature", "0"], "--temperature is 0.0; expected a number above 0"),
+        (["--temperature", "nan"], "--temperature is nan; expected a number above 0"),
         (["--temperature", "warm"], "argument --temperature: invalid float value: 'warm'"),
-        (["--max-new-tokens", "0"], "max_new_tokens is 0; expected a whole number of at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; expected a whole number of at least 1"),
+        (["--group-size", "0"], "--group-size is 0; expected a whole number of at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0; expected a whole number of at least 1"),
         (["--max-new-tokens", "999"], "exceeds the 32 positions of the model"),
         (["--output", "a.csv"], "--output is a.csv; expected a file ending in .parquet or .jsonl"),
         (["--output", "absent/a.jsonl"], "--output: the folder absent does not exist"),
@@ -106,6 +109,28 @@ def test_bad_options_are_one_line_and_leave_no_file(
 ) -> None:
     assert message in refused(*words(world, prompts, tmp_path / "out.jsonl"), *changes)
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--max-new-tokens", "--group-size", "--batch-size"])
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(
+    option: str, world: World, tmp_path: Path, refused: Refused
+) -> None:
+    absent = world._replace(folder=tmp_path / "absent")
+    said = refused(*words(absent, tmp_path / "absent.txt", tmp_path / "out.jsonl"), option, "0")
+    assert said.startswith(f"funcprobe: {option} is 0")
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode_is_named(world: World, tmp_path: Path, refused: Refused) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("12=\nWhy?\n")
+    said = refused(*words(world, path, tmp_path / "out.jsonl"))
+    assert "prompt 1 (counted from 0): the tokenizer cannot encode 'Why?': " in said
+    assert "Missing" in said
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    chat = write(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "12"}]}])
+    with pytest.raises(InputError, match=r"prompt 0 \(counted from 0\): .*: roles must alternate\."):
+        read_prompts(chat, tokenizer)
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> Path:
