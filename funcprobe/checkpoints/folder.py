@@ -8,6 +8,7 @@ Read are `config.json` with `model.safetensors` (or shards and index), or `adapt
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,7 @@ from torch import nn
 
 from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
 from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
-from funcprobe.checkpoints.optimizer_state import as_loaded, map_ids_to_names, names_of_groups, state_by_name
+from funcprobe.checkpoints.optimizer_state import FRESH, as_loaded, map_ids_to_names, names_of_groups, state_by_name
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.policy.module import Policy, from_module
 from funcprobe.training.optimizers import adamw, from_param_groups
@@ -143,13 +144,12 @@ def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
     if optimizer not in ("auto", "fresh", None):
         raise CheckpointError(f"optimizer is {optimizer!r}; use 'auto', 'fresh' or None.")
     if optimizer == "fresh" and lr is None:
-        raise CheckpointError("optimizer='fresh' has no learning rate of its own; pass lr=.")
+        raise CheckpointError("optimizer 'fresh' has no learning rate of its own; set lr.")
     if optimizer == "auto" and not (path / "optimizer.pt").is_file():
         _refuse_shards(path, "the optimizer state")
         raise CheckpointError(
             f"{path} holds no optimizer.pt, so Adam's moments are unknown and so is the step that the run would take "
-            "(the trainer was told to save the model only?). Pass optimizer=None to measure without a step, or "
-            "optimizer='fresh' and lr= for the first step of a new AdamW, which represents nothing of the run."
+            f"(the trainer was told to save the model only?). {FRESH}, which represents nothing of the run."
         )
 
 
@@ -179,10 +179,12 @@ def _unpickled(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
+        # torch's own message is coloured, and advises to load the file without this guard
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds objects of {named[1]}" if named else "it is damaged, or holds other objects"
         raise CheckpointError(
-            f"{path} cannot be read as plain tensors and containers, and nothing else is unpickled: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
-        ) from error
+            f"{path} cannot be read as plain tensors and containers, and nothing else is unpickled: {reason}."
+        ) from None
 
 
 def _warn_never_stepped(names: list[str], cls: type[torch.optim.Optimizer], what: str) -> None:

@@ -149,7 +149,7 @@ def _base(
             raise
         raise CheckpointError(
             f"The base model '{named}' of the adapter in {path} was found neither as a folder (as given, or beside the "
-            "adapter) nor in the local Hugging Face cache; pass base_model= with its folder."
+            "adapter) nor in the local Hugging Face cache; give its folder as base_model."
         ) from error
 
 
@@ -164,7 +164,7 @@ def _only_place(path: Path, named: Path, candidates: list[Path]) -> Path | None:
         listed = " and ".join(str(place) for place in places)
         raise CheckpointError(
             f"The base model '{named}' of the adapter in {path} is a relative path that leads to several models: "
-            f"{listed}. Pass base_model= with the one that the adapter was trained on."
+            f"{listed}. Give the one that the adapter was trained on as base_model."
         )
     return next(iter(places.values()), None)
 
@@ -178,7 +178,7 @@ def _named_base(path: Path) -> str:
     except Exception as error:  # a damaged file raises whatever its parser raises
         raise CheckpointError(f"{path / 'adapter_config.json'} cannot be read: {_first_line(error)}") from error
     if not named:
-        raise CheckpointError(f"{path / 'adapter_config.json'} names no base model; pass base_model= with its folder.")
+        raise CheckpointError(f"{path / 'adapter_config.json'} names no base model; give its folder as base_model.")
     return str(named)
 
 

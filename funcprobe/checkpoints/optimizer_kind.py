@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from funcprobe.checkpoints.optimizer_state import check_layout
+from funcprobe.checkpoints.optimizer_state import FRESH, check_layout
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.training.groups import check_lr
 
@@ -27,7 +27,7 @@ _SGD_GROUP = _COMMON | {"momentum", "dampening", "nesterov"}
 
 _SUPPORTED = (
     "Supported are Adam, AdamW and SGD of torch.optim (for transformers: optim='adamw_torch' or 'adamw_torch_fused'). "
-    "optimizer=None measures without a step."
+    f"{FRESH}."
 )
 
 
@@ -55,8 +55,8 @@ def optimizer_class(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -
     if state <= _ADAM_STATE and {"betas", "eps", "amsgrad"} <= options <= _ADAM_GROUP:
         if not state_dict["state"]:
             raise CheckpointError(
-                f"{what} holds no state for any parameter: it was saved before the first step. Use optimizer='fresh' "
-                "with an lr if the first step is meant, or a later checkpoint."
+                f"{what} holds no state for any parameter: it was saved before the first step. {FRESH}, "
+                "or use a later checkpoint."
             )
         return _adam_class(state_dict["param_groups"], what)
     if state <= _SGD_STATE and {"momentum", "dampening", "nesterov"} <= options <= _SGD_GROUP:
@@ -79,9 +79,10 @@ def with_lr(state_dict: Mapping[str, Any], lr: float | None, what: str = "optimi
         if all(float(group["lr"]) == 0 for group in groups if group["params"]):
             raise CheckpointError(
                 f"The learning rate saved in {what} is 0. It belongs to the step after the checkpoint and is 0 at the "
-                "end of a linear schedule, so the update would be 0 too; pass lr= with the rate that the step is to "
+                "end of a linear schedule, so the update would be 0 too; set lr to the rate that the step is to "
                 "have."
             )
+        _warn_unmoved(groups, what)
         return groups
     return [{**group, "lr": check_lr(lr)} for group in groups]
 
@@ -109,6 +110,19 @@ def _foreign(state: set[str], options: set[str]) -> str | None:
     if "correct_bias" in options:
         return "the AdamW of older transformers releases (which adds eps elsewhere)"
     return None
+
+
+def _warn_unmoved(groups: list[dict[str, Any]], what: str) -> None:
+    """Say how many leaves a learning rate of 0 leaves where they are, while others move."""
+    unmoved = sum(len(group["params"]) for group in groups if float(group["lr"]) == 0)
+    if unmoved:
+        total = sum(len(group["params"]) for group in groups)
+        warnings.warn(
+            f"{what} holds a learning rate of 0 for {unmoved} of {total} leaves, which will not move; set lr to give "
+            "every leaf the same rate.",
+            FuncprobeWarning,
+            stacklevel=5,
+        )
 
 
 def _adam_class(param_groups: list[Mapping[str, Any]], what: str) -> type[torch.optim.Optimizer]:

@@ -23,6 +23,9 @@ Shape = tuple[int, ...]
 #: How many parameters of every group have been placed.
 Placed = tuple[int, ...]
 
+#: What can be done without a saved state, as a configuration and as a call say it.
+FRESH = "Set optimizer: fresh and lr (in Python optimizer='fresh', lr=...) for the first step of a new AdamW"
+
 #: Placements kept for one parameter; more of them mean that many groups have the same shapes in the same order.
 _TOO_MANY = 10_000
 
@@ -239,8 +242,8 @@ def _ambiguous(names: Mapping[str, Shape], mappings: list[dict[int, str]], what:
 
 
 _REMEDY = (
-    "Use from_training(model, optimizer) inside the training process, which reads names from the live pair, or "
-    "optimizer=None to measure without a step."
+    "from_training(model, optimizer), called in Python inside the training process, reads names from the live pair. "
+    f"{FRESH}."
 )
 
 

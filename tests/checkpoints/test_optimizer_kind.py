@@ -82,15 +82,25 @@ def test_what_is_not_read_is_refused_by_name(saved: dict[str, Any], message: str
 
 
 def test_saved_lr_zero_is_explained() -> None:
-    with pytest.raises(CheckpointError, match=r"saved in optimizer.pt is 0. It belongs to the step after .*pass lr="):
+    with pytest.raises(CheckpointError, match=r"saved in optimizer.pt is 0. It belongs .*; set lr to the rate"):
         with_lr(stepped(torch.optim.AdamW, lr=0.0), None)
 
 
 def test_an_lr_is_given_to_every_group() -> None:
     saved = {"param_groups": [{"lr": 0.1, "params": [0]}, {"lr": 0.0, "params": [1]}]}
-    assert [g["lr"] for g in with_lr(saved, None)] == [0.1, 0.0]
     assert [g["lr"] for g in with_lr(saved, 3e-6)] == [3e-6, 3e-6]
     assert [g["lr"] for g in saved["param_groups"]] == [0.1, 0.0]
+
+
+def test_a_group_saved_at_lr_zero_beside_others_is_warned_of() -> None:
+    groups = [{"lr": 0.1, "params": [0]}, {"lr": 0.0, "params": [1, 2]}, {"lr": 0.0, "params": []}]
+    with pytest.warns(FuncprobeWarning, match="learning rate of 0 for 2 of 3 leaves, which will not move; set lr"):
+        found = with_lr({"param_groups": groups}, None)
+    assert [g["lr"] for g in found] == [0.1, 0.0, 0.0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with_lr({"param_groups": groups}, 1e-3)  # moves every leaf
+        with_lr({"param_groups": [groups[0], groups[2]]}, None)  # the group at 0 has no leaf
 
 
 @pytest.mark.parametrize("lr", [-1.0, float("nan"), float("inf")])
