@@ -102,15 +102,19 @@ def gradient(
     )
     cotangents = None if known is None else _cotangents(f, known, rollouts)
     total: Params | None = None
-    pieces = []
+    pieces: list[tuple[Tensor, TokenScores]] = []
+    flat = False  # whether the entropy of the slice before had no cotangent
     for rows, part in _pieces(rollouts, microbatch, progress, what):
         run = partial(score, policy, rollouts=part, stats=stats, rematerialise=True)
-        part_scores, pull = torch.func.vjp(run, params)  # type: ignore[misc]
-        pieces.append((rows, _finite(part_scores, rows, what)))
-        mine = _cotangents(f, part_scores, part) if cotangents is None else _rows(cotangents, rows, part)
-        (pulled,) = pull(mine, retain_graph=False, create_graph=False)
+
+        def cotangents_at(at: TokenScores, part: Rollouts = part, rows: Tensor = rows) -> TokenScores:
+            _finite(at, rows, what)
+            return _cotangents(f, at, part) if cotangents is None else _rows(cotangents, rows, part)
+
+        part_scores, pulled, flat = _pulled_back(run, params, cotangents_at, flat)
+        pieces.append((rows, part_scores))
         total = _accumulate(total, pulled, fresh=len(pieces) > 2)
-        del pull, pulled
+        del pulled
     assert total is not None  # validated rollouts have at least one row
     gathered = _gather(pieces, rollouts)
     value, info = f(gathered, rollouts)
@@ -220,6 +224,26 @@ def _rows(cotangents: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
     width = part.completion_mask.shape[1]
     mine = [x[rows.to(x.device), :width] for x in (cotangents.logp, cotangents.entropy, *cotangents.extra.values())]
     return TokenScores(mine[0], mine[1], dict(zip(cotangents.extra, mine[2:], strict=True)))
+
+
+def _pulled_back(
+    run: Callable[..., TokenScores],
+    params: Params,
+    cotangents_at: Callable[[TokenScores], TokenScores],
+    constant_entropy: bool,
+) -> tuple[TokenScores, Params, bool]:
+    """Return a slice's scores, its pulled-back gradient, and whether its entropy had no cotangent.
+
+    Most objectives are functions of logp alone. Once a slice has shown it, the entropy's graph, a fifth of the work on
+    [tokens, V], is not built for the next one; should that one need it after all, the slice is run again with it.
+    """
+    found, pull = torch.func.vjp(partial(run, constant_entropy=constant_entropy), params)  # type: ignore[misc]
+    mine = cotangents_at(found)
+    flat = not bool(mine.entropy.any())
+    if constant_entropy and not flat:
+        return _pulled_back(run, params, cotangents_at, False)
+    (pulled,) = pull(mine, retain_graph=False, create_graph=False)
+    return found, pulled, flat
 
 
 def _accumulate(total: Params | None, more: Params, *, fresh: bool) -> Params:

@@ -194,6 +194,24 @@ def test_chunks_and_rematerialisation_change_nothing(build: str, monkeypatch: py
     torch.testing.assert_close(engine.directional(policy, params, v, rollouts), along, rtol=1e-6, atol=1e-12)
 
 
+def test_an_entropy_that_only_some_slices_need_is_pulled_back_in_those() -> None:
+    policy, params, _, rollouts = setting("gpt2")
+    late = torch.where(torch.arange(len(rollouts.ids)) == 0, 1.0, 0.0).double()
+
+    def f(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
+        return scores.logp.sum() + (rollouts.weight[:, None] * scores.entropy).sum(), {}
+
+    weighted = rollouts._replace(weight=late)
+    for first in (weighted, take(weighted, torch.arange(len(late) - 1, -1, -1))):
+        one_by_one = engine.gradient(f, policy, params, first, separable=True, microbatch=1)
+        whole = engine.gradient(f, policy, params, first, separable=True)
+        assert float(tree.norm(tree.sub(one_by_one.gradient, whole.gradient))) <= 1e-13 * float(
+            tree.norm(whole.gradient)
+        )
+        without = engine.gradient(lambda s, r: (s.logp.sum(), {}), policy, params, first, separable=True, microbatch=1)
+        assert float(tree.norm(tree.sub(whole.gradient, without.gradient))) > 1e-3 * float(tree.norm(whole.gradient))
+
+
 def test_gradients_that_share_storage_do_not_add_up_twice() -> None:
     class Twins(nn.Module):
         """Two biases that autograd hands one and the same gradient tensor."""

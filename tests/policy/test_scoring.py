@@ -53,10 +53,11 @@ def test_float32_logits_lose_nothing_in_the_softmax() -> None:
     found = scoring._fields(logits, token, torch.ones(50, dtype=torch.float64), {})
     log_probs = torch.log_softmax(logits.double(), dim=-1)
     exact = torch.stack([log_probs[torch.arange(50), token], -(log_probs.exp() * log_probs).sum(-1)], dim=-1)
-    # the shift z − max is rounded once per entry (half an ulp of 12: 4.8e-7 on logp); in the entropy 4,000 roundings of
-    # relative size 6e-8 average over an effective e^H = 100 entries or more: 6e-8 · |z| / 10 < 1e-7
-    assert float((found - exact)[:, 0].abs().max()) <= 4.8e-7 + 1e-7
-    assert float((found - exact)[:, 1].abs().max()) <= 1e-7
+    # the shift z − max is rounded once per entry: half an ulp of 12, 4.8e-7, on logp. The entropy averages 4,000 such
+    # roundings; a run of 64 that holds the largest entry is rounded at 6e-8 in each of six pairwise additions, 3.6e-7 at
+    # worst. A float32 log-softmax is off by 9.9e-7 and 9.8e-7 here.
+    assert float((found - exact)[:, 0].abs().max()) <= 4.8e-7 + 3.6e-7
+    assert float((found - exact)[:, 1].abs().max()) <= 3.6e-7
 
 
 @pytest.mark.parametrize("remake", [False, True])
