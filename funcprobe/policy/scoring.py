@@ -79,8 +79,8 @@ def _fields(
     """Return `[n, 2 + len(stats)]` float64: logp, entropy and the named statistics.
 
     With `z = logits/τ − max`, `Z = Σ e^z` and `S = Σ z e^z`: `logp = z_y − log Z` and `entropy = log Z − S/Z`. Only the
-    entries are float32; sums over more than 64 of them and all that follows are float64. A float32 log-softmax would round `log Z` once for
-    the whole distribution, an error that no sum averages out.
+    entries and sums of up to 64 of them are float32; all that follows is float64. A float32 log-softmax would round
+    `log Z` once for the whole distribution, an error that no sum averages out.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     del logits  # one array of V entries a token less at the peak
@@ -103,8 +103,8 @@ def _fields(
 def _sum(x: Tensor) -> Tensor:
     """Return `Σ_v x[n, v]` in float64, over runs of 64 entries that are summed in their own dtype.
 
-    A run's rounding is of the size of its entries' own, and averages out over runs as theirs does over entries; a sum of
-    all in float64 would first widen a copy of them, which took 3 % of a training step.
+    A run's rounding is of the size of its entries' own, and averages out over runs as theirs does over entries; a sum
+    of all in float64 would first widen a copy of them, which took 3 % of a training step.
     """
     runs = x.unflatten(-1, (-1, math.gcd(x.shape[-1], 64))).sum(-1)
     return runs.sum(-1, dtype=torch.float64)
