@@ -168,6 +168,7 @@ class _Passes(NamedTuple):
     clock: Clock
 
     def scores(self, params: Params, what: str) -> TokenScores:
+        """Return the scores of E at the given parameters."""
         return engine.scores(
             self.policy,
             params,
@@ -179,6 +180,7 @@ class _Passes(NamedTuple):
         )
 
     def directional(self, direction: Params, what: str) -> engine.Directional:
+        """Return the scores of E at the anchor and their tangents along a direction."""
         return engine.directional(
             self.policy,
             self.params,
@@ -191,11 +193,13 @@ class _Passes(NamedTuple):
         )
 
     def forward(self, update: Params) -> _FirstOrder:
+        """Return the first order along the update from one forward-mode pass."""
         with self.clock("E and its derivative at θ"):
             along = self.directional(update, "E, forward mode")
         return _FirstOrder(along.scores, along, None, None, self.observable)
 
     def reverse(self, update: Params) -> _FirstOrder:
+        """Return the first order along the update from ∇F, by reverse mode."""
         def f(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
             return self.observable(scores, _detached(scores), rollouts), {}
 
