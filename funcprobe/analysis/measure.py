@@ -200,6 +200,7 @@ class _Passes(NamedTuple):
 
     def reverse(self, update: Params) -> _FirstOrder:
         """Return the first order along the update from ∇F, by reverse mode."""
+
         def f(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
             return self.observable(scores, _detached(scores), rollouts), {}
 
