@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import optree
 import torch
 import torch.nn.functional
 from torch import Tensor
@@ -184,6 +185,11 @@ def anchored(
     return measured
 
 
+def detached(scores: TokenScores) -> TokenScores:
+    """Return the scores as constants, `extra` included: an anchor, or the point at which a cotangent is taken."""
+    return _each(Tensor.detach, scores)
+
+
 def math_attention() -> AbstractContextManager[None]:
     """Return a context in which scaled-dot-product attention uses the kernel that has forward derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
@@ -210,20 +216,21 @@ def _gather(pieces: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> Tok
         padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts]
         return torch.cat(padded)[order.to(parts[0].device)]
 
-    fields = [(s.logp, s.entropy, *s.extra.values()) for _, s in pieces]
-    logp, entropy, *extra = (join(*columns) for columns in zip(*fields, strict=True))
-    return TokenScores(logp, entropy, dict(zip(pieces[0][1].extra, extra, strict=True)))
+    return _each(join, *(scores for _, scores in pieces))
 
 
 def _cotangents(f: ScoresFunction, at: TokenScores, rollouts: Rollouts) -> TokenScores:
-    detached = TokenScores(at.logp.detach(), at.entropy.detach(), {k: v.detach() for k, v in at.extra.items()})
-    return torch.func.grad(lambda s: f(s, rollouts)[0])(detached)
+    return torch.func.grad(lambda s: f(s, rollouts)[0])(detached(at))
 
 
 def _rows(cotangents: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
     width = part.completion_mask.shape[1]
-    mine = [x[rows.to(x.device), :width] for x in (cotangents.logp, cotangents.entropy, *cotangents.extra.values())]
-    return TokenScores(mine[0], mine[1], dict(zip(cotangents.extra, mine[2:], strict=True)))
+    return _each(lambda x: x[rows.to(x.device), :width], cotangents)
+
+
+def _each(function: Callable[..., Tensor], *scores: TokenScores) -> TokenScores:
+    """Return the scores whose every field is `function` of the corresponding fields."""
+    return optree.tree_map(function, *scores)  # type: ignore[arg-type, return-value]
 
 
 def _pulled_back(
@@ -234,8 +241,8 @@ def _pulled_back(
 ) -> tuple[TokenScores, Params, bool]:
     """Return a slice's scores, its pulled-back gradient, and whether its entropy had no cotangent.
 
-    Most objectives are functions of logp alone. Once a slice has shown it, the entropy's graph, a fifth of the work on
-    [tokens, V], is not built for the next one; should that one need it after all, the slice is run again with it.
+    Most objectives are functions of logp alone. Once a slice has shown it, the entropy's graph is not built for the
+    next one; should that one need it after all, the slice is run again with it.
     """
     found, pull = torch.func.vjp(partial(run, constant_entropy=constant_entropy), params)  # type: ignore[misc]
     mine = cotangents_at(found)
@@ -287,8 +294,3 @@ def _forward_mode_errors() -> Iterator[None]:
                 f'The model has an operation without a forward derivative ("{first}"); use mode="reverse".'
             ) from error
         raise
-
-
-def info_to_floats(info: Mapping[str, Any]) -> dict[str, float]:
-    """Return reported scalars as plain numbers."""
-    return {name: float(value) for name, value in info.items()}

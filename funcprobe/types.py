@@ -165,8 +165,5 @@ class Optimizer(Protocol):
         ...
 
 
-#: The score function of a batch with everything but the parameters bound.
-ScoreFunction = Callable[[Params], TokenScores]
-
 #: Anything JSON can carry.
 Json = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -169,28 +169,11 @@ class _Passes(NamedTuple):
 
     def scores(self, params: Params, what: str) -> TokenScores:
         """Return the scores of E at the given parameters."""
-        return engine.scores(
-            self.policy,
-            params,
-            self.evaluation,
-            stats=self.observable.stats,
-            microbatch=self.microbatch,
-            progress=self.progress,
-            what=what,
-        )
+        return engine.scores(self.policy, params, self.evaluation, **self._options(what))
 
     def directional(self, direction: Params, what: str) -> engine.Directional:
         """Return the scores of E at the anchor and their tangents along a direction."""
-        return engine.directional(
-            self.policy,
-            self.params,
-            direction,
-            self.evaluation,
-            stats=self.observable.stats,
-            microbatch=self.microbatch,
-            progress=self.progress,
-            what=what,
-        )
+        return engine.directional(self.policy, self.params, direction, self.evaluation, **self._options(what))
 
     def forward(self, update: Params) -> _FirstOrder:
         """Return the first order along the update from one forward-mode pass."""
@@ -202,21 +185,16 @@ class _Passes(NamedTuple):
         """Return the first order along the update from ∇F, by reverse mode."""
 
         def f(scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
-            return self.observable(scores, _detached(scores), rollouts), {}
+            return self.observable(scores, engine.detached(scores), rollouts), {}
 
         with self.clock("E and its derivative at θ"):
-            found = engine.gradient(
-                f,
-                self.policy,
-                self.params,
-                self.evaluation,
-                stats=self.observable.stats,
-                microbatch=self.microbatch,
-                progress=self.progress,
-                what="E, reverse mode",
-            )
+            found = engine.gradient(f, self.policy, self.params, self.evaluation, **self._options("E, reverse mode"))
         value = tree.dot(found.gradient, update)
         return _FirstOrder(found.scores, None, found.gradient, value, self.observable)
+
+    def _options(self, what: str) -> dict[str, Any]:
+        stats, microbatch, progress = self.observable.stats, self.microbatch, self.progress
+        return {"stats": stats, "microbatch": microbatch, "progress": progress, "what": what}
 
 
 def _first_order(passes: _Passes, update: Params, mode: Mode, said: Messages) -> tuple[_FirstOrder, str]:
@@ -271,10 +249,6 @@ def _check_options(mode: str, on_low_ess: str, ess_threshold: float) -> None:
         raise InputError(f"Unknown on_low_ess '{on_low_ess}'; expected 'warn' or 'raise'.")
     if not (math.isfinite(ess_threshold) and 0 <= ess_threshold <= 1):
         raise InputError(f"ess_threshold is {ess_threshold}; expected a fraction of the sample between 0 and 1.")
-
-
-def _detached(scores: TokenScores) -> TokenScores:
-    return TokenScores(scores.logp.detach(), scores.entropy.detach(), {k: v.detach() for k, v in scores.extra.items()})
 
 
 def _portable(update: Params) -> Params:
