@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine, tree
 from funcprobe.data.rollouts import concatenate, rollouts_from_padded, take
+from funcprobe.engine import batches
 from funcprobe.errors import ForwardModeError, NumericsError
 from funcprobe.policy import scoring
 from funcprobe.types import Params, Rollouts, TokenScores
@@ -270,7 +272,7 @@ def test_a_model_without_forward_derivative_says_so() -> None:
 
     policy, params = fp.from_module(Model())
     rollouts = models.rollouts()
-    with pytest.raises(ForwardModeError, match='use mode="reverse"'):
+    with pytest.raises(ForwardModeError, match=r"^The module Model has an operation .* use mode=\"reverse\"\.$"):
         engine.directional(policy, params, models.direction(params), rollouts)
     assert engine.gradient(functools.partial(entropy_of, fp.entropy()), policy, params, rollouts).gradient
 
@@ -280,3 +282,89 @@ def test_progress_is_reported_by_sequence() -> None:
     seen: list[tuple[str, int, int]] = []
     engine.scores(policy, params, rollouts, microbatch=4, progress=lambda *args: seen.append(args), what="E")
     assert seen == [("E", 4, 9), ("E", 8, 9), ("E", 9, 9)]
+
+
+def test_the_module_without_forward_derivative_is_named() -> None:
+    class Glu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.glu(torch.cat([x, x], dim=-1))
+
+    module = models.gpt2()
+    module.transformer.h[1].mlp.act = Glu()
+    policy, params = fp.from_module(module)
+    v, rollouts = models.direction(params), models.rollouts()
+    engine.directional(policy, params, v, rollouts)  # a first derivative it has
+    with pytest.raises(ForwardModeError, match=r"The module 'h\.1\.mlp\.act' \(Glu\)"):
+        engine.directional(policy, params, v, rollouts, order=2)
+
+
+@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("observable", FAMILY, ids=lambda o: o.name)
+def test_second_derivatives_of_every_kind_agree(build: str, observable: fp.entropy) -> None:
+    policy, params, v, rollouts = setting(build)
+    along = engine.directional(policy, params, v, rollouts, order=2, microbatch=2)
+    assert along.curvatures is not None
+    anchor = engine.detached(along.scores)
+
+    def f(s: TokenScores) -> Tensor:
+        return observable(s, anchor, rollouts)
+
+    nested = float(engine.second_derivative(f, along))
+    fixed = engine.cotangents(f, along.scores)
+    through_scores = engine.second_derivative(f, along._replace(curvatures=engine.each(torch.zeros_like, anchor)))
+    by_reverse = engine.curvature_by_reverse(fixed, policy, params, v, rollouts, microbatch=4)
+    scale = sum(float((c * dd).abs().sum()) for c, dd in zip(fixed[:2], along.curvatures[:2], strict=True))
+    # float64 throughout leaves 1e-10 of Σ|terms|; float32 norms (Qwen2) round each term by some 1e-6 of its parts
+    tolerance = (1e-10 if build in ("gpt2", "two lines") else 1e-4) * scale
+    assert abs(nested - float(through_scores + by_reverse)) <= tolerance
+    if build not in ("gpt2", "two lines"):
+        return  # a second difference of float32 norms is noise
+    H = fp.anchored(observable, policy, rollouts, params)
+    e = 2.0**-8  # truncation e²/12 of the fourth derivative; rounding 1e-16/e² is far below
+    plus, middle, minus = (float(H(tree.axpy(c, v, params))) for c in (e, 0.0, -e))
+    assert nested == pytest.approx((plus - 2 * middle + minus) / e**2, rel=1e-3, abs=1e-6 * scale)
+    assert abs(nested) > 1e-8
+
+
+def test_contributions_sum_to_the_derivative() -> None:
+    policy, params, v, rollouts = setting("gpt2")
+    along = engine.directional(policy, params, v, rollouts)
+    f = functools.partial(fp.entropy(), anchor=engine.detached(along.scores), rollouts=rollouts)
+    parts = engine.contributions(f, along)
+    total = float(parts.logp.sum() + parts.entropy.sum())
+    assert math.isclose(total, float(engine.derivative(f, along)[1]), rel_tol=1e-12)
+    assert not bool(parts.logp[~rollouts.completion_mask].any())
+
+
+@pytest.mark.parametrize("build", models.EVERY_MODEL)
+def test_scores_of_many_are_those_of_each(build: str) -> None:
+    policy, params, v, rollouts = setting(build)
+    several = [tree.axpy(e, v, params) for e in (0.0, 0.5, 2.0)]
+    together = engine.scores_of_many(policy, several, rollouts, microbatch=4)
+    for at, found in zip(several, together, strict=True):
+        alone = engine.scores(policy, at, rollouts, math_kernel=True)
+        # float64, or float32 norms within a float64 model: sums in another order
+        torch.testing.assert_close(found.logp, alone.logp, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.entropy, alone.entropy, rtol=1e-5, atol=1e-6)
+    assert float((together[0].logp - together[2].logp).abs().max()) > 1e-3
+
+
+def test_attention_matrices_keep_to_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, params, v, rollouts = setting("gpt2")
+    longest = int(rollouts.attention_mask.sum(1).max())
+    whole = engine.directional(policy, params, v, rollouts)
+    sizes: list[tuple[int, int]] = []
+    seen = policy.features
+
+    def watched(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
+        sizes.append(tuple(ids.shape))
+        return seen(params, ids, mask)
+
+    monkeypatch.setattr(batches, "ATTENTION_BUDGET", 2 * longest**2 + 1)
+    cut = engine.directional(dataclasses.replace(policy, features=watched), params, v, rollouts)
+    assert max(rows for rows, _ in sizes) == 2
+    assert len(sizes) == math.ceil(len(rollouts.ids) / 2)
+    torch.testing.assert_close(cut.tangents.logp, whole.tangents.logp, rtol=1e-12, atol=1e-14)
+    sizes.clear()
+    engine.scores(dataclasses.replace(policy, features=watched), params, rollouts)  # fused kernels need no cutting
+    assert sizes == [tuple(rollouts.ids.shape)]

@@ -1,0 +1,41 @@
+"""Values, gradients and directional derivatives of any function of scores, by microbatch and exactly.
+
+Everything expensive is a score. A scalar f of the scores of a whole batch is differentiated by the chain rule through
+them: reverse mode takes the cotangents `c = ∂f/∂s` on the small float64 arrays and pulls each microbatch's slice of
+them back through the model; forward mode pushes a tangent through each microbatch and contracts at the end. Neither
+knows what f is, so there is nothing to scale and no mean of means.
+"""
+
+from funcprobe.engine.anchor import anchored
+from funcprobe.engine.batches import Stats, detached, each, scores, scores_of_many
+from funcprobe.engine.forward import (
+    Directional,
+    contributions,
+    cotangents,
+    curvature_by_reverse,
+    derivative,
+    directional,
+    second_derivative,
+)
+from funcprobe.engine.kernels import math_attention
+from funcprobe.engine.reverse import Gradient, ScoresFunction, gradient
+
+__all__ = [
+    "Directional",
+    "Gradient",
+    "ScoresFunction",
+    "Stats",
+    "anchored",
+    "contributions",
+    "cotangents",
+    "curvature_by_reverse",
+    "derivative",
+    "detached",
+    "directional",
+    "each",
+    "gradient",
+    "math_attention",
+    "scores",
+    "scores_of_many",
+    "second_derivative",
+]

@@ -1,0 +1,40 @@
+"""The five lines' `H`: an observable as a pure function of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from funcprobe.data.rollouts import to_device
+from funcprobe.engine.batches import gather, pieces, scores
+from funcprobe.engine.kernels import math_attention
+from funcprobe.policy.module import Policy
+from funcprobe.policy.scoring import score
+from funcprobe.types import Microbatch, Observable, Params, Rollouts
+
+
+def anchored(
+    observable: Observable, policy: Policy, rollouts: Rollouts, params: Params, *, microbatch: Microbatch = None
+) -> Callable[[Params], Tensor]:
+    """Return `params -> observable`, importance-sampled on rollouts that were drawn at the given `params`.
+
+    The anchor's scores are computed once, here, and held constant. The function returned is pure and goes through
+    `torch.func.grad`, `jvp` and `vmap`; it runs attention in the math kernel, so that all of them see one arithmetic.
+    Under `grad` it keeps the graph of the whole batch: `gradient` and `directional` do not.
+
+    Raises:
+        NumericsError: If a score at the anchor is not finite.
+    """
+    rollouts = to_device(rollouts, policy.device)
+    with math_attention():
+        anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch)
+
+    def measured(params: Params) -> Tensor:
+        with math_attention():
+            found = [
+                (rows, score(policy, params, part, observable.stats)) for rows, part in pieces(rollouts, microbatch)
+            ]
+            return observable(gather(found, rollouts), anchor, rollouts)
+
+    return measured

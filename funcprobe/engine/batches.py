@@ -1,0 +1,149 @@
+"""Scores of a batch, by microbatch: cut, run, put back into the order of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+
+import optree
+import torch
+import torch.nn.functional
+from torch import Tensor
+
+from funcprobe.data.rollouts import microbatches, take, to_device
+from funcprobe.engine.kernels import math_attention
+from funcprobe.errors import NumericsError
+from funcprobe.policy.module import Policy
+from funcprobe.policy.scoring import score
+from funcprobe.types import Microbatch, Params, Progress, Rollouts, Statistic, TokenScores
+
+Stats = Mapping[str, Statistic]
+
+#: The most entries of one head's attention matrices that exist at once where the math kernel is used: 16 rows of 512
+#: tokens, one of 2,048. Every tangent and every order adds arrays of that size.
+ATTENTION_BUDGET = 2**22
+
+
+def scores(
+    policy: Policy,
+    params: Params,
+    rollouts: Rollouts,
+    *,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "scores",
+    math_kernel: bool = False,
+) -> TokenScores:
+    """Return the scores `[B, T]` of a batch, by microbatch and without a graph.
+
+    With `math_kernel` attention runs in the kernel that forward mode takes, so that the two see one arithmetic.
+
+    Raises:
+        NumericsError: If a score is not finite; the message names the sequences.
+    """
+    rollouts = to_device(rollouts, policy.device)
+    with math_attention() if math_kernel else nullcontext(), torch.no_grad():
+        found = [
+            (rows, finite(score(policy, params, part, stats), rows, what))
+            for rows, part in pieces(rollouts, microbatch, progress, what, attention=math_kernel)
+        ]
+        return gather(found, rollouts)
+
+
+def scores_of_many(
+    policy: Policy,
+    several: Sequence[Params],
+    rollouts: Rollouts,
+    *,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "scores",
+) -> list[TokenScores]:
+    """Return the scores `[B, T]` at each of several parameter trees, all in one pass: vmap over the trees.
+
+    What the trees share with the frozen weights is read once for all of them, so it pays where few leaves are trained
+    (LoRA) or the model is small; activations take as many times the memory. Attention runs in the math kernel, which
+    has a batching rule.
+
+    Raises:
+        NumericsError: If a score is not finite; the message names the sequences.
+    """
+    rollouts = to_device(rollouts, policy.device)
+    stacked = {name: torch.stack([params[name] for params in several]) for name in several[0]}
+    found: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
+    with math_attention(), torch.no_grad():
+        for rows, part in pieces(rollouts, microbatch, progress, what, attention=True):
+            run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
+            together = run(stacked)
+            for k, own in enumerate(found):
+                own.append((rows, finite(each(lambda x, k=k: x[k], together), rows, what)))
+        return [gather(own, rollouts) for own in found]
+
+
+def pieces(
+    rollouts: Rollouts,
+    microbatch: Microbatch,
+    progress: Progress | None = None,
+    what: str = "",
+    *,
+    attention: bool = False,
+) -> Iterator[tuple[Tensor, Rollouts]]:
+    """Yield (row indices, their rollouts), reporting each piece when it is done.
+
+    With `attention`, for passes in the math kernel, pieces are cut further where their attention matrices, of the
+    square of the length, would pass `ATTENTION_BUDGET`.
+    """
+    done, total = 0, rollouts.ids.shape[0]
+    for wanted in microbatches(rollouts, microbatch):
+        for rows in _cut_for_attention(rollouts, wanted) if attention else (wanted,):
+            yield rows, take(rollouts, rows)
+            done += len(rows)
+            if progress is not None:
+                progress(what, done, total)
+
+
+def _cut_for_attention(rollouts: Rollouts, rows: Tensor) -> tuple[Tensor, ...]:
+    longest = int(rollouts.attention_mask[rows].sum(1).max())
+    return rows.split(max(1, ATTENTION_BUDGET // longest**2))
+
+
+def gather(found: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:
+    """Put the scores of microbatches back into the order of the batch, functionally: vmap may be watching."""
+    order = torch.argsort(torch.cat([rows for rows, _ in found]))
+    width = rollouts.completion_mask.shape[1]
+
+    def join(*parts: Tensor) -> Tensor:
+        padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts]
+        return torch.cat(padded)[order.to(parts[0].device)]
+
+    return each(join, *(scores for _, scores in found))
+
+
+def detached(scores: TokenScores) -> TokenScores:
+    """Return the scores as constants, `extra` included: an anchor, or the point at which a cotangent is taken."""
+    return each(Tensor.detach, scores)
+
+
+def each(function: Callable[..., Tensor], *scores: TokenScores) -> TokenScores:
+    """Return the scores whose every field is `function` of the corresponding fields."""
+    return optree.tree_map(function, *scores)  # type: ignore[arg-type, return-value]
+
+
+def finite(found: TokenScores, rows: Tensor, what: str) -> TokenScores:
+    """Return the scores of the given rows of the batch, if all of them are finite.
+
+    Raises:
+        NumericsError: Naming the sequences, otherwise.
+    """
+    healthy = torch.isfinite(found.logp.detach() + found.entropy.detach()).all(dim=1)
+    if not bool(healthy.all()):
+        bad = rows.to(healthy.device)[~healthy].tolist()
+        listed = ", ".join(str(b) for b in sorted(bad)[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise NumericsError(
+            f"The model returned log-probabilities that are not finite for sequence {listed} (in: {what}); check the "
+            "weights, or load the model in a wider dtype."
+        )
+    return found

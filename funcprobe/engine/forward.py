@@ -1,0 +1,153 @@
+"""Forward mode: scores with their tangents, once or twice, and what functions of scores make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe import tree
+from funcprobe.data.rollouts import to_device
+from funcprobe.engine.batches import Stats, detached, each, finite, gather, pieces
+from funcprobe.engine.kernels import TwiceDifferentiable, forward_mode_errors, math_attention
+from funcprobe.policy.module import Policy
+from funcprobe.policy.scoring import score
+from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
+
+#: A scalar function of the scores of a batch.
+Functional = Callable[[TokenScores], Tensor]
+
+
+class Directional(NamedTuple):
+    """The scores of a batch along a line of parameter space, `s(θ + εv) = s + ε ṡ + ½ε² s̈ + …`."""
+
+    scores: TokenScores  #: [B, T], s
+    tangents: TokenScores  #: [B, T], ṡ
+    curvatures: TokenScores | None = None  #: [B, T], s̈, where the second order was asked for
+
+    def scaled(self, c: float) -> Directional:
+        """Return the same along `c·v`."""
+        tangents = each(lambda x: c * x, self.tangents)
+        curved = None if self.curvatures is None else each(lambda x: c * c * x, self.curvatures)
+        return Directional(self.scores, tangents, curved)
+
+
+def directional(
+    policy: Policy,
+    params: Params,
+    direction: Params,
+    rollouts: Rollouts,
+    *,
+    order: Literal[1, 2] = 1,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "forward-mode derivative",
+) -> Directional:
+    """Return the scores of a batch and their tangents along `direction`, by one forward-mode pass.
+
+    `ṡ = (∂s/∂θ) v`, with v taken in the dtype of the parameters, and with `order=2` also `s̈ = (∂²s/∂θ²)[v, v]` by
+    nesting. Nothing is stored for a backward pass. Attention runs in the math kernel, the one that has forward
+    derivatives, and microbatches are cut further where its memory, of the square of the length, asks for it.
+
+    Raises:
+        ForwardModeError: If an operation of the model has no forward derivative; the message names the module.
+        NumericsError: If a score is not finite; the message names the sequences.
+    """
+    rollouts = to_device(rollouts, policy.device)
+    params, direction = tree.map_(Tensor.detach, params), tree.like(direction, params)
+    found: list[tuple[Tensor, Directional]] = []
+    with math_attention(), TwiceDifferentiable() if order == 2 else torch.no_grad(), forward_mode_errors():
+        for rows, part in pieces(rollouts, microbatch, progress, what, attention=True):
+            along = _push(partial(score, policy, rollouts=part, stats=stats), params, direction, order)
+            finite(along.scores, rows, what)
+            found.append((rows, along))
+        fields = [f for f in Directional._fields if getattr(found[0][1], f) is not None]
+        return Directional(*(gather([(rows, getattr(a, f)) for rows, a in found], rollouts) for f in fields))
+
+
+def _push(run: Callable[..., TokenScores], params: Params, direction: Params, order: int) -> Directional:
+    def once(at: Params) -> tuple[TokenScores, TokenScores]:
+        return torch.func.jvp(run, (at,), (direction,))  # type: ignore[return-value]  # θ -> s, ṡ
+
+    if order == 1:
+        return Directional(*once(params))
+    (s, ds), (_, dds) = torch.func.jvp(once, (params,), (direction,))  # type: ignore[misc]
+    return Directional(s, ds, dds)
+
+
+def derivative(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
+    """Return `f(s)` and `Df(s)[ṡ]` for scores and tangents that `directional` returned; no model is run."""
+    value, slope = torch.func.jvp(f, (along.scores,), (along.tangents,))  # type: ignore[misc]
+    return value, slope
+
+
+def second_derivative(f: Functional, along: Directional) -> Tensor:
+    """Return `d²/dε² f(s(ε))` at 0, that is `f″[ṡ, ṡ] + f′·s̈`, for what `directional(order=2)` returned."""
+    zero = torch.zeros_like(along.scores.logp[0, 0])
+    one = torch.ones_like(zero)
+
+    def slope(e: Tensor) -> Tensor:
+        return torch.func.jvp(lambda e: f(_curve(along, e)), (e,), (one,))[1]
+
+    return torch.func.jvp(slope, (zero,), (one,))[1]
+
+
+def _curve(along: Directional, e: Tensor) -> TokenScores:
+    assert along.curvatures is not None, "the second order was not asked for"
+    return each(lambda s, ds, dds: s + e * ds + 0.5 * e * e * dds, along.scores, along.tangents, along.curvatures)
+
+
+def cotangents(f: Functional, at: TokenScores) -> TokenScores:
+    """Return `∂f/∂s` `[B, T]` at the scores; no model is run."""
+    return torch.func.grad(f)(detached(at))
+
+
+def contributions(f: Functional, along: Directional) -> TokenScores:
+    """Return `∂f/∂s ⊙ ṡ`, token by token and field by field: all of them sum to `Df(s)[ṡ]`."""
+    return each(torch.mul, cotangents(f, along.scores), along.tangents)
+
+
+def curvature_by_reverse(
+    fixed: TokenScores,
+    policy: Policy,
+    params: Params,
+    direction: Params,
+    rollouts: Rollouts,
+    *,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "curvature",
+) -> Tensor:
+    """Return `Σ c·s̈` for fixed cotangents c, as `⟨v, D_v[(∂s/∂θ)ᵀ c]⟩`: forward over reverse.
+
+    It shares no derivative formula of second order with the nested forward mode of `directional`, which it checks, and
+    stands in for it where that is wrong. It keeps a microbatch's graph.
+
+    Raises:
+        ForwardModeError: If an operation of the model has no forward derivative.
+    """
+    rollouts = to_device(rollouts, policy.device)
+    direction = tree.like(direction, params)
+    total = torch.zeros((), dtype=torch.float64, device=policy.device)
+    with math_attention(), forward_mode_errors():
+        for rows, part in pieces(rollouts, microbatch, progress, what, attention=True):
+            mine = rows_of(fixed, rows, part)
+
+            def paired(at: Params, part: Rollouts = part, mine: TokenScores = mine) -> Tensor:
+                products = each(torch.mul, score(policy, at, part, stats), mine)
+                return sum(field.sum() for field in (products.logp, products.entropy, *products.extra.values()))  # type: ignore[return-value]
+
+            _, turned = torch.func.jvp(torch.func.grad(paired), (params,), (direction,))  # type: ignore[misc]
+            total = total + tree.dot(turned, direction)
+    return total.detach()
+
+
+def rows_of(whole: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
+    """Return the slice of the whole batch's fields that belongs to the rows of a microbatch."""
+    width = part.completion_mask.shape[1]
+    return each(lambda x: x[rows.to(x.device), :width], whole)
