@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from funcprobe.errors import InputError
+from funcprobe.estimators.control_variate import controlled_sum
 from funcprobe.estimators.importance import Proposal, Weighting, log_ratios, prefix_weights, sequence_weights
 from funcprobe.types import Rollouts, Statistic, TokenScores
 
@@ -40,6 +41,7 @@ class Entropy:
     weighting: Weighting = "per_decision"
     per: Per = "token"
     proposal: Proposal = "anchor"
+    control_variate: bool = False
     stats: Mapping[str, Statistic] = field(default_factory=dict, repr=False, hash=False)
 
     def __post_init__(self) -> None:
@@ -49,9 +51,10 @@ class Entropy:
 
     @property
     def name(self) -> str:
-        """The name in tables, such as 'rao_blackwell/per_decision/token'; a proposal other than the anchor is added."""
+        """The name in tables, such as 'rao_blackwell/per_decision/token'; what is not the default is added."""
         proposal = "" if self.proposal == "anchor" else f"/{self.proposal}"
-        return f"{self.integrand}/{self.weighting}/{self.per}{proposal}"
+        variate = "/control_variate" if self.control_variate else ""
+        return f"{self.integrand}/{self.weighting}/{self.per}{proposal}{variate}"
 
     @property
     def unit(self) -> str:
@@ -59,19 +62,29 @@ class Entropy:
         return f"nats per {self.per}"
 
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
-        """Return the estimate at `scores` from rollouts drawn at `anchor`, a float64 scalar in nats."""
-        d = log_ratios(scores, anchor, rollouts, self.proposal)
-        terms = scores.entropy if self.integrand == "rao_blackwell" else -scores.logp
-        a, mask = rollouts.weight, rollouts.completion_mask.to(terms.dtype)
-        if self.weighting == "sequence":
-            w = sequence_weights(d, a).unsqueeze(-1)
-            total, tokens = (w * terms).sum(), (w * mask).sum()
-        else:
+        """Return the estimate at `scores` from rollouts drawn at `anchor`, a float64 scalar in nats.
+
+        Raises:
+            InputError: If a control variate meets a prompt with a single rollout, or the proposal's log-probs are
+                missing.
+        """
+        d, a = log_ratios(scores, anchor, rollouts, self.proposal), rollouts.weight
+        of_terms = of_tokens = sequence_weights(d, a).unsqueeze(-1)
+        if self.weighting == "per_decision":
             # a surprisal depends on the token at t itself, so its own ratio belongs to the weight
-            prefix = prefix_weights(d, a)
-            w = prefix if self.integrand == "rao_blackwell" else prefix_weights(d, a, inclusive=True)
-            total, tokens = (w * terms).sum(), (prefix * mask).sum()
-        return total / tokens if self.per == "token" else total
+            of_tokens = prefix_weights(d, a)
+            of_terms = of_tokens if self.integrand == "rao_blackwell" else prefix_weights(d, a, inclusive=True)
+        total = self._sum(of_terms, self._terms(scores), self._terms(anchor), rollouts)
+        if self.per == "sequence":
+            return total
+        mask = rollouts.completion_mask.to(total.dtype)
+        return total / self._sum(of_tokens, mask, mask, rollouts)
+
+    def _terms(self, scores: TokenScores) -> Tensor:
+        return scores.entropy if self.integrand == "rao_blackwell" else -scores.logp
+
+    def _sum(self, w: Tensor, terms: Tensor, at_anchor: Tensor, rollouts: Rollouts) -> Tensor:
+        return controlled_sum(w, terms, at_anchor, rollouts) if self.control_variate else (w * terms).sum()
 
 
 def entropy(
@@ -79,6 +92,8 @@ def entropy(
     weighting: Weighting = "per_decision",
     per: Per = "token",
     proposal: Proposal = "anchor",
+    *,
+    control_variate: bool = False,
 ) -> Entropy:
     """Return an estimator of the policy's entropy: by default Rao–Blackwell, per decision, per token.
 
@@ -92,6 +107,9 @@ def entropy(
     self-normalisation (and from the ratio), zero where the base weights are the exact probabilities of an enumeration.
     `proposal="sampler"` weighs against the log-probs that the sampling engine reported; it is never chosen for you,
     because engine mismatch compounds over long sequences and truncated samplers lose support.
+    `control_variate` subtracts from every term (and from every token that the ratio counts) the mean over the other
+    rollouts of its prompt, at the anchor: the same estimand, and a smaller error where prompts differ (see
+    `control_variate.controlled_sum`). It needs at least two rollouts a prompt.
 
     Raises:
         InputError: If an option is not one of its choices.
@@ -100,11 +118,11 @@ def entropy(
         >>> entropy().name, entropy(per="sequence").unit
         ('rao_blackwell/per_decision/token', 'nats per sequence')
     """
-    return Entropy(integrand, weighting, per, proposal)
+    return Entropy(integrand, weighting, per, proposal, control_variate)
 
 
 def entropy_family(proposal: Proposal = "anchor") -> tuple[Entropy, ...]:
-    """Return all eight members, the default first."""
+    """Return all eight members without a control variate, the default first."""
     return tuple(
         Entropy(integrand, weighting, per, proposal)  # type: ignore[arg-type]
         for per in _CHOICES["per"]

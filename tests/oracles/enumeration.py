@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,14 +38,35 @@ def walk(module: nn.Module, completion: list[int]) -> tuple[list[Tensor], list[T
 
 
 def exact(module: nn.Module) -> dict[str, Tensor]:
-    """Return E[Σ h] and E[Σ h] / E[T] by summing over every completion; differentiable in the module's parameters."""
-    total, length = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    """Return exact functionals by summing over every completion; differentiable in the module's parameters.
+
+    E[Σ h] ("sequence"), E[Σ h] / E[T] ("token"), E[R] ("reward") and E[T] ("length").
+    """
+    total, length, earned = (torch.zeros((), dtype=torch.float64) for _ in range(3))
     for completion in completions():
         logps, entropies = walk(module, completion)
         probability = torch.exp(torch.stack(logps).sum())
         total = total + probability * torch.stack(entropies).sum()
         length = length + probability * len(completion)
-    return {"sequence": total, "token": total / length}
+        earned = earned + probability * reward(completion)
+    return {"sequence": total, "token": total / length, "reward": earned, "length": length}
+
+
+def divergences(module: nn.Module, before: nn.Module) -> dict[str, Tensor]:
+    """Return KL(module‖before) and KL(before‖module) over completions, both differentiable in the module alone."""
+    of_after, of_before = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for completion in completions():
+        logp = torch.stack(walk(module, completion)[0]).sum()
+        with torch.no_grad():
+            reference = torch.stack(walk(before, completion)[0]).sum()
+        of_after = of_after + torch.exp(logp) * (logp - reference)
+        of_before = of_before + torch.exp(reference) * (reference - logp)
+    return {"kl(after‖before)": of_after, "kl(before‖after)": of_before}
+
+
+def reward(completion: list[int]) -> float:
+    """Return a reward without any symmetry: every symbol counts by where it stands, and nothing averages to 0."""
+    return sum(0.3 * symbol * (position + 1) ** 2 - 0.4 for position, symbol in enumerate(completion)) + 0.7
 
 
 def probabilities(module: nn.Module) -> list[float]:
@@ -56,14 +76,20 @@ def probabilities(module: nn.Module) -> list[float]:
 
 
 def rollouts(weight: list[float] | None = None) -> fp.Rollouts:
-    """Return every completion once, with base weights."""
-    listed = completions()
-    return fp.rollouts_from_lists([PROMPT] * len(listed), listed, temperature=TEMPERATURE, weight=weight)
+    """Return every completion once, with base weights and rewards."""
+    listed, earned = completions(), [reward(completion) for completion in completions()]
+    prompts = [PROMPT] * len(listed)
+    return fp.rollouts_from_lists(prompts, listed, temperature=TEMPERATURE, weight=weight, rewards=earned)
 
 
-def directional(value: Callable[[], Tensor], module: nn.Module, direction: dict[str, Tensor]) -> float:
-    """Return the derivative of value() along a direction, by plain autograd over the explicit sum."""
-    named = dict(module.named_parameters())
-    gradients = torch.autograd.grad(value(), list(named.values()), allow_unused=True)
-    pairs = zip(named, gradients, strict=True)
-    return sum(float((g * direction[name]).sum()) for name, g in pairs if g is not None)
+def derivatives(value: Tensor, module: nn.Module, direction: dict[str, Tensor]) -> tuple[float, float]:
+    """Return the first and second derivative of value along a direction, by plain autograd over the explicit sum."""
+
+    def along(x: Tensor) -> Tensor:
+        named = dict(module.named_parameters())
+        gradients = torch.autograd.grad(x, list(named.values()), create_graph=True, allow_unused=True)
+        pairs = zip(named, gradients, strict=True)
+        return sum((g * direction[name]).sum() for name, g in pairs if g is not None)  # type: ignore[return-value]
+
+    first = along(value)
+    return first.item(), along(first).item()
