@@ -21,7 +21,7 @@ Layers, each importing only from those above it in this table and from `types`, 
 """
 
 from funcprobe import errors, tree
-from funcprobe.analysis.measure import probe
+from funcprobe.analysis.one_step import probe
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.checkpoints.folder import Checkpoint, load_checkpoint
 from funcprobe.checkpoints.live import from_training

@@ -81,6 +81,12 @@ def before_measuring(
         yield from _mismatch(SamplerMismatch(info["sampler_gap"], info["sampler_ratio"]), update, "update")
 
 
+def is_independent(evaluation: Rollouts, update: Rollouts) -> bool:
+    """Return whether E shares neither sequences nor prompts with the batch that the step was made from."""
+    shared = overlap(evaluation, update)
+    return not (shared.sequences or shared.prompts)
+
+
 def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[str]:
     """Yield what the anchor's scores and the weights reveal about the rollouts."""
     if health.khat is not None and health.khat > KHAT_LIMIT and health.fraction("sequence") < NEARLY_EQUAL:
@@ -118,8 +124,7 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
     Raises:
         EffectiveSampleSizeError: If it is and `action` is "raise".
     """
-    inclusive = getattr(observable, "integrand", "") == "surprisal"
-    fraction = health.fraction(getattr(observable, "weighting", "sequence"), inclusive=inclusive)
+    fraction = ess_fraction(health, observable)
     if fraction >= threshold:
         return
     message = (
@@ -129,3 +134,9 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
     if action == "raise":
         raise EffectiveSampleSizeError(message)
     said.also([message])
+
+
+def ess_fraction(health: WeightHealth, observable: Observable) -> float:
+    """Return the effective sample, on the weights that the observable uses, as a fraction of the sample."""
+    inclusive = getattr(observable, "integrand", "") == "surprisal"
+    return health.fraction(getattr(observable, "weighting", "sequence"), inclusive=inclusive)

@@ -19,6 +19,24 @@ class Movement(NamedTuple):
     unmoved: float  #: fraction of entries that Δθ would move and the storage dtype does not
 
 
+class Move(NamedTuple):
+    """One step of the parameters."""
+
+    params: Params  #: θ
+    after: Params  #: θ′ as stored
+    update: Params  #: Δθ as a value
+    size: Movement
+
+    @classmethod
+    def of(cls, params: Params, after: Params, update: Params) -> Move:
+        """Measure a step."""
+        return cls(params, after, update, movement(params, after, update))
+
+    def rounding(self) -> Params:
+        """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the update's dtype."""
+        return {name: _off(self.params, self.after, self.update, name) for name in self.params}
+
+
 def movement(params: Params, after: Params, update: Params) -> Movement:
     """Return how far a step went; one leaf's rounding exists at a time."""
     norm = float(tree.norm(update))
@@ -26,11 +44,6 @@ def movement(params: Params, after: Params, update: Params) -> Movement:
     wanted = sum(int((u != 0).sum()) for u in update.values())
     stuck = sum(int(((u != 0) & (after[name] == params[name])).sum()) for name, u in update.items())
     return Movement(norm, lost / norm if norm > 0 else 0.0, stuck / wanted if wanted else 0.0)
-
-
-def rounding(params: Params, after: Params, update: Params) -> Params:
-    """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the update's dtype."""
-    return {name: _off(params, after, update, name) for name in params}
 
 
 def _off(params: Params, after: Params, update: Params, name: str) -> Tensor:

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 
+from funcprobe.analysis.readings import Reading, bar_from_dict
 from funcprobe.analysis.text import rows_of, summary_of
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError
 from funcprobe.estimators.importance import WeightHealth
+from funcprobe.estimators.uncertainty import Bar
 from funcprobe.types import Estimate, Json, Params, Rollouts
 
 #: Raised when a field changes its meaning.
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class BatchCounts(NamedTuple):
@@ -38,21 +40,16 @@ class BatchCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How far one step moved an observable on held-out rollouts, measured and predicted.
+    """How far one step moved observables on held-out rollouts, measured and predicted.
 
-    `change = after − before` is measured by importance sampling; `first_order = ⟨∇F, Δθ⟩`; `remainder = change −
-    first_order` holds everything beyond first order, the sampling noise that both share having cancelled; `rounding =
-    ⟨∇F, (θ′ − θ) − Δθ⟩` is the part of it that storing θ′ in its dtype caused.
+    `change` is measured by importance sampling; `first_order = ⟨∇F, Δθ⟩`; `remainder = change − first_order` holds
+    everything beyond first order, the sampling noise that both share having cancelled; `rounding = ⟨∇F, (θ′ − θ) −
+    Δθ⟩` is what storing θ′ in its dtype adds: part of a change measured by difference, and not of one by path.
     """
 
-    observable: str  #: name of the observable
-    unit: str  #: its unit, "nats per token" by default
+    readings: dict[str, Reading]  #: what the step does to each observable; the first one is the main one
+    exchange: dict[str, Bar]  #: "a per b": ΔF of the main observable per ΔF of another
     mode: str  #: how the first order was taken: "forward" or "reverse"
-    before: float  #: F(θ)
-    after: float  #: F(θ′)
-    change: float  #: ΔF, measured
-    first_order: float  #: δF₁, predicted
-    remainder: float  #: ΔF − δF₁
     rounding: float | None  #: first-order effect of rounding θ′ to its storage dtype; None where negligible
     rounding_ratio: float  #: ‖(θ′ − θ) − Δθ‖₂ / ‖Δθ‖₂
     update_norm: float  #: ‖Δθ‖₂, accumulated in float64
@@ -71,9 +68,64 @@ class ProbeResult:
     update: Params | None = None  #: Δθ on request: name-keyed, CPU, float32
 
     @property
+    def main(self) -> Reading:
+        """The reading of the first observable."""
+        return next(iter(self.readings.values()))
+
+    @property
+    def observable(self) -> str:
+        """Name of the main observable."""
+        return self.main.observable
+
+    @property
+    def unit(self) -> str:
+        """Its unit, "nats per token" by default."""
+        return self.main.unit
+
+    @property
+    def before(self) -> float:
+        """F(θ)."""
+        return self.main.before
+
+    @property
+    def after(self) -> float:
+        """F(θ′)."""
+        return self.main.after
+
+    @property
+    def change(self) -> float:
+        """ΔF, measured."""
+        return self.main.change
+
+    @property
+    def first_order(self) -> float:
+        """δF₁, predicted."""
+        return self.main.first_order
+
+    @property
+    def remainder(self) -> float:
+        """ΔF − δF₁."""
+        return self.main.remainder
+
+    @property
+    def second_order(self) -> float | None:
+        """δF₂ = ½ D²F[Δθ, Δθ], with `order=2`."""
+        return self.main.second_order
+
+    @property
     def nonlinearity(self) -> float:
         """|ΔF − δF₁| / |ΔF|: how much of the measured change first order misses; infinite where nothing changed."""
-        return abs(self.remainder) / abs(self.change) if self.change else float("inf") if self.remainder else 0.0
+        return self.main.nonlinearity
+
+    @property
+    def crossover_lr(self) -> float | None:
+        """The learning rate at which |δF₂| = |δF₁|, with `order=2`; steps of one gradient are linear in it."""
+        return None if self.main.crossover is None else self.lr * self.main.crossover
+
+    @property
+    def linear_until_lr(self) -> float | None:
+        """The learning rate up to which first order is within 5 %, a twentieth of the crossover; with `order=2`."""
+        return None if self.crossover_lr is None else self.crossover_lr / 20
 
     def summary(self) -> str:
         """Return a text that reads in ten seconds: the change, the prediction, and how far to trust them."""
@@ -84,6 +136,8 @@ class ProbeResult:
         plain: dict[str, Any] = {
             f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("update", "family")
         }
+        plain["readings"] = {name: reading.to_dict() for name, reading in self.readings.items()}
+        plain["exchange"] = {name: found._asdict() for name, found in self.exchange.items()}
         plain["family"] = {name: estimate._asdict() for name, estimate in self.family.items()}
         plain["health"] = self.health._asdict()
         plain["evaluation"], plain["update_batch"] = self.evaluation._asdict(), self.update_batch._asdict()
@@ -139,6 +193,8 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
     names = {f.name for f in dataclasses.fields(cls)} - {"update"}
     if plain.keys() != names:
         raise InputError(f"{file} has other fields than a result: {sorted(plain.keys() ^ names)}; the file is damaged.")
+    plain["readings"] = {name: Reading.from_dict(reading) for name, reading in plain["readings"].items()}
+    plain["exchange"] = {name: bar_from_dict(found) for name, found in plain["exchange"].items()}
     plain["family"] = {name: Estimate(**estimate) for name, estimate in plain["family"].items()}
     plain["health"] = WeightHealth(**plain["health"])
     plain["evaluation"], plain["update_batch"] = (

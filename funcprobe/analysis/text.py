@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from funcprobe.analysis.readings import Reading
+from funcprobe.estimators.uncertainty import Bar
+
 if TYPE_CHECKING:
     from funcprobe.analysis.result import ProbeResult
 
 
 def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
     """Return the result as (what, value) rows, most important first."""
-    share = f"  ({result.first_order / result.change:.2%} of ΔF)" if result.change else ""
-    health, n = result.health, result.evaluation.sequences
-    rounding = "negligible" if result.rounding is None else f"{result.rounding:+.6e}"
+    main, health, n = result.main, result.health, result.evaluation.sequences
+    share = f"  ({main.ratio:.2%} of ΔF)" if main.change else ""
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
     return [
-        ("before  F(θ)", f"{result.before:.9f}"),
-        ("after   F(θ′)", f"{result.after:.9f}"),
-        ("measured   ΔF", f"{result.change:+.6e}"),
-        ("predicted  δF₁", f"{result.first_order:+.6e}{share}"),
-        ("remainder  ΔF − δF₁", f"{result.remainder:+.6e}"),
-        ("  of it rounding of θ′", rounding),
+        ("before  F(θ)", f"{main.before:.9f}"),
+        ("after   F(θ′)", f"{main.after:.9f}"),
+        ("measured   ΔF", with_error(main.change, main.bars.get("change")) + _by(main)),
+        ("predicted  δF₁", with_error(main.first_order, main.bars.get("first_order")) + share),
+        ("remainder  ΔF − δF₁", with_error(main.remainder, main.bars.get("remainder"))),
+        *_rounding(result),
+        *_curvature(result),
+        *_others(result),
         ("step  ‖Δθ‖₂", f"{result.update_norm:.6e} at lr {result.lr:g}"),
         ("entries too small to move", f"{result.unmoved:.2%}"),
         (
@@ -28,7 +32,60 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
             f"{health.ess_sequence:.1f} of {n} sequences, prefixes at least {health.ess_prefix_min:.1f}",
         ),
         ("Pareto k̂", khat),
+        *([("error bars optimistic", "; ".join(main.caveats))] if main.caveats else []),
     ]
+
+
+def with_error(value: float, found: Bar | None) -> str:
+    """Return a number with its standard error, where there is one.
+
+    Example:
+        >>> with_error(-2.5e-3, None)
+        '-2.500000e-03'
+    """
+    return f"{value:+.6e}" + ("" if found is None else f" ± {found.error:.1e}")
+
+
+def _by(reading: Reading) -> str:
+    return f"  (by a path of {reading.nodes} node{'s' * (reading.nodes > 1)})" if reading.method == "path" else ""
+
+
+def _rounding(result: ProbeResult) -> list[tuple[str, str]]:
+    part = "  of it rounding of θ′" if result.main.method == "difference" else "rounding of θ′ adds"
+    return [(part, "negligible" if result.rounding is None else f"{result.rounding:+.6e}")]
+
+
+def _curvature(result: ProbeResult) -> list[tuple[str, str]]:
+    main = result.main
+    if main.second_order is None:
+        return []
+    return [
+        ("second order  δF₂", with_error(main.second_order, main.bars.get("second_order"))),
+        ("linear within 5 %", f"up to lr {result.linear_until_lr:.2g}; |δF₂| = |δF₁| at {result.crossover_lr:.2g}"),
+    ]
+
+
+def _others(result: ProbeResult) -> list[tuple[str, str]]:
+    main, *others = result.readings
+    rows = []
+    for name in others:
+        reading = result.readings[name]
+        rows.append((f"{name}  ΔF", f"{with_error(reading.change, reading.bars.get('change'))} {reading.unit}"))
+        predicted = with_error(reading.first_order, reading.bars.get("first_order"))
+        if reading.second_order is not None:
+            predicted += f", δF₂ {with_error(reading.second_order, reading.bars.get('second_order'))}"
+        rows.append((f"{name}  δF₁", predicted))
+        price = result.exchange.get(f"{main} per {name}")
+        if price is not None:
+            rate = f"{with_error(price.value, price)} {result.unit} / {reading.unit}"
+            rows.append((f"{main} per {name}", f"{rate}{_vague(reading)}"))
+    return rows
+
+
+def _vague(reading: Reading) -> str:
+    """Say so where a ratio's denominator is not told from 0: such a ratio has no standard error to speak of."""
+    found = reading.bars["change"]
+    return "  (vague: its denominator is within two errors of 0)" if abs(found.value) < 2 * found.error else ""
 
 
 def summary_of(result: ProbeResult) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from funcprobe import __version__
-from funcprobe.analysis.measure import probe
+from funcprobe.analysis.one_step import probe
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.checkpoints import Checkpoint, load_checkpoint
 from funcprobe.cli.config import Config, dump, load_config

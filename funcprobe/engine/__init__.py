@@ -17,15 +17,17 @@ from funcprobe.engine.forward import (
     directional,
     second_derivative,
 )
-from funcprobe.engine.kernels import math_attention
+from funcprobe.engine.kernels import Arithmetic, arithmetic, math_attention
 from funcprobe.engine.reverse import Gradient, ScoresFunction, gradient
 
 __all__ = [
+    "Arithmetic",
     "Directional",
     "Gradient",
     "ScoresFunction",
     "Stats",
     "anchored",
+    "arithmetic",
     "contributions",
     "cotangents",
     "curvature_by_reverse",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional
@@ -14,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from funcprobe.errors import ForwardModeError
+from funcprobe.policy.module import Policy
+from funcprobe.types import Params
 
 #: What torch says, in one way or another, where an operation has no forward derivative.
 _MARKS = ("forward AD", "forward mode AD", "jvp", "setup_context", "functorch transforms")
@@ -22,6 +24,33 @@ _MARKS = ("forward AD", "forward mode AD", "jvp", "setup_context", "functorch tr
 def math_attention() -> AbstractContextManager[None]:
     """Return a context in which scaled-dot-product attention uses the kernel that has forward derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
+
+
+class Arithmetic(NamedTuple):
+    """What a policy's forward pass is made of."""
+
+    eps: float  #: of the coarser dtype among features and trainable leaves
+    fused_attention: bool  #: whether it calls scaled_dot_product_attention, whose fused kernels have no derivative
+
+
+def arithmetic(policy: Policy, params: Params) -> Arithmetic:
+    """Return what a forward pass over one token shows of a policy's arithmetic."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=policy.device)
+    with torch.no_grad(), _Watch() as watch:
+        features = policy.features(params, ids, torch.ones_like(ids, dtype=torch.bool))
+    return Arithmetic(max(torch.finfo(x.dtype).eps for x in (features, *params.values())), watch.seen)
+
+
+class _Watch(TorchFunctionMode):
+    """A context that notices whether attention goes through torch's fused function."""
+
+    seen = False
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.seen |= func is torch.nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 class TwiceDifferentiable(TorchFunctionMode):

@@ -150,7 +150,7 @@ def test_rounding_is_its_own_row_in_float32() -> None:
     assert forward.rounding is not None
     assert reverse.rounding == pytest.approx(forward.rounding, rel=1e-3)
     assert skipped.rounding is None
-    assert "rounding row was not computed" in skipped.notes[0]
+    assert any("rounding row was not computed" in note for note in skipped.notes)
     assert 0 < forward.unmoved < 1
     # the measured change moves with what was stored: first order plus the rounding row explains it
     after = step(params, optimizer.init(params), U)

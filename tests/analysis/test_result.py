@@ -33,7 +33,7 @@ def test_save_and_load_is_the_identity(result: fp.ProbeResult, tmp_path: Path) -
 def test_json_is_json(result: fp.ProbeResult) -> None:
     plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert plain["schema_version"] == SCHEMA_VERSION
-    assert plain["change"] == result.change
+    assert next(iter(plain["readings"].values()))["change"] == result.change
     assert "update" not in plain
     broken = dataclasses.replace(result, step={"loss": float("nan")})
     assert json.loads(json.dumps(broken.to_dict(), allow_nan=False))["step"]["loss"] is None
@@ -88,10 +88,10 @@ def test_what_cannot_be_loaded_says_why(result: fp.ProbeResult, tmp_path: Path) 
     with pytest.raises(InputError, match="is not JSON"):
         fp.ProbeResult.load(tmp_path)
     file.write_text(json.dumps({**result.to_dict(), "schema_version": 99}))
-    with pytest.raises(InputError, match="has schema version 99; this funcprobe reads 1"):
+    with pytest.raises(InputError, match=f"has schema version 99; this funcprobe reads {SCHEMA_VERSION}"):
         fp.ProbeResult.load(tmp_path)
     plain = result.to_dict()
-    del plain["change"]
+    del plain["readings"]
     file.write_text(json.dumps(plain))
-    with pytest.raises(InputError, match=r"other fields than a result: \['change'\]"):
+    with pytest.raises(InputError, match=r"other fields than a result: \['readings'\]"):
         fp.ProbeResult.load(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from funcprobe.analysis.result import BatchCounts, ProbeResult
+from funcprobe.analysis.readings import Reading
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.observables import entropy_family
 from funcprobe.types import Estimate
@@ -24,17 +25,15 @@ def result(**changes: Any) -> ProbeResult:
     """Return a result whose observable is the default member, with some fields changed."""
     members = changes.pop("family", family())
     name = "rao_blackwell/per_decision/token"
-    main = members[name]
-    assert main.first_order is not None
+    member = members[name]
+    assert member.first_order is not None
+    reading = Reading(name, "nats per token", member.before, member.change, member.first_order)
+    own = {field: changes.pop(field) for field in tuple(changes) if field in Reading._fields}
+    main = reading._replace(**own)
     values: dict[str, Any] = {
-        "observable": name,
-        "unit": "nats per token",
+        "readings": {name: main},
+        "exchange": {},
         "mode": "forward",
-        "before": main.before,
-        "after": main.after,
-        "change": main.change,
-        "first_order": main.first_order,
-        "remainder": main.change - main.first_order,
         "rounding": None,
         "rounding_ratio": 1e-5,
         "update_norm": 0.0123,

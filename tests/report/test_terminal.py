@@ -19,7 +19,7 @@ NAME = "rao_blackwell/per_decision/token"
 
 def changed(change: float, first_order: float) -> str:
     return headline(
-        result(before=1.5, after=1.5 + change, change=change, first_order=first_order, remainder=change - first_order)
+        result(before=1.5, change=change, first_order=first_order)
     )
 
 

@@ -1,0 +1,60 @@
+"""What the model passes of one step leave: scores. Every number about any observable is a function of them.
+
+And of the base weights `a [B]` of the rollouts: a jackknife reads the same evidence with other weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe import engine
+from funcprobe.types import Observable, Rollouts, TokenScores
+
+#: A scalar function of scores.
+Functional = Callable[[TokenScores], Tensor]
+
+
+class Evidence(NamedTuple):
+    """The scores that one step leaves on the evaluation rollouts, and what observables make of them."""
+
+    rollouts: Rollouts  #: E
+    anchor: TokenScores  #: [B, T] at θ
+    after: TokenScores  #: [B, T] at θ′ as stored, or at θ + Δθ by a path
+    along: engine.Directional | None = None  #: at θ, with tangents along Δθ; None in reverse mode
+
+    def of(self, observable: Observable, a: Tensor | None = None) -> Functional:
+        """Return the observable as a function of scores alone, with base weights `a [B]`, by default E's own."""
+        rollouts = self.rollouts if a is None else self.rollouts._replace(weight=a)
+        return lambda scores: observable(scores, self.anchor, rollouts)
+
+    def before(self, observable: Observable, a: Tensor | None = None) -> Tensor:
+        """Return F(θ)."""
+        return self.of(observable, a)(self.anchor)
+
+    def change(self, observable: Observable, a: Tensor | None = None) -> Tensor:
+        """Return ΔF, a float64 subtraction of functions of scores."""
+        f = self.of(observable, a)
+        return f(self.after) - f(self.anchor)
+
+    def first_order(self, observable: Observable, a: Tensor | None = None) -> Tensor:
+        """Return δF₁ = DF(θ)[Δθ]."""
+        assert self.along is not None
+        return engine.derivative(self.of(observable, a), self.along)[1]
+
+    def second_order(self, observable: Observable, a: Tensor | None = None) -> Tensor:
+        """Return δF₂ = ½ D²F(θ)[Δθ, Δθ]."""
+        assert self.along is not None
+        return 0.5 * engine.second_derivative(self.of(observable, a), self.along)
+
+    def magnitude(self, observable: Observable) -> float:
+        """Return Σ|∂F/∂s ⊙ (s(θ′) − s(θ))| over tokens and fields: the size of the terms that make ΔF.
+
+        The cotangents are taken at θ′, where those of a divergence are not 0; for a small step this is Σ|terms| of δF₁.
+        """
+        c = engine.cotangents(self.of(observable), self.after)
+        parts = engine.each(lambda c, x, y: (c * (x - y)).abs().sum(), c, self.after, self.anchor)
+        return float(torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).sum())

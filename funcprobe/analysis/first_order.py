@@ -1,0 +1,79 @@
+"""The first order of a step on the evaluation rollouts, in forward or in reverse mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from funcprobe import engine, tree
+from funcprobe.analysis.evidence import Evidence
+from funcprobe.analysis.expansion import curved
+from funcprobe.analysis.inquiry import Inquiry
+from funcprobe.errors import ForwardModeError
+from funcprobe.types import Observable, Params, Rollouts, TokenScores
+
+
+class First(NamedTuple):
+    """The anchor's scores, and the first order in whichever form the mode gives it."""
+
+    scores: TokenScores  #: [B, T] at θ
+    along: engine.Directional | None  #: forward mode: tangents along Δθ, for every observable at once
+    gradients: Mapping[str, Params]  #: reverse mode: ∇F of each observable
+
+    @property
+    def mode(self) -> str:
+        """Return "forward" or "reverse"."""
+        return "reverse" if self.along is None else "forward"
+
+    def value(self, name: str, observable: Observable, evidence: Evidence, update: Params) -> float | None:
+        """Return δF₁ of an observable; None in reverse mode for one whose ∇F was not taken."""
+        if self.along is not None:
+            return float(evidence.first_order(observable))
+        return float(tree.dot(self.gradients[name], update)) if name in self.gradients else None
+
+
+def first_order(asked: Inquiry, params: Params, update: Params) -> First:
+    """Return the anchor's scores and the first order along the update, in forward mode where the model allows.
+
+    Raises:
+        ForwardModeError: If the model has no forward derivative and forward mode, a path or order 2 was asked for.
+    """
+    options = asked.options
+    if options.mode != "reverse":
+        try:
+            return _forward(asked, params, update)
+        except ForwardModeError as error:
+            if options.mode == "forward" or options.order == 2 or options.method == "path":
+                raise
+            asked.said.notes.append(f"reverse mode was used: {error}")
+    return _reverse(asked, params)
+
+
+def _forward(asked: Inquiry, params: Params, update: Params) -> First:
+    if asked.options.order == 1:
+        along = asked.passes.directional(params, update, "E, forward mode")
+    else:
+        along, off = curved(asked.passes, params, update, asked.main[1])
+        if along.curvatures is None:
+            asked.said.notes.append(
+                f"the second order was taken forward over reverse: nested forward mode was off by {off:.1e}"
+            )
+    if engine.arithmetic(asked.passes.policy, params).fused_attention:
+        asked.said.notes.append(
+            "attention ran in the math kernel on E, because fused kernels have no forward derivative"
+        )
+    return First(along.scores, along, {})
+
+
+def _reverse(asked: Inquiry, params: Params) -> First:
+    found: dict[str, engine.Gradient] = {}
+    for name, observable in asked.observables.items():
+
+        def f(scores: TokenScores, rollouts: Rollouts, o: Observable = observable) -> tuple[Tensor, dict[str, Tensor]]:
+            return o(scores, engine.detached(scores), rollouts), {}
+
+        found[name] = asked.passes.gradient(f, params, "E, reverse mode")
+    scores = next(iter(found.values())).scores
+    return First(scores, None, {name: g.gradient for name, g in found.items()})

@@ -1,0 +1,168 @@
+"""One step, measured and predicted: ΔF on held-out rollouts, δF₁ from the very same step, and how far to trust both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from funcprobe import tree
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent
+from funcprobe.analysis.environment import describe_environment
+from funcprobe.analysis.first_order import first_order
+from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options, named
+from funcprobe.analysis.measure import measure_step
+from funcprobe.analysis.movement import Move
+from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
+from funcprobe.analysis.readings import BarMethod
+from funcprobe.analysis.result import BatchCounts, ProbeResult
+from funcprobe.errors import InputError
+from funcprobe.estimators.custom import check_observable
+from funcprobe.estimators.observables import entropy
+from funcprobe.policy.module import Policy
+from funcprobe.training.step import Step
+from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
+
+#: Rao–Blackwell, per decision, per token.
+DEFAULT_OBSERVABLE: Observable = entropy()
+
+
+def probe(
+    policy: Policy,
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    evaluation: Rollouts,
+    update: Rollouts,
+    observable: Observable | None = None,
+    *,
+    observables: Mapping[str, Observable] | None = None,
+    lr: float | None = None,
+    mode: Mode = "auto",
+    method: MeasureMethod = "auto",
+    tolerance: float = PATH_TOLERANCE,
+    order: Literal[1, 2] = 1,
+    bars: BarMethod | None = "auto",
+    level: float = 0.95,
+    seed: int = 0,
+    microbatch: Microbatch = DEFAULT_MICROBATCH,
+    rounding: bool | Literal["auto"] = "auto",
+    ess_threshold: float = 0.1,
+    on_low_ess: Literal["warn", "raise"] = "warn",
+    top_k: int = 10,
+    keep_update: bool = False,
+    progress: Progress | None = None,
+) -> ProbeResult:
+    """Take one pure step on `update` and return how far observables move on `evaluation`, measured and predicted.
+
+    Measured: `ΔF = F(θ′) − F(θ)`, importance-sampled on rollouts drawn at θ = `params`. Predicted: `δF₁ = ⟨∇F, Δθ⟩`
+    with Δθ the step as a value. Both come from the same rollouts, so on one batch they agree to O(‖Δθ‖²); their common
+    sampling error is that of the estimator (see `entropy`). Nothing that is passed in changes.
+
+    Args:
+        policy: What scores the rollouts; see `from_module` and `load_checkpoint`.
+        step: The pure step; see `make_step`.
+        params: θ, at which the evaluation rollouts were drawn.
+        opt_state: The optimizer's state before the step.
+        evaluation: Rollouts E, drawn at θ, apart from U.
+        update: Rollouts U, which the step is taken on.
+        observable: What is measured; by default the entropy per token.
+        observables: Several by name, in place of `observable`, all read from the same passes. Exchange rates are ΔF of
+            the first per ΔF of each other one.
+        lr: Learning rate of this step; None takes the optimizer's.
+        mode: How the first order is taken. "auto" takes forward mode, and reverse mode where an operation of the model
+            has no forward derivative.
+        method: How ΔF is measured: by "difference" of two evaluations, along a "path" from θ to θ + Δθ on which
+            nothing cancels, or, with "auto", by the path where the float error of the difference is above 0.1 % of it.
+            A difference sees θ′ as stored, a path the update itself: they differ by the rounding row.
+        tolerance: What two rules of the path have to agree to, relative to Σ|terms|.
+        order: 2 adds `δF₂ = ½ D²F[Δθ, Δθ]` and the crossover learning rate.
+        bars: Error bars over prompts: "jackknife", "infinitesimal", "bootstrap", None, or "auto": the exact jackknife
+            where it is cheap, and no bars where there is one prompt only.
+        level: Coverage of the bars' intervals.
+        seed: Of the bootstrap.
+        microbatch: How E is cut for the model; it changes memory and no result.
+        rounding: Whether the row `⟨∇F, (θ′ − θ) − Δθ⟩` is computed. It is free in reverse mode; in forward mode it
+            takes one more pass, which "auto" spends only where rounding is above 0.1 % of the update.
+        ess_threshold: The least effective sample, as a fraction of E.
+        on_low_ess: Whether to "warn" or to "raise" below it.
+        top_k: How many of the most moved leaves are listed.
+        keep_update: Whether the result carries Δθ.
+        progress: Called as progress(what, done, total).
+
+    Raises:
+        InputError: If an option, an observable, a batch or the learning rate is out of range.
+        NumericsError: If scores or gradients are not finite, or a path that was asked for misses its tolerance.
+        ForwardModeError: In `mode="forward"`, `method="path"` or `order=2`, if the model has no forward derivative.
+        EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
+    """
+    options = Options(mode, method, tolerance, order, bars, level, seed, rounding, ess_threshold, on_low_ess)
+    wanted = asked_for(observable, observables, evaluation)
+    said, clock = Messages(), Clock()
+    move, info = _take(step, params, opt_state, update, lr, clock, said, progress)
+    said.also(before_measuring(evaluation, update, move.size, info))
+    passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
+    asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))
+    first = first_order(asked, params, move.update)
+    found = measure_step(asked, move, first)
+    return ProbeResult(
+        readings=found.readings,
+        exchange=found.exchange,
+        mode=first.mode,
+        rounding=found.rounding,
+        rounding_ratio=move.size.rounding_ratio,
+        update_norm=move.size.norm,
+        lr=info["lr"],
+        unmoved=move.size.unmoved,
+        top=tuple(tree.top_k(move.update, top_k)),
+        family=found.family,
+        health=found.health,
+        step=info,
+        evaluation=BatchCounts.of(evaluation),
+        update_batch=BatchCounts.of(update),
+        warnings=tuple(said.warnings),
+        notes=tuple(said.notes),
+        timings=clock.seconds,
+        environment=describe_environment(policy.device, params),
+        update=_portable(move.update) if keep_update else None,
+    )
+
+
+def asked_for(
+    observable: Observable | None, observables: Mapping[str, Observable] | None, evaluation: Rollouts
+) -> dict[str, Observable]:
+    """Return the observables by name, each checked on made-up scores of the evaluation rollouts: no model is run.
+
+    Raises:
+        InputError: If both forms are given, or an observable cannot be used on these rollouts.
+    """
+    if observable is not None and observables is not None:
+        raise InputError("observable and observables were both given; put all of them into observables.")
+    found = named(observables if observables is not None else observable or DEFAULT_OBSERVABLE)
+    mask = evaluation.completion_mask.double()
+    for o in found.values():
+        check_observable(o, TokenScores(-0.7 * mask, 0.5 * mask, dict.fromkeys(o.stats, 0.3 * mask)), evaluation)
+    return found
+
+
+def _take(
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    update: Rollouts,
+    lr: float | None,
+    clock: Clock,
+    said: Messages,
+    progress: Progress | None,
+) -> tuple[Move, dict[str, float]]:
+    """Return one step and its info; gradient and optimizer state are let go before E needs the memory."""
+    with said.recording(), clock("gradient on U"):
+        gradient, info = step.gradient(params, update, progress=progress)
+    with clock("optimizer step"):
+        taken = step.apply(params, opt_state, gradient, lr=lr, info=info)
+        return Move.of(params, taken.params, taken.update), dict(taken.info)
+
+
+def _portable(update: Params) -> Params:
+    return {name: u.detach().to("cpu", torch.float32) for name, u in update.items()}

@@ -1,0 +1,69 @@
+"""The model passes over the evaluation rollouts that an analysis is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from funcprobe import engine
+from funcprobe.analysis.diagnostics import Clock
+from funcprobe.data.rollouts import to_device
+from funcprobe.policy.module import Policy
+from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts, Statistic, TokenBudget, TokenScores
+
+#: A microbatch that suits a laptop and a data-centre card alike.
+DEFAULT_MICROBATCH = TokenBudget(4096)
+
+
+class Passes(NamedTuple):
+    """A policy on its evaluation rollouts: what a pass needs beside parameters."""
+
+    policy: Policy
+    evaluation: Rollouts
+    stats: Mapping[str, Statistic]  #: what the observables declare, all together
+    microbatch: Microbatch
+    progress: Progress | None
+    clock: Clock  #: told of every pass
+
+    @classmethod
+    def over(
+        cls,
+        policy: Policy,
+        evaluation: Rollouts,
+        observables: Mapping[str, Observable],
+        microbatch: Microbatch,
+        progress: Progress | None,
+        clock: Clock,
+    ) -> Passes:
+        """Return the passes that serve several observables at once."""
+        stats = {name: stat for o in observables.values() for name, stat in o.stats.items()}
+        return cls(policy, to_device(evaluation, policy.device), stats, microbatch, progress, clock)
+
+    def scores(self, params: Params, what: str, *, math_kernel: bool) -> TokenScores:
+        """Return the scores of E at some parameters."""
+        with self.clock(what):
+            return engine.scores(self.policy, params, self.evaluation, math_kernel=math_kernel, **self._options(what))
+
+    def directional(self, params: Params, direction: Params, what: str, order: Literal[1, 2] = 1) -> engine.Directional:
+        """Return the scores of E and their tangents along a direction."""
+        with self.clock(what):
+            return engine.directional(
+                self.policy, params, direction, self.evaluation, order=order, **self._options(what)
+            )
+
+    def gradient(self, f: engine.ScoresFunction, params: Params, what: str) -> engine.Gradient:
+        """Return a function of E's scores and its gradient, by reverse mode."""
+        with self.clock(what):
+            return engine.gradient(f, self.policy, params, self.evaluation, **self._options(what))
+
+    def curvature_by_reverse(self, fixed: TokenScores, params: Params, direction: Params, what: str) -> float:
+        """Return Σ c·s̈ over E, forward over reverse."""
+        with self.clock(what):
+            return float(
+                engine.curvature_by_reverse(
+                    fixed, self.policy, params, direction, self.evaluation, **self._options(what)
+                )
+            )
+
+    def _options(self, what: str) -> dict[str, Any]:
+        return {"stats": self.stats, "microbatch": self.microbatch, "progress": self.progress, "what": what}
