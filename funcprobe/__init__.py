@@ -15,21 +15,29 @@ Layers, each importing only from those above it in this table and from `types`, 
     estimators    importance weights and the observables made of them
     training      objectives, optimizers, the pure step
     checkpoints   Hugging Face folders, adapters, optimizer states, live training loops
-    analysis      one step, measured and predicted
+    analysis      one step or many, measured and predicted
     report        tables and figures
     cli           the command line
 """
 
 from funcprobe import errors, tree
+from funcprobe.analysis.expansion import SecondOrder, second_order
+from funcprobe.analysis.largest_lr import LargestLr, largest_lr
 from funcprobe.analysis.one_step import probe
+from funcprobe.analysis.readings import Reading
 from funcprobe.analysis.result import ProbeResult
+from funcprobe.analysis.sweep import sweep
+from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.checkpoints.folder import Checkpoint, load_checkpoint
 from funcprobe.checkpoints.live import from_training
 from funcprobe.checkpoints.saving import save_checkpoint
 from funcprobe.data.files import read_rollouts, write_rollouts
 from funcprobe.data.rollouts import rollouts_from_lists, rollouts_from_padded
 from funcprobe.engine import anchored
+from funcprobe.estimators.custom import observable
+from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import entropy, entropy_family
+from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.policy.module import Policy, from_module
 from funcprobe.policy.sampling import sample
 from funcprobe.policy.scoring import score
@@ -42,10 +50,14 @@ __version__ = "0.1.0"
 __all__ = [
     "Checkpoint",
     "Estimate",
+    "LargestLr",
     "Policy",
     "ProbeResult",
+    "Reading",
     "Rollouts",
+    "SecondOrder",
     "StepResult",
+    "SweepResult",
     "TokenBudget",
     "TokenScores",
     "__version__",
@@ -59,13 +71,18 @@ __all__ = [
     "entropy",
     "entropy_family",
     "errors",
+    "expected_reward",
     "from_module",
     "from_torch",
     "from_training",
     "grpo",
     "gspo",
+    "kl",
+    "largest_lr",
     "load_checkpoint",
     "make_step",
+    "mean_length",
+    "observable",
     "probe",
     "read_rollouts",
     "reinforce",
@@ -75,7 +92,9 @@ __all__ = [
     "sample",
     "save_checkpoint",
     "score",
+    "second_order",
     "sgd",
+    "sweep",
     "tree",
     "write_rollouts",
 ]

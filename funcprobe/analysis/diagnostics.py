@@ -24,9 +24,10 @@ NEARLY_EQUAL = 0.99
 
 
 class Messages:
-    """What a probe has to say beside its numbers: warnings are issued and kept, notes only kept."""
+    """What a probe has to say beside its numbers: warnings are issued (unless quiet) and kept, notes only kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
@@ -34,7 +35,8 @@ class Messages:
         """Issue each message as a warning and keep it."""
         for message in messages:
             self.warnings.append(message)
-            warnings.warn(message, FuncprobeWarning, stacklevel=3)
+            if not self.quiet:
+                warnings.warn(message, FuncprobeWarning, stacklevel=3)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from funcprobe.analysis.expansion import path, second_by_reverse, subtraction_er
 from funcprobe.analysis.first_order import First
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.analysis.movement import Move
-from funcprobe.analysis.readings import Reading, sample, with_bars
+from funcprobe.analysis.readings import Reading, Sampled, sample, with_bars
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.importance import Proposal, WeightHealth, log_ratios, weight_health
 from funcprobe.estimators.observables import entropy_family
@@ -27,6 +27,9 @@ ROUNDING_WORTH_A_PASS = 1e-3
 #: Above this fraction of ΔF, the estimated float error of a subtraction is worth a path.
 SUBTRACTION_WORTH_A_PATH = 1e-3
 
+#: And, where the second order was asked for, above this fraction of it: the remainder is to be seen beside it.
+CURVATURE_WORTH_A_PATH = 1e-2
+
 
 class Measurement(NamedTuple):
     """What was read from one step on one set of evaluation rollouts."""
@@ -37,6 +40,7 @@ class Measurement(NamedTuple):
     health: WeightHealth  #: of the importance weights
     rounding: float | None  #: ⟨∇F, (θ′ − θ) − Δθ⟩ of the first observable; None where negligible
     evidence: Evidence  #: the scores themselves
+    sampled: Sampled | None  #: replicates over prompts, where there are error bars
 
 
 def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None = None) -> Measurement:
@@ -58,9 +62,14 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
     readings = {
         name: _reading(asked, move, first, evidence, name, o, measured) for name, o in asked.observables.items()
     }
-    readings, exchange = _with_bars(asked, evidence, health, readings)
+    sampled = _sampled(asked, evidence)
+    exchange: dict[str, Bar] = {}
+    if sampled is not None:
+        independent, level = asked.independent, options.level
+        readings = with_bars(readings, asked.observables, sampled, evidence, health, independent, level)
+        exchange = _exchange(readings, sampled, level)
     family = {o.name: _estimate(asked, move, first, evidence, o) for o in entropy_family(proposal)}
-    return Measurement(readings, exchange, family, health, row, evidence)
+    return Measurement(readings, exchange, family, health, row, evidence, sampled)
 
 
 class _Measured(NamedTuple):
@@ -69,6 +78,7 @@ class _Measured(NamedTuple):
     method: str
     nodes: int
     errors: Mapping[str, float | None]
+    subtractions: Mapping[str, float | None]  #: ΔF by two evaluations, whatever was chosen
 
 
 def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> tuple[Evidence, _Measured]:
@@ -81,13 +91,13 @@ def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScore
     if options.method != "path":
         after = scores_after or passes.scores(move.after, "E at θ′", math_kernel=along is not None)
         evidence = Evidence(passes.evaluation, first.scores, after, along)
+        subtractions = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
         if along is None:
-            return evidence, _Measured("difference", 0, dict.fromkeys(asked.observables))
+            return evidence, _Measured("difference", 0, dict.fromkeys(asked.observables), subtractions)
         eps = engine.arithmetic(passes.policy, move.params).eps
         errors = {name: subtraction_error(evidence, o, eps) for name, o in asked.observables.items()}
-        small = {n: SUBTRACTION_WORTH_A_PATH * abs(float(evidence.change(o))) for n, o in asked.observables.items()}
-        if options.method == "difference" or all(errors[name] <= small[name] for name in errors):
-            return evidence, _Measured("difference", 0, errors)
+        if options.method == "difference" or _is_fine(asked, evidence, errors, subtractions):
+            return evidence, _Measured("difference", 0, errors, subtractions)
     assert along is not None  # a path is refused in reverse mode
     found = path(passes, move.params, move.update, along, asked.observables, options.tolerance)
     if not found.converged:
@@ -100,8 +110,23 @@ def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScore
             raise NumericsError(text)
         asked.said.notes.append(text)
         if any(errors[name] < found.errors[name] for name in errors):
-            return evidence, _Measured("difference", 0, errors)
-    return Evidence(passes.evaluation, first.scores, found.scores, along), _Measured("path", found.nodes, found.errors)
+            return evidence, _Measured("difference", 0, errors, subtractions)
+    known = dict.fromkeys(asked.observables) if options.method == "path" else subtractions
+    evidence = Evidence(passes.evaluation, first.scores, found.scores, along)
+    return evidence, _Measured("path", found.nodes, found.errors, known)
+
+
+def _is_fine(
+    asked: Inquiry, evidence: Evidence, errors: Mapping[str, float], subtractions: Mapping[str, float]
+) -> bool:
+    """Return whether float error leaves every ΔF alone, and what it has beyond first order where that was asked for."""
+    curved = evidence.along is not None and evidence.along.curvatures is not None
+    for name, o in asked.observables.items():
+        limits = [SUBTRACTION_WORTH_A_PATH * abs(subtractions[name])]
+        limits += [CURVATURE_WORTH_A_PATH * abs(float(evidence.second_order(o)))] if curved else []
+        if errors[name] > min(limits):
+            return False
+    return True
 
 
 def _reading(
@@ -133,34 +158,36 @@ def _reading(
         measured.method,
         measured.nodes,
         measured.errors[name],
+        measured.subtractions[name],
     )
 
 
-def _with_bars(
-    asked: Inquiry, evidence: Evidence, health: WeightHealth, readings: dict[str, Reading]
-) -> tuple[dict[str, Reading], dict[str, Bar]]:
-    """Return the readings with error bars, and what a unit of every further observable costs of the first.
+def _sampled(asked: Inquiry, evidence: Evidence) -> Sampled | None:
+    """Return replicates over prompts; None where none were asked for, or "auto" finds that there can be none.
 
     Raises:
-        InputError: If a named method cannot be used; "auto" leaves the bars out and says why.
+        InputError: If a named method cannot be used.
         NumericsError: The same for a replicate that is not finite.
     """
     options = asked.options
     if options.bars is None:
-        return readings, {}
-    generator = torch.Generator().manual_seed(options.seed)
+        return None
     try:
         with asked.passes.clock("error bars"):
-            sampled = sample(evidence, asked.observables, options.bars, generator)
+            generator = torch.Generator().manual_seed(options.seed)
+            return sample(evidence, asked.observables, options.bars, generator)
     except (InputError, NumericsError) as error:
         if options.bars != "auto":
             raise
         asked.said.notes.append(f"no error bars: {error}")
-        return readings, {}
-    readings = with_bars(readings, asked.observables, sampled, evidence, health, asked.independent, options.level)
-    main, *others = readings  # of a divergence, which has no first order, there is no rate
-    return readings, {
-        f"{main} per {other}": sampled.exchange(main, other, options.level)
+        return None
+
+
+def _exchange(readings: dict[str, Reading], sampled: Sampled, level: float) -> dict[str, Bar]:
+    """Return ΔF of the first observable per ΔF of each other; divergences, without first order, have none."""
+    main, *others = readings
+    return {
+        f"{main} per {other}": sampled.exchange(main, other, level)
         for other in others
         if readings[main].bars and readings[other].bars and readings[other].first_order != 0.0
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,6 +31,7 @@ class Reading(NamedTuple):
     method: str = "difference"  #: "difference" of two evaluations, or a "path" integral
     nodes: int = 0  #: of the path
     error: float | None = None  #: estimated numerical error of the change; None where nothing could estimate it
+    subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
     bars: Mapping[str, Bar] = {}
     caveats: tuple[str, ...] = ()  #: why the bars are optimistic
 
@@ -83,6 +84,32 @@ class Sampled(NamedTuple):
 
     replicates: Replicates
     columns: Mapping[str, int]  #: name of the observable -> its first column
+
+    @property
+    def width(self) -> int:
+        """The number of columns of one step."""
+        return len(self.replicates.estimate)
+
+    @classmethod
+    def join(cls, several: Sequence[Sampled]) -> Replicates:
+        """Return the columns of several steps on the same rollouts, side by side."""
+        parts = [sampled.replicates for sampled in several]
+        estimate = torch.cat([part.estimate for part in parts])
+        return parts[0]._replace(estimate=estimate, values=torch.cat([part.values for part in parts], dim=1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        plain = self.replicates._asdict()
+        plain |= {"estimate": self.replicates.estimate.tolist(), "values": self.replicates.values.tolist()}
+        return {"replicates": plain, "columns": dict(self.columns)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Sampled:
+        """Return what `to_dict` was called on."""
+        found = dict(plain["replicates"])
+        for name in ("estimate", "values"):
+            found[name] = torch.tensor(found[name], dtype=torch.float64)
+        return cls(Replicates(**found), dict(plain["columns"]))
 
     def bar(self, name: str, what: str, level: float = 0.95) -> Bar:
         """Return the bar of "change", "first_order", "second_order", "remainder" or "ratio" of an observable."""

@@ -141,7 +141,7 @@ class ProbeResult:
         plain["family"] = {name: estimate._asdict() for name, estimate in self.family.items()}
         plain["health"] = self.health._asdict()
         plain["evaluation"], plain["update_batch"] = self.evaluation._asdict(), self.update_batch._asdict()
-        return {"schema_version": SCHEMA_VERSION, **_json_safe(plain)}
+        return {"schema_version": SCHEMA_VERSION, **json_safe(plain)}
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the folder `path`, whole or not at all: `result.json`, and `update.safetensors` where Δθ was kept.
@@ -207,12 +207,12 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
     return cls(**plain, update=load_file(kept) if kept.is_file() else None)
 
 
-def _json_safe(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """Return plain JSON: tuples become lists, and numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {str(k): _json_safe(v) for k, v in value.items()}
+        return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_safe(v) for v in value]
+        return [json_safe(v) for v in value]
     if isinstance(value, float) and value - value != 0.0:
         return None
     return value

@@ -1,0 +1,139 @@
+"""The largest learning rate that keeps a step within bounds, by bisection on scores: one gradient serves all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from funcprobe.analysis.diagnostics import Clock, Messages, ess_fraction, is_independent
+from funcprobe.analysis.inquiry import Inquiry, Options
+from funcprobe.analysis.one_step import asked_for
+from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
+from funcprobe.analysis.sweep import Family, check_lrs
+from funcprobe.analysis.sweep_result import SweepPoint
+from funcprobe.errors import InputError, NumericsError
+from funcprobe.policy.module import Policy
+from funcprobe.training.step import Step
+from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
+
+
+class LargestLr(NamedTuple):
+    """The largest learning rate that was found to keep every bound."""
+
+    lr: float
+    limited_by: str | None  #: the bound that the next larger one tried breaks; None where even the upper end keeps all
+    point: SweepPoint  #: what the step does at `lr`
+    tried: int  #: learning rates that were scored
+
+
+def largest_lr(
+    policy: Policy,
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    evaluation: Rollouts,
+    update: Rollouts,
+    observable: Observable | None = None,
+    *,
+    min_ess: float | None = None,
+    max_abs_delta: float | None = None,
+    max_nonlinearity: float | None = None,
+    between: tuple[float, float] = (1e-9, 1e-1),
+    relative: float = 0.02,
+    microbatch: Microbatch = DEFAULT_MICROBATCH,
+    progress: Progress | None = None,
+) -> LargestLr:
+    """Return the largest learning rate that keeps the bounds, to within a factor of `1 + relative`.
+
+    Args:
+        policy: What scores the rollouts.
+        step: The pure step; its gradient is taken once.
+        params: θ, at which the evaluation rollouts were drawn.
+        opt_state: The optimizer's state before the step.
+        evaluation: Rollouts E, drawn at θ, apart from U.
+        update: Rollouts U, which the step is taken on.
+        observable: What the bounds are about; by default the entropy per token.
+        min_ess: Least effective sample, as a fraction of E, on the weights that the observable uses.
+        max_abs_delta: Largest |ΔF|, in the observable's unit.
+        max_nonlinearity: Largest |ΔF − δF₁| / |ΔF|.
+        between: Where to look. The bounds are taken to be kept below the answer and broken above it: bisection on the
+            logarithm finds a place where they begin to be broken.
+        relative: How finely.
+        microbatch: As in `probe`.
+        progress: Called as progress(what, done, total).
+
+    Raises:
+        InputError: If no bound is given, one is out of range, or the lower end breaks one already.
+        NumericsError: If the gradient or the scores at θ are not finite.
+        ForwardModeError: If the model has no forward derivative.
+    """
+    low, high = between
+    check_lrs(between)
+    bounds = _bounds(min_ess, max_abs_delta, max_nonlinearity, relative)
+    wanted = asked_for(observable, None, evaluation)
+    passes = Passes.over(policy, evaluation, wanted, microbatch, progress, Clock())
+    options = Options(bars=None, rounding=False, ess_threshold=0.0)
+    asked = Inquiry(passes, wanted, options, Messages(), is_independent(evaluation, update))
+    gradient, info = step.gradient(params, update, progress=progress)
+    family = Family(asked, step, params, opt_state, gradient, info, low)
+
+    best, tried = family.point(low, family.move(low)), 2
+    if broken := _broken(best, asked.main[1], bounds):
+        raise InputError(
+            f"The smallest learning rate, {low:g}, breaks the bound already: {broken}; look further down with "
+            "between=(smaller, larger), or relax the bound."
+        )
+    top = _tried(family, high, bounds)
+    if isinstance(top, SweepPoint):
+        return LargestLr(high, None, top, tried)
+    limited_by = top
+    while high / low > 1 + relative:
+        middle, tried = math.sqrt(low * high), tried + 1
+        found = _tried(family, middle, bounds)
+        if isinstance(found, SweepPoint):
+            low, best = middle, found
+        else:
+            high, limited_by = middle, found
+    return LargestLr(low, limited_by, best, tried)
+
+
+def _bounds(
+    min_ess: float | None, max_abs_delta: float | None, max_nonlinearity: float | None, relative: float
+) -> Mapping[str, float]:
+    """Return the bounds that were given.
+
+    Raises:
+        InputError: If there is none, or one is out of range.
+    """
+    given = {"min_ess": min_ess, "max_abs_delta": max_abs_delta, "max_nonlinearity": max_nonlinearity}
+    bounds = {name: value for name, value in given.items() if value is not None}
+    if not bounds:
+        raise InputError("No bound was given; give min_ess, max_abs_delta or max_nonlinearity.")
+    for name, value in {**bounds, "relative": relative}.items():
+        if not (math.isfinite(value) and value > 0):
+            raise InputError(f"{name} is {value}; expected a number above 0.")
+    if bounds.get("min_ess", 0.0) > 1:
+        raise InputError(f"min_ess is {min_ess}; expected a fraction of the sample, at most 1.")
+    return bounds
+
+
+def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> SweepPoint | str:
+    """Return what the step does at a learning rate, or the bound that it breaks."""
+    try:
+        point = family.point(lr, family.move(lr))
+    except NumericsError:
+        return "finite scores"
+    return _broken(point, family.asked.main[1], bounds) or point
+
+
+def _broken(point: SweepPoint, observable: Observable, bounds: Mapping[str, float]) -> str | None:
+    """Return the first bound that a point breaks, with what was found."""
+    reading = next(iter(point.readings.values()))
+    ess = ess_fraction(point.health, observable)
+    found = {
+        "min_ess": (ess, ess < bounds.get("min_ess", -math.inf)),
+        "max_abs_delta": (abs(reading.change), abs(reading.change) > bounds.get("max_abs_delta", math.inf)),
+        "max_nonlinearity": (reading.nonlinearity, reading.nonlinearity > bounds.get("max_nonlinearity", math.inf)),
+    }
+    return next((f"{name} {bounds[name]:g} (found {value:.3g})" for name, (value, bad) in found.items() if bad), None)

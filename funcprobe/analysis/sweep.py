@@ -1,0 +1,231 @@
+"""One gradient on U, one derivative on E, many learning rates: a scoring pass each is all that is left to do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+from funcprobe import engine, tree
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent
+from funcprobe.analysis.environment import describe_environment
+from funcprobe.analysis.first_order import First, first_order
+from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options
+from funcprobe.analysis.journal import Journal, fingerprint
+from funcprobe.analysis.measure import measure_step
+from funcprobe.analysis.movement import Move
+from funcprobe.analysis.one_step import asked_for
+from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
+from funcprobe.analysis.readings import BarMethod
+from funcprobe.analysis.result import BatchCounts
+from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
+from funcprobe.errors import InputError
+from funcprobe.policy.module import Policy
+from funcprobe.training.step import Step
+from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
+
+#: Two updates are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
+PROPORTIONAL = 1e-5
+
+
+def sweep(
+    policy: Policy,
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    evaluation: Rollouts,
+    update: Rollouts,
+    lrs: Sequence[float],
+    observable: Observable | None = None,
+    *,
+    observables: Mapping[str, Observable] | None = None,
+    mode: Mode = "auto",
+    method: MeasureMethod = "auto",
+    tolerance: float = PATH_TOLERANCE,
+    order: Literal[1, 2] = 2,
+    bars: BarMethod | None = "auto",
+    level: float = 0.95,
+    seed: int = 0,
+    microbatch: Microbatch = DEFAULT_MICROBATCH,
+    chunk: int = 1,
+    ess_threshold: float = 0.1,
+    on_low_ess: Literal["warn", "raise"] = "warn",
+    journal: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Return what the step on `update` does to observables on `evaluation` at each of several learning rates.
+
+    One gradient on U and one derivative on E (of second order by default) serve all of them: sgd, adam and adamw move
+    in proportion to the learning rate, so `δF₁(η) = (η/η₀) δF₁(η₀)` and `δF₂` goes with the square; an optimizer that
+    does not is found out, and gets a forward-mode pass for every learning rate. What each learning rate costs is one
+    scoring pass at θ′(η), and a path where the float error of the subtraction asks for it (see `probe`, whose options
+    these are).
+
+    Args:
+        policy: What scores the rollouts.
+        step: The pure step; its gradient is taken once.
+        params: θ, at which the evaluation rollouts were drawn.
+        opt_state: The optimizer's state before the step.
+        evaluation: Rollouts E, drawn at θ, apart from U.
+        update: Rollouts U, which the step is taken on.
+        lrs: Learning rates, above 0 and rising.
+        observable: What is measured; by default the entropy per token.
+        observables: Several by name, in place of `observable`.
+        mode: As in `probe`.
+        method: As in `probe`.
+        tolerance: As in `probe`.
+        order: As in `probe`, but 2 by default: it gives the crossover learning rate.
+        bars: As in `probe`.
+        level: As in `probe`.
+        seed: As in `probe`.
+        microbatch: As in `probe`.
+        chunk: How many learning rates are scored in one pass, by vmap over parameters: pays with LoRA, above all, and
+            takes so many times the memory.
+        ess_threshold: As in `probe`.
+        on_low_ess: As in `probe`.
+        journal: A file in which every finished learning rate is kept. Called again with it, a sweep that was killed
+            goes on from there; so does one that asks for more learning rates.
+        progress: Called as progress(what, done, total).
+
+    Raises:
+        InputError: If the learning rates are empty, not above 0, not rising or twice the same; or as in `probe`.
+        NumericsError: As in `probe`.
+        ForwardModeError: As in `probe`.
+        EffectiveSampleSizeError: As in `probe`.
+    """
+    check_lrs(lrs)
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
+    options = Options(mode, method, tolerance, order, bars, level, seed, False, ess_threshold, on_low_ess)
+    wanted = asked_for(observable, observables, evaluation)
+    states = ({f"{n}.{k}": v for n, s in opt_state.items() for k, v in s.items()},)
+    kept = Journal(journal, fingerprint((params, *states), (evaluation, update), (options, wanted, _settings(step))))
+    said, clock = Messages(), Clock()
+    with said.recording(), clock("gradient on U"):
+        gradient, info = step.gradient(params, update, progress=progress)
+    passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
+    asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))
+    family = Family(asked, step, params, opt_state, gradient, info, lrs[-1])
+    todo = [lr for lr in lrs if lr not in kept.points]
+    for point in family.points(todo, chunk):
+        kept.add(point)
+    points = tuple(kept.points[lr] for lr in lrs)
+    size = family.reference.size
+    said.also(before_measuring(evaluation, update, size, {**info, "lr": lrs[-1]}))
+    said.also(dict.fromkeys(f"At lr {p.lr:g}: {text}" for p in points for text in p.warnings))
+    return SweepResult(
+        points=points,
+        mode=family.first.mode,
+        evaluation=BatchCounts.of(evaluation),
+        update_batch=BatchCounts.of(update),
+        step=info,
+        warnings=tuple(said.warnings),
+        notes=tuple(dict.fromkeys([*said.notes, *(f"at lr {p.lr:g}: {n}" for p in points for n in p.notes)])),
+        timings=clock.seconds,
+        environment=describe_environment(policy.device, params),
+    )
+
+
+class Family:
+    """The steps that one gradient makes at different learning rates."""
+
+    def __init__(
+        self,
+        asked: Inquiry,
+        step: Step,
+        params: Params,
+        opt_state: OptState,
+        gradient: Params,
+        info: dict[str, float],
+        reference_lr: float,
+    ) -> None:
+        self.asked, self.reference_lr = asked, reference_lr
+        self._step, self._params, self._opt_state = step, params, opt_state
+        self._gradient, self._info = gradient, info
+        self.reference = self.move(reference_lr)
+        self.first = first_order(asked, params, self.reference.update)
+        self._told = False
+
+    def move(self, lr: float) -> Move:
+        """Return the step at a learning rate; no model is run."""
+        with self.asked.passes.clock("optimizer steps"):
+            taken = self._step.apply(self._params, self._opt_state, self._gradient, lr=lr, info=self._info)
+            return Move.of(self._params, taken.params, taken.update)
+
+    def first_order(self, move: Move, lr: float) -> First:
+        """Return the first order of a step: the reference's, scaled, where the update is a multiple of it."""
+        along, c = self.first.along, lr / self.reference_lr
+        if along is None:
+            return self.first  # ∇F does not know which way it will be asked along
+        off = tree.norm(tree.sub(move.update, tree.scale(c, self.reference.update)))
+        if float(off) <= PROPORTIONAL * move.size.norm:
+            return self.first._replace(along=along.scaled(c))
+        if not self._told:
+            self.asked.said.notes.append(
+                "the update is not proportional to the learning rate, so each one has a derivative of its own"
+            )
+            self._told = True
+        return first_order(self.asked._replace(said=Messages(quiet=True)), self._params, move.update)
+
+    def points(self, lrs: Sequence[float], chunk: int = 1) -> Iterator[SweepPoint]:
+        """Yield what the step does at each learning rate, `chunk` of them scored at a time."""
+        for start in range(0, len(lrs), chunk):
+            together = lrs[start : start + chunk]
+            moves = [self.move(lr) for lr in together]
+            for lr, move, after in zip(together, moves, self._scores(moves), strict=True):
+                yield self.point(lr, move, after)
+
+    def point(self, lr: float, move: Move, after: TokenScores | None = None) -> SweepPoint:
+        """Return what the step does at one learning rate."""
+        said = Messages(quiet=True)
+        found = measure_step(self.asked._replace(said=said), move, self.first_order(move, lr), after)
+        return SweepPoint(
+            lr,
+            move.size.norm,
+            move.size.rounding_ratio,
+            found.readings,
+            found.health,
+            found.sampled,
+            tuple(said.warnings),
+            tuple(note for note in said.notes if "rounding row" not in note),
+        )
+
+    def _scores(self, moves: list[Move]) -> list[TokenScores] | list[None]:
+        """Return the scores at several θ′ in one pass; None, for each to be scored on its own, where there is one."""
+        passes = self.asked.passes
+        if len(moves) == 1 or self.asked.options.method == "path":
+            return [None] * len(moves)
+        with passes.clock("E at θ′"):
+            return engine.scores_of_many(
+                passes.policy,
+                [move.after for move in moves],
+                passes.evaluation,
+                stats=passes.stats,
+                microbatch=passes.microbatch,
+                progress=passes.progress,
+                what=f"E at {len(moves)} θ′",
+            )
+
+
+def check_lrs(lrs: Sequence[float]) -> None:
+    """Refuse learning rates that no sweep can be made of.
+
+    Raises:
+        InputError: If there are none, or they are not finite, above 0, rising and different.
+    """
+    if not lrs:
+        raise InputError("There are no learning rates to sweep; give at least one, such as [1e-7, 1e-6, 1e-5].")
+    for lr in lrs:
+        if not (math.isfinite(lr) and lr > 0):
+            raise InputError(f"Learning rate {lr:g} cannot be swept; expected finite numbers above 0.")
+    for low, high in itertools.pairwise(lrs):
+        if low == high:
+            raise InputError(f"Learning rate {low:g} stands twice; give each once.")
+        if low > high:
+            raise InputError(f"Learning rate {high:g} stands after {low:g}; give them in rising order.")
+
+
+def _settings(step: Step) -> tuple[object, ...]:
+    return step.objective.name, repr(step.objective), repr(step.optimizer), step.max_grad_norm
