@@ -34,8 +34,8 @@ class Arithmetic(NamedTuple):
 
 
 def arithmetic(policy: Policy, params: Params) -> Arithmetic:
-    """Return what a forward pass over one token shows of a policy's arithmetic."""
-    ids = torch.zeros((1, 1), dtype=torch.int64, device=policy.device)
+    """Return what a forward pass over two tokens shows of a policy's arithmetic."""
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=policy.device)
     with torch.no_grad(), _Watch() as watch:
         features = policy.features(params, ids, torch.ones_like(ids, dtype=torch.bool))
     return Arithmetic(max(torch.finfo(x.dtype).eps for x in (features, *params.values())), watch.seen)

@@ -1,0 +1,282 @@
+"""Beyond the first order: curvature by two routes, and ΔF without cancellation, held against float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import funcprobe as fp
+from funcprobe import engine, tree
+from funcprobe.analysis.diagnostics import Clock
+from funcprobe.analysis.evidence import Evidence
+from funcprobe.analysis.expansion import path, subtraction_error
+from funcprobe.analysis.passes import Passes
+from funcprobe.engine import kernels
+from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError, NumericsError
+from funcprobe.types import Params
+from tests import models
+from tests.analysis.test_measure import E, U, case
+
+OBSERVABLES = {
+    "entropy": fp.entropy(),
+    "sequence": fp.entropy("surprisal", "sequence", "sequence"),
+    "reward": fp.expected_reward(),
+    "length": fp.mean_length(),
+    "kl": fp.kl(),
+    "kl before": fp.kl("before"),
+}
+by_name = pytest.mark.parametrize("name", OBSERVABLES)
+
+
+@by_name
+@pytest.mark.parametrize("build", ["two lines", "gpt2"])
+def test_the_third_order_remains(build: str, name: str) -> None:
+    policy, params = fp.from_module(models.EVERY_MODEL[build]())
+    v, o = models.direction(params), OBSERVABLES[name]
+    found = fp.second_order(o, policy, params, v, E)
+    H = fp.anchored(o, policy, E, params)
+    # at ε = 2^-2 … 2^-5 the fourth order is below some per cent of the third, rounding (1e-16/ε³) far below
+    steps = [2.0**-k for k in (2, 3, 4, 5)]
+    expansion = [e * found.first_order + e**2 * found.second_order for e in steps]
+    left = [abs(float(H(tree.axpy(e, v, params)) - H(params)) - at) for e, at in zip(steps, expansion, strict=True)]
+    x, y = torch.tensor(steps).log(), torch.tensor(left).log()
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    assert abs(slope - 3) <= 0.15, left
+    assert found.mode == "forward"
+    assert found.disagreement < 1e-10  # float64 throughout
+    assert abs(found.second_order) > 1e-8
+
+
+@by_name
+def test_forward_over_reverse_says_the_same(name: str) -> None:
+    policy, params = fp.from_module(models.gpt2())
+    v = models.direction(params)
+    one, two = (
+        fp.second_order(OBSERVABLES[name], policy, params, v, E, mode=m, microbatch=4) for m in ("forward", "reverse")
+    )
+    assert (one.mode, two.mode) == ("forward", "reverse")
+    assert two.second_order == pytest.approx(one.second_order, rel=1e-9)
+    assert two.first_order == pytest.approx(one.first_order, rel=1e-12)
+
+
+def test_crossover_is_where_both_orders_are_equal() -> None:
+    result = case().probe(order=2)
+    assert result.crossover_lr is not None
+    assert result.linear_until_lr is not None
+    at = case().probe(order=2, lr=result.crossover_lr)
+    assert at.second_order is not None
+    # Δθ of AdamW is proportional to the learning rate, to the rounding of an update kept in float32
+    assert abs(at.second_order) == pytest.approx(abs(at.first_order), rel=1e-5)
+    near = case().probe(order=2, lr=result.linear_until_lr)
+    assert near.nonlinearity == pytest.approx(0.05, rel=0.2)  # up to the third order
+    assert case().probe().crossover_lr is None
+
+
+def test_a_divergence_has_curvature_only() -> None:
+    result = case().probe(observables=OBSERVABLES, order=2, lr=1e-5)
+    for name in ("kl", "kl before"):
+        reading = result.readings[name]
+        assert reading.first_order == 0.0
+        assert reading.crossover == 0.0
+        # ΔKL = δ₂ (1 + O(lr)): at this step the log-ratios are a few thousandths
+        assert reading.change == pytest.approx(reading.second_order, rel=0.01)
+        assert f"entropy per {name}" not in result.exchange
+    assert {"entropy per reward", "entropy per length"} <= result.exchange.keys()
+
+
+class Wrong(nn.Module):
+    """A layer whose second forward derivative torch gets wrong once its norm is not spelled out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.batch_norm(x.transpose(1, 2), None, None, training=True).transpose(1, 2)
+
+
+def test_a_wrong_second_derivative_is_found_out_and_replaced() -> None:
+    with models.seeded(3):
+        module = nn.Sequential(
+            nn.Embedding(models.VOCABULARY, 6), nn.Linear(6, 6), Wrong(), nn.Tanh(), nn.Linear(6, models.VOCABULARY)
+        ).double()
+    policy, params = fp.from_module(module)
+    v, o = models.direction(params, 0.1), fp.entropy()
+    found = fp.second_order(o, policy, params, v, E)
+    assert found.disagreement > 1e-3
+    assert found.mode == "reverse"
+    H = fp.anchored(o, policy, E, params)
+    e = 2.0**-7
+    plus, middle, minus = (float(H(tree.axpy(c, v, params))) for c in (e, 0.0, -e))
+    assert 2 * found.second_order == pytest.approx((plus - 2 * middle + minus) / e**2, rel=1e-3)
+    with pytest.raises(NumericsError, match="a wrong second derivative; use mode='auto' or 'reverse'"):
+        fp.second_order(o, policy, params, v, E, mode="forward")
+    with pytest.raises(InputError, match="Unknown mode 'both'"):
+        fp.second_order(o, policy, params, v, E, mode="both")
+
+
+def test_layer_norm_is_spelled_out_for_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break it once: without the spelling the check finds torch's fault in a GPT-2."""
+    policy, params = fp.from_module(models.gpt2())
+    v = models.direction(params)
+    assert fp.second_order(fp.entropy(), policy, params, v, E).mode == "forward"
+    monkeypatch.setattr(kernels, "_layer_norm", torch.layer_norm)
+    assert fp.second_order(fp.entropy(), policy, params, v, E).mode == "reverse"
+
+
+def test_a_probe_takes_the_reliable_route_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = case().probe(order=2)
+    monkeypatch.setattr(kernels, "_layer_norm", torch.layer_norm)
+    detour = case().probe(order=2)
+    assert detour.second_order == pytest.approx(straight.second_order, rel=1e-9)
+    assert any("forward over reverse" in note for note in detour.notes)
+    assert "second_order" in straight.main.bars
+    assert "second_order" not in detour.main.bars
+
+
+@functools.cache
+def narrow_and_wide() -> tuple[tuple[fp.Policy, Params], tuple[fp.Policy, Params]]:
+    """Return one GPT-2 in float32, and in float64: the second is the truth about the first."""
+    module = models.gpt2(torch.float32)
+    return fp.from_module(module), fp.from_module(copy.deepcopy(module).double())
+
+
+def along_path(eta: float, nodes_from: str) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Return (ΔF, truth, Σ|terms|) by name for a float32 model at a step of the given size."""
+    (policy, params), (wide, wide_params) = narrow_and_wide()
+    v = models.direction(wide_params, eta)
+    narrow_v = {name: x.float() for name, x in v.items()}
+    exact = {name: x.double() for name, x in narrow_v.items()}  # the very same direction
+    rollouts = models.rollouts(40, seed=3)
+    passes = Passes.over(policy, rollouts, OBSERVABLES, None, None, Clock())
+    along = passes.directional(params, narrow_v, "E")
+    if nodes_from == "path":
+        after = path(passes, params, narrow_v, along, OBSERVABLES, 1e-5).scores
+    else:
+        after = passes.scores({n: (p.double() + exact[n]).float() for n, p in params.items()}, "E", math_kernel=True)
+    evidence = Evidence(rollouts, along.scores, after, along)
+    truth = Evidence(
+        rollouts,
+        engine.scores(wide, wide_params, rollouts, math_kernel=True),
+        engine.scores(wide, tree.add(wide_params, exact), rollouts, math_kernel=True),
+    )
+    return (
+        {name: float(evidence.change(o)) for name, o in OBSERVABLES.items()},
+        {name: float(truth.change(o)) for name, o in OBSERVABLES.items()},
+        {name: truth.magnitude(o) for name, o in OBSERVABLES.items()},
+    )
+
+
+@pytest.mark.parametrize("eta", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
+def test_a_path_in_float32_is_as_good_as_float64(eta: float) -> None:
+    found, truth, size = along_path(eta, "path")
+    for name in OBSERVABLES:
+        # the promise of the design; eta is the size of every entry of Δθ here, a hundred times an AdamW step's at lr
+        # 1e-4 … 1e-9. The truth itself, a float64 subtraction, is off by 1e-16/ΔF: below 1e-8 even at 1e-7.
+        tolerance = 1e-5 if not name.startswith("kl") else 2e-5  # a square of differences doubles their error
+        assert abs(found[name] - truth[name]) <= tolerance * size[name], (name, found[name], truth[name])
+
+
+def test_subtraction_in_float32_is_not() -> None:
+    found, truth, size = along_path(1e-7, "subtraction")
+    assert abs(found["entropy"] - truth["entropy"]) > 1e-2 * size["entropy"]
+    assert abs(found["kl"] - truth["kl"]) > 1e-4 * size["kl"]
+
+
+@pytest.mark.parametrize("eta", [1e-3, 1e-5, 1e-7])
+def test_the_error_of_a_subtraction_is_estimated(eta: float) -> None:
+    """Over all observables and four directions the estimate is of the size of the true error, and rarely below it."""
+    (policy, params), (wide, wide_params) = narrow_and_wide()
+    rollouts, ratios = models.rollouts(40, seed=3), []
+    for seed in range(4):
+        v = {n: x.float() for n, x in models.direction(wide_params, eta, seed=seed).items()}
+        stored = {n: (p.double() + v[n].double()).float() for n, p in params.items()}
+        # the very step that was stored, so that rounding of θ′ is no part of the error
+        exact = {n: stored[n].double() - p.double() for n, p in params.items()}
+        along = engine.directional(policy, params, {n: x.float() for n, x in exact.items()}, rollouts)
+        after = engine.scores(policy, stored, rollouts, math_kernel=True)
+        evidence = Evidence(rollouts, along.scores, after, along)
+        truth = Evidence(
+            rollouts,
+            engine.scores(wide, wide_params, rollouts, math_kernel=True),
+            engine.scores(wide, {n: p.double() for n, p in stored.items()}, rollouts, math_kernel=True),
+        )
+        for name in ("entropy", "sequence", "reward", "length"):
+            o = OBSERVABLES[name]
+            off = abs(float(evidence.change(o) - truth.change(o)))
+            ratios.append(off / subtraction_error(evidence, o, torch.finfo(torch.float32).eps))
+    # it is a standard error of independent roundings; those of one row share a prefix, so a few times it may come up
+    assert 0.01 < sorted(ratios)[len(ratios) // 2] < 2, ratios
+    assert max(ratios) < 8, ratios
+
+
+def test_auto_takes_the_path_where_subtraction_fails() -> None:
+    policy, params = fp.from_module(models.gpt2(torch.float32))
+    optimizer = fp.adamw(1e-3)
+    step = fp.make_step(policy, fp.grpo(), optimizer)
+    run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
+    large, small = run(), run(lr=1e-8)
+    assert (large.main.method, small.main.method) == ("difference", "path")
+    assert large.main.nodes == 0
+    assert small.main.nodes >= 1
+    assert small.change == pytest.approx(small.first_order, rel=1e-4)
+    assert small.main.subtraction is not None
+    assert abs(small.main.subtraction - small.change) > 0.02 * abs(small.change)
+    assert small.main.error is not None
+    assert small.main.error < 1e-3 * abs(small.change)
+    forced = run(lr=1e-8, method="difference")
+    assert forced.change == small.main.subtraction
+    assert forced.main.error > 1e-3 * abs(forced.change)
+    by_path = run(method="path")
+    assert by_path.main.subtraction is None
+    assert by_path.change == pytest.approx(large.change, rel=1e-3)
+    assert by_path.main.nodes > small.main.nodes  # a longer step bends more
+
+
+def test_more_nodes_for_more_curvature_and_an_honest_end() -> None:
+    c = case()
+    with pytest.raises(
+        NumericsError, match=r"reached \d\.\de-\d+ of the size of its terms with 12 nodes; the tolerance"
+    ):
+        c.probe(method="path", tolerance=1e-300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuncprobeWarning)  # of the ESS, at so large a step
+        far = c.probe(method="path", lr=0.02, tolerance=1e-3, ess_threshold=0.0)
+    near = c.probe(method="path", lr=1e-6, tolerance=1e-3)
+    assert near.main.nodes == 1
+    assert far.main.nodes > 1
+    assert far.main.error is not None
+
+
+def test_paths_and_curvature_need_forward_mode() -> None:
+    c = case("two lines")
+    for options in ({"order": 2}, {"method": "path"}):
+        with pytest.raises(InputError, match="is made of forward-mode passes"):
+            c.probe(mode="reverse", **options)
+
+
+def test_a_model_without_forward_mode_has_neither() -> None:
+    class Glu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.glu(torch.cat([x, x], dim=-1))
+
+    with models.seeded(1):
+        module = nn.Sequential(nn.Embedding(7, 4), Glu(), nn.Linear(4, 7)).double()
+    policy, params = fp.from_module(module)
+    with pytest.raises(ForwardModeError, match=r"The module '1' \(Glu\)"):
+        fp.second_order(fp.entropy(), policy, params, models.direction(params), E)
+
+
+def test_scores_of_a_path_are_those_of_the_end() -> None:
+    policy, params = fp.from_module(models.gpt2())
+    v = models.direction(params, 1e-2)
+    passes = Passes.over(policy, E, OBSERVABLES, None, None, Clock())
+    along = passes.directional(params, v, "E")
+    found = path(passes, params, v, along, OBSERVABLES, 1e-11)
+    end = engine.scores(policy, tree.add(params, v), E, math_kernel=True)
+    assert found.converged
+    # Gauss–Legendre that agrees to 1e-11 of F agrees to some 1e-9 of each score in float64
+    torch.testing.assert_close(found.scores.logp, end.logp, rtol=0, atol=1e-9)
+    assert math.isclose(found.reached, max(found.reached, 0.0))
