@@ -10,11 +10,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from funcprobe.cli.fields import FilePath, ObjectiveConfig, ObservableConfig, Strict, key, objective_model
+from funcprobe.cli.fields import (
+    FilePath,
+    Further,
+    ObjectiveConfig,
+    ObservableConfig,
+    Strict,
+    further,
+    key,
+    objective_model,
+)
 from funcprobe.cli.messages import check_known, explain, show
 from funcprobe.cli.yaml_values import read_mapping, scalar, yaml
 from funcprobe.errors import ConfigError, missing_extra
-from funcprobe.types import Microbatch, TokenBudget
+from funcprobe.types import Microbatch, Observable, TokenBudget
 
 try:
     from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, model_validator
@@ -56,9 +65,23 @@ class Config(Strict):
         description="what is measured: a member of the entropy family",
         json_schema_extra={"expected": "keys of its own: integrand, weighting, per, proposal"},
     )
+    also: Further = key(
+        (), "a list of reward, kl, kl_before and length", "read beside it, a list: reward, kl, kl_before, length"
+    )
     mode: Literal["auto", "forward", "reverse"] = key(
         "auto", "auto, forward or reverse", "how δF₁ is taken; auto: forward where the model allows"
     )
+    method: Literal["auto", "difference", "path"] = key(
+        "auto", "auto, difference or path", "how ΔF is measured; auto: by a path where float32 cannot subtract"
+    )
+    tolerance: float = key(1e-5, "a number > 0", "what a path has to agree to, relative to Σ|terms|", gt=0)
+    order: Literal["auto", 1, 2] = key(
+        "auto", "auto, 1 or 2", "2 adds δF₂ and the crossover; auto: in a sweep, not in a run"
+    )
+    bars: Literal["auto", "jackknife", "infinitesimal", "bootstrap"] | None = key(
+        "auto", "auto, jackknife, infinitesimal, bootstrap or none", "error bars over prompts"
+    )
+    seed: int = key(0, "an integer ≥ 0", "of the bootstrap", ge=0)
     rounding: Literal["auto"] | bool = key(
         "auto", "auto, true or false", "true, false or auto: the effect of storing θ′ in its dtype"
     )
@@ -86,6 +109,16 @@ class Config(Strict):
     def microbatching(self) -> Microbatch:
         """How batches are cut: by `microbatch` sequences, by `microbatch_tokens` tokens, or not at all."""
         return self.microbatch or (None if self.microbatch_tokens is None else TokenBudget(self.microbatch_tokens))
+
+    @property
+    def observables(self) -> dict[str, Observable]:
+        """What is measured, by name: the entropy first."""
+        return {"entropy": self.observable.build(), **{name: further(name) for name in self.also}}
+
+    def measuring(self) -> dict[str, Any]:
+        """Return the options that a probe and a sweep share, by the names of their keywords."""
+        names = ("mode", "method", "tolerance", "bars", "seed", "ess_threshold", "on_low_ess")
+        return {**{name: getattr(self, name) for name in names}, "microbatch": self.microbatching}
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
@@ -129,7 +162,7 @@ def describe_keys() -> str:
                 _line(f"{name}.{key}", f.default, f.description) for key, f in ObservableConfig.model_fields.items()
             ]
         else:
-            default = "required" if field.is_required() else field.default
+            default = "required" if field.is_required() else "[]" if field.default == () else field.default
             lines.append(_line(name, default if isinstance(default, str | Path) else show(default), field.description))
     return "\n".join(lines)
 
@@ -231,6 +264,14 @@ def _idle_keys(config: Config) -> list[str]:
         said.append("lr: can do nothing with optimizer none; leave one of them out")
     if config.mode == "reverse" and config.rounding is False:
         said.append("rounding: false can do nothing in mode reverse, where the row is free; leave it out")
+    if config.mode == "reverse" and config.method == "path":
+        said.append("method: path is made of forward-mode passes; use mode auto or forward with it")
+    if config.mode == "reverse" and config.order == 2:
+        said.append("order: 2 is made of forward-mode passes; use mode auto or forward with it")
+    if config.method == "difference" and config.tolerance != 1e-5:
+        said.append("tolerance: can do nothing with method difference; leave one of them out")
+    if config.seed and config.bars != "bootstrap":
+        said.append("seed: can do nothing without bars bootstrap; leave one of them out")
     if config.ess_threshold == 0 and config.on_low_ess == "raise":
         said.append("on_low_ess: raise can do nothing with ess_threshold 0; set a threshold above 0")
     return said

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from funcprobe.errors import ConfigError, missing_extra
-from funcprobe.types import Objective
+from funcprobe.types import Objective, Observable
 
 try:
     from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
@@ -33,6 +33,17 @@ def _path(value: Any) -> Path:
 
 #: A path; text is taken for one, a number is not.
 FilePath = Annotated[Path, BeforeValidator(_path)]
+
+
+def _listed(value: Any) -> Any:
+    """Return a tuple of names from a list, or from `reward, kl` as it stands on a command line."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else () if value is None else value
+
+
+#: Observables that can be read beside the entropy, by the names that a configuration gives them.
+Further = Annotated[tuple[Literal["reward", "kl", "kl_before", "length"], ...], BeforeValidator(_listed)]
 
 
 class Strict(BaseModel):
@@ -61,6 +72,12 @@ class ObjectiveConfig(Strict):
 class ObservableConfig(Strict):
     """A member of the entropy family."""
 
+    def build(self) -> Observable:
+        """Return the estimator itself."""
+        from funcprobe.estimators.observables import entropy
+
+        return entropy(**self.model_dump())
+
     integrand: Literal["rao_blackwell", "surprisal"] = key(
         "rao_blackwell",
         "rao_blackwell or surprisal",
@@ -73,6 +90,20 @@ class ObservableConfig(Strict):
     proposal: Literal["anchor", "sampler"] = key(
         "anchor", "anchor or sampler", "anchor or sampler: weigh against recomputed log-probs, or the sampler's"
     )
+
+
+def further(name: str) -> Observable:
+    """Return the observable of that name."""
+    from funcprobe.estimators.divergence import kl
+    from funcprobe.estimators.returns import expected_reward, mean_length
+
+    factories: dict[str, Callable[[], Observable]] = {
+        "reward": expected_reward,
+        "kl": kl,
+        "kl_before": functools.partial(kl, "before"),
+        "length": mean_length,
+    }
+    return factories[name]()
 
 
 @functools.cache

@@ -22,6 +22,7 @@ commands to begin with:
   funcprobe demo                        make a small policy and run everything on it
   funcprobe run config.yaml             measure one step of your own checkpoint
   funcprobe run config.yaml --lr 2e-8   the same, with another value of one key
+  funcprobe sweep config.yaml --lrs 1e-8:1e-4:9   the same at nine learning rates
   funcprobe run --help                  every key of a configuration"""
 
 RUN = """\
@@ -40,6 +41,24 @@ Paths in the file are relative to the file, those given here to where you are.
 
 Keys:
 """
+
+SWEEP = """\
+Do at many learning rates what `run` does at one: the gradient on U and the
+derivative on E are taken once, each learning rate costs a scoring pass. Shows
+where the step is linear, where that ends, and where float32 can no longer
+subtract. Killed half-way, the same command goes on from the finished ones."""
+
+SWEEP_EPILOG = """\
+example:
+  funcprobe sweep config.yaml --lrs 1e-8:1e-4:9      # nine, evenly spread by factors
+  funcprobe sweep config.yaml --lrs 1e-6,2e-6,4e-6 --also reward --output my-sweep
+
+The configuration is that of `run`, whose keys may be given here as well (see
+`funcprobe run --help`); its lr is not looked at. Results go to OUTPUT-sweep.
+
+  --lrs FIRST:LAST:COUNT   required: the learning rates, or a list with commas
+  --chunk N                score N learning rates in one pass: pays with LoRA,
+                           takes N times the memory (default: 1)"""
 
 SAMPLE = """\
 Draw rollouts of a checkpoint for a file of prompts, and write them with the
@@ -91,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"funcprobe {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser, required=True)
     _add_run(commands)
+    _add_sweep(commands)
     _add_demo(commands)
     _add_sample(commands)
     return parser
@@ -102,6 +122,17 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     run.late_epilog = _run_epilog
     run.add_argument("config", metavar="CONFIG.yaml", help="the configuration; it comes first")
     run.add_argument("overrides", metavar="--key value", nargs=argparse.REMAINDER, help="values that win over the file")
+
+
+def _add_sweep(commands: argparse._SubParsersAction[_Parser]) -> None:
+    sweep = _new(
+        commands.add_parser, "sweep", help="measure it at many learning rates", description=SWEEP, epilog=SWEEP_EPILOG
+    )
+    sweep.usage = "funcprobe sweep CONFIG.yaml --lrs FIRST:LAST:COUNT [--chunk N] [--key value ...]"
+    sweep.add_argument("config", metavar="CONFIG.yaml", help="the configuration; it comes first")
+    sweep.add_argument(
+        "overrides", metavar="--key value", nargs=argparse.REMAINDER, help="values that win over the file"
+    )
 
 
 def _add_demo(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -139,6 +170,12 @@ def _dispatch(options: argparse.Namespace) -> int:
         from funcprobe.cli.run import run_config
 
         run_config(options.config, options.overrides)
+    elif options.command == "sweep":
+        if {"-h", "--help"} & set(options.overrides):
+            return main(["sweep", "--help"])
+        from funcprobe.cli.sweep import sweep_config
+
+        sweep_config(options.config, options.overrides)
     elif options.command == "sample":
         from funcprobe.cli.sample import sample_command
 

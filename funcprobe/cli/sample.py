@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from funcprobe.checkpoints import load_checkpoint
+from funcprobe.cli.prepare import device_of
 from funcprobe.cli.progress import Bars
 from funcprobe.cli.prompts import read_prompts
-from funcprobe.cli.run import device_of
 from funcprobe.data.files import FORMATS, write_rollouts
 from funcprobe.errors import InputError
 from funcprobe.policy.sampling import Reward, load_reward, sample

@@ -181,11 +181,11 @@ def test_force_replaces_the_results_of_an_earlier_run(world: World, tmp_path: Pa
 def test_force_replaces_nothing_that_no_run_wrote(world: World, tmp_path: Path, refused: Refused) -> None:
     config = world.config(tmp_path, output=".")
     (tmp_path / "adapter.txt").write_text("")
-    assert "holds 'adapter.txt', which no run wrote, so it is not replaced" in refused("run", config, "--force")
+    assert "holds 'adapter.txt', which funcprobe did not write, so it is not replaced" in refused("run", config, "--force")
     assert config.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    assert "holds 'thesis.tex', which no run wrote" in refused("run", config, "--output", tmp_path / "mine", "--force")
+    assert "holds 'thesis.tex', which funcprobe did not write" in refused("run", config, "--output", tmp_path / "mine", "--force")
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
 
 
@@ -367,7 +367,7 @@ def test_the_demo_is_made_run_and_used_again(
     # it is an ordinary configuration for `run`, whose promise holds here too
     assert "exists already" in refused("run", tmp_path / "demo" / "config.yaml")
     (place / "mine.txt").write_text("")
-    assert "holds 'mine.txt', which no run wrote" in refused(*words)
+    assert "holds 'mine.txt', which funcprobe did not write" in refused(*words)
 
 
 def test_a_demo_in_a_folder_of_somebody_else_is_refused(tmp_path: Path, refused: Refused) -> None:

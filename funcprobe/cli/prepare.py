@@ -1,0 +1,168 @@
+"""From a configuration to what a command works on: checked output, checkpoint, rollouts and step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from funcprobe.checkpoints import Checkpoint, load_checkpoint
+from funcprobe.cli.config import Config
+from funcprobe.cli.progress import Bars
+from funcprobe.data.atomic import check_absent
+from funcprobe.data.files import read_metadata, read_rollouts
+from funcprobe.data.rollouts import to_device
+from funcprobe.errors import ConfigError, FuncprobeWarning, InputError
+from funcprobe.report.figures import new_axes
+from funcprobe.training.step import Step, make_step
+from funcprobe.types import OptState, Params, Rollouts
+
+
+class Prepared(NamedTuple):
+    """What a configuration names, loaded and checked."""
+
+    step: Step
+    params: Params
+    opt_state: OptState
+    evaluation: Rollouts
+    update: Rollouts
+
+
+def prepared(config: Config, bars: Bars) -> Prepared:
+    """Load what a configuration names.
+
+    Raises:
+        ConfigError: If a field asks for what cannot be done.
+        FuncprobeError: If checkpoint or rollouts are not usable.
+    """
+    bars.phase("loading the checkpoint")
+    checkpoint = _checkpoint(config)
+    bars.phase("reading the rollouts")
+    evaluation, update = (_rollouts(path, checkpoint) for path in (config.evaluation, config.update))
+    _check_fields(config, evaluation)
+    assert checkpoint.optimizer is not None  # `resolved` has seen to it
+    assert checkpoint.opt_state is not None
+    policy, objective = checkpoint.policy, config.objective.build()
+    step = make_step(policy, objective, checkpoint.optimizer, config.max_grad_norm, config.microbatching)
+    return Prepared(step, checkpoint.params, checkpoint.opt_state, evaluation, update)
+
+
+def check_output(output: Path, written: Collection[str], *, force: bool) -> None:
+    """Check, before anything takes time, that a folder of results may be written.
+
+    An existing folder is replaced with `force` only, and only if it holds nothing but what such a command wrote.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    try:
+        check_absent(output, overwrite=force)
+    except InputError as error:
+        if output.is_dir():
+            raise ConfigError(
+                f"output: {output} exists already; choose another folder, or replace it with --force."
+            ) from None
+        raise ConfigError(f"output: {error}") from None
+    if output.is_dir() and (others := sorted(p.name for p in output.iterdir() if p.name not in written)):
+        raise ConfigError(
+            f"output: {output} holds '{others[0]}', which funcprobe did not write, so it is not replaced even with "
+            "--force; choose another folder."
+        )
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        raise ConfigError(f"output: {above} is not a folder that may be written in; choose another output.")
+
+
+def resolved(config: Config) -> Config:
+    """Return the configuration with the device that is really used; settle what needs no model.
+
+    Raises:
+        ConfigError: If there is no step to take, or no such device.
+    """
+    if config.optimizer is None:
+        raise ConfigError(
+            "optimizer: none leaves no step to measure; use auto for the saved optimizer state, or fresh with an lr."
+        )
+    new_axes()  # a missing matplotlib is found out now, not after the run
+    for path in (config.evaluation, config.update):
+        read_metadata(path)
+    return config.model_copy(update={"device": device_of(config.device)})
+
+
+def device_of(name: str) -> str:
+    """Return the device of that name, where `auto` is CUDA if torch sees it.
+
+    Raises:
+        ConfigError: If torch does not know the name, or sees no such device.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=torch.device(name)).item()  # `meta` is a device, and computes nothing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
+        raise ConfigError(f"device: found '{name}', which cannot be used here ({reason}); try auto or cpu.") from None
+    return name
+
+
+def _checkpoint(config: Config) -> Checkpoint:
+    return load_checkpoint(
+        config.checkpoint,
+        base_model=config.base_model,
+        optimizer=config.optimizer,
+        lr=config.lr,
+        dtype=config.dtype,
+        device=config.device,
+    )
+
+
+def _rollouts(path: Path, checkpoint: Checkpoint) -> Rollouts:
+    found = read_rollouts(path, vocab_size=checkpoint.policy.vocab_size)
+    return to_device(found, checkpoint.policy.device)
+
+
+def _check_fields(config: Config, evaluation: Rollouts) -> None:
+    if config.observable.proposal == "sampler" and evaluation.sampling_logps is None:
+        raise ConfigError(
+            f"observable.proposal: sampler needs the sampler's log-probabilities, and {config.evaluation} has no "
+            "column sampling_logps; use anchor."
+        )
+
+
+@contextmanager
+def memory_advice(config: Config) -> Iterator[None]:
+    """Say what to do where the device runs out of memory.
+
+    Raises:
+        InputError: In that case.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"The device ran out of memory ({str(error).splitlines()[0]}); set microbatch_tokens lower than "
+            f"{config.microbatch_tokens or 'one piece'}, or dtype: bfloat16."
+        ) from error
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """Yield a list that fills, when the block ends, with what funcprobe warned of; other warnings pass through."""
+    said: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def collect(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
+            if issubclass(category, FuncprobeWarning):
+                said.append(str(message))
+            else:
+                show(message, category, *where, **more)  # type: ignore[arg-type]
+
+        warnings.showwarning = collect
+        warnings.simplefilter("always", FuncprobeWarning)
+        yield said
