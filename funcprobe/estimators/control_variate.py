@@ -2,7 +2,9 @@
 
 Importance sampling over several prompts pays for the spread *between* prompts, of which a step changes little: part of
 what a rollout gives is its prompt's, and the prompt's other rollouts say how much. Subtracting it leaves the spread
-within prompts.
+within prompts. But a few rollouts know their mean only so well: where prompts hardly differ, that uncertainty is added
+for nothing. With 8 rollouts a prompt, benchmarks/variance.py measured errors of .49 times those without it where
+rewards differed much between prompts, and of .96 to 1.06 times elsewhere.
 """
 
 from __future__ import annotations

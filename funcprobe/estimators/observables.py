@@ -108,8 +108,8 @@ def entropy(
     `proposal="sampler"` weighs against the log-probs that the sampling engine reported; it is never chosen for you,
     because engine mismatch compounds over long sequences and truncated samplers lose support.
     `control_variate` subtracts from every term (and from every token that the ratio counts) the mean over the other
-    rollouts of its prompt, at the anchor: the same estimand, and a smaller error where prompts differ (see
-    `control_variate.controlled_sum`). It needs at least two rollouts a prompt.
+    rollouts of its prompt, at the anchor: the same estimand, a smaller error where prompts differ much and a slightly
+    larger one where they hardly do (see `control_variate`). It needs at least two rollouts a prompt.
 
     Raises:
         InputError: If an option is not one of its choices.
