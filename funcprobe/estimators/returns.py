@@ -92,8 +92,8 @@ def expected_reward(*, control_variate: bool = False) -> ExpectedReward:
 
     Estimand: E[R] over prompts and completions, in the units of the reward. Bias: O(1/N) from self-normalisation, zero
     where the base weights are the exact probabilities of an enumeration. `control_variate` subtracts the mean reward
-    of a prompt's other rollouts (see `control_variate.controlled_sum`): the same estimand, a smaller error where prompts
-    differ much in difficulty and a slightly larger one where they hardly do. It needs at least two rollouts a prompt.
+    of a prompt's other rollouts (see `control_variate`): the same estimand, a smaller error where prompts differ much
+    in difficulty and a slightly larger one where they hardly do. It needs at least two rollouts a prompt.
 
     Example:
         >>> expected_reward().name, expected_reward(control_variate=True).name
