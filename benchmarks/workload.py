@@ -18,6 +18,7 @@ import funcprobe as fp
 from funcprobe import engine
 from funcprobe.analysis.one_step import probe
 from funcprobe.data.rollouts import microbatches, take, to_device
+from funcprobe.engine import kernels
 from funcprobe.policy.module import Policy
 from funcprobe.types import Objective, Params, Rollouts, TokenScores
 
@@ -99,6 +100,22 @@ def forward_mode(work: Workload) -> Any:
     return engine.directional(work.policy, work.params, work.params, work.rollouts, microbatch=work.size.microbatch)
 
 
+def forward_uncut(work: Workload) -> Any:
+    """Do the same with attention in one piece."""
+    budget, kernels.ATTENTION_BUDGET = kernels.ATTENTION_BUDGET, 2**62
+    try:
+        return forward_mode(work)
+    finally:
+        kernels.ATTENTION_BUDGET = budget
+
+
+def second_order(work: Workload) -> Any:
+    """Take scores, tangents and curvatures by nested forward mode."""
+    return engine.directional(
+        work.policy, work.params, work.params, work.rollouts, order=2, microbatch=work.size.microbatch
+    )
+
+
 def reverse_mode(work: Workload) -> Any:
     """Take the gradient of a separable objective with the engine."""
     return engine.gradient(
@@ -154,7 +171,17 @@ def evaluation(work: Workload) -> Rollouts:
 
 #: The passes by name: what a child process is asked for.
 PASSES: dict[str, Callable[[Workload], Any]] = {
-    f.__name__: f for f in (scoring, forward_mode, reverse_mode, plain_backward, materialised, chunked)
+    f.__name__: f
+    for f in (
+        scoring,
+        forward_mode,
+        forward_uncut,
+        second_order,
+        reverse_mode,
+        plain_backward,
+        materialised,
+        chunked,
+    )
 }
 
 
@@ -177,7 +204,7 @@ def _qwen2(size: Size) -> nn.Module:
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden // 64,
         num_key_value_heads=max(1, size.hidden // 256),
-        max_position_embeddings=1024,
+        max_position_embeddings=max(1024, size.length),
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng():

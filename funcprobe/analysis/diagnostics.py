@@ -140,5 +140,7 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
 
 def ess_fraction(health: WeightHealth, observable: Observable) -> float:
     """Return the effective sample, on the weights that the observable uses, as a fraction of the sample."""
-    inclusive = getattr(observable, "integrand", "") == "surprisal"
-    return health.fraction(getattr(observable, "weighting", "sequence"), inclusive=inclusive)
+    weighting = getattr(observable, "weighting", "sequence")
+    if weighting == "none":  # a plain mean over rollouts uses all of them
+        return 1.0
+    return health.fraction(weighting, inclusive=getattr(observable, "integrand", "") == "surprisal")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import gather, pieces, scores
-from funcprobe.engine.kernels import math_attention
+from funcprobe.engine.kernels import differentiable_attention
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Observable, Params, Rollouts
@@ -27,11 +27,11 @@ def anchored(
         NumericsError: If a score at the anchor is not finite.
     """
     rollouts = to_device(rollouts, policy.device)
-    with math_attention():
+    with differentiable_attention(policy):
         anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch)
 
     def measured(params: Params) -> Tensor:
-        with math_attention():
+        with differentiable_attention(policy):
             found = [
                 (rows, score(policy, params, part, observable.stats)) for rows, part in pieces(rollouts, microbatch)
             ]

@@ -12,17 +12,13 @@ import torch.nn.functional
 from torch import Tensor
 
 from funcprobe.data.rollouts import microbatches, take, to_device
-from funcprobe.engine.kernels import math_attention
+from funcprobe.engine.kernels import differentiable_attention
 from funcprobe.errors import NumericsError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, Statistic, TokenScores
 
 Stats = Mapping[str, Statistic]
-
-#: The most entries of one head's attention matrices that exist at once where the math kernel is used: 16 rows of 512
-#: tokens, one of 2,048. Every tangent and every order adds arrays of that size.
-ATTENTION_BUDGET = 2**22
 
 
 def scores(
@@ -44,10 +40,10 @@ def scores(
         NumericsError: If a score is not finite; the message names the sequences.
     """
     rollouts = to_device(rollouts, policy.device)
-    with math_attention() if math_kernel else nullcontext(), torch.no_grad():
+    with differentiable_attention(policy) if math_kernel else nullcontext(), torch.no_grad():
         found = [
             (rows, finite(score(policy, params, part, stats), rows, what))
-            for rows, part in pieces(rollouts, microbatch, progress, what, attention=math_kernel)
+            for rows, part in pieces(rollouts, microbatch, progress, what)
         ]
         return gather(found, rollouts)
 
@@ -74,8 +70,8 @@ def scores_of_many(
     rollouts = to_device(rollouts, policy.device)
     stacked = {name: torch.stack([params[name] for params in several]) for name in several[0]}
     found: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
-    with math_attention(), torch.no_grad():
-        for rows, part in pieces(rollouts, microbatch, progress, what, attention=True):
+    with differentiable_attention(policy), torch.no_grad():
+        for rows, part in pieces(rollouts, microbatch, progress, what):
             run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
             together = run(stacked)
             for k, own in enumerate(found):
@@ -84,30 +80,15 @@ def scores_of_many(
 
 
 def pieces(
-    rollouts: Rollouts,
-    microbatch: Microbatch,
-    progress: Progress | None = None,
-    what: str = "",
-    *,
-    attention: bool = False,
+    rollouts: Rollouts, microbatch: Microbatch, progress: Progress | None = None, what: str = ""
 ) -> Iterator[tuple[Tensor, Rollouts]]:
-    """Yield (row indices, their rollouts), reporting each piece when it is done.
-
-    With `attention`, for passes in the math kernel, pieces are cut further where their attention matrices, of the
-    square of the length, would pass `ATTENTION_BUDGET`.
-    """
+    """Yield (row indices, their rollouts), reporting each piece when it is done."""
     done, total = 0, rollouts.ids.shape[0]
-    for wanted in microbatches(rollouts, microbatch):
-        for rows in _cut_for_attention(rollouts, wanted) if attention else (wanted,):
-            yield rows, take(rollouts, rows)
-            done += len(rows)
-            if progress is not None:
-                progress(what, done, total)
-
-
-def _cut_for_attention(rollouts: Rollouts, rows: Tensor) -> tuple[Tensor, ...]:
-    longest = int(rollouts.attention_mask[rows].sum(1).max())
-    return rows.split(max(1, ATTENTION_BUDGET // longest**2))
+    for rows in microbatches(rollouts, microbatch):
+        yield rows, take(rollouts, rows)
+        done += len(rows)
+        if progress is not None:
+            progress(what, done, total)
 
 
 def gather(found: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:

@@ -12,7 +12,7 @@ from torch import Tensor
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, each, finite, gather, pieces
-from funcprobe.engine.kernels import TwiceDifferentiable, forward_mode_errors, math_attention
+from funcprobe.engine.kernels import TwiceDifferentiable, differentiable_attention, forward_mode_errors
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
@@ -51,7 +51,7 @@ def directional(
 
     `ṡ = (∂s/∂θ) v`, with v taken in the dtype of the parameters, and with `order=2` also `s̈ = (∂²s/∂θ²)[v, v]` by
     nesting. Nothing is stored for a backward pass. Attention runs in the math kernel, the one that has forward
-    derivatives, and microbatches are cut further where its memory, of the square of the length, asks for it.
+    derivatives, a block of queries at a time, so that its memory does not grow with the square of the length.
 
     Raises:
         ForwardModeError: If an operation of the model has no forward derivative; the message names the module.
@@ -60,8 +60,12 @@ def directional(
     rollouts = to_device(rollouts, policy.device)
     params, direction = tree.map_(Tensor.detach, params), tree.like(direction, params)
     found: list[tuple[Tensor, Directional]] = []
-    with math_attention(), TwiceDifferentiable() if order == 2 else torch.no_grad(), forward_mode_errors():
-        for rows, part in pieces(rollouts, microbatch, progress, what, attention=True):
+    with (
+        differentiable_attention(policy),
+        TwiceDifferentiable() if order == 2 else torch.no_grad(),
+        forward_mode_errors(),
+    ):
+        for rows, part in pieces(rollouts, microbatch, progress, what):
             along = _push(partial(score, policy, rollouts=part, stats=stats), params, direction, order)
             finite(along.scores, rows, what)
             found.append((rows, along))
@@ -134,8 +138,8 @@ def curvature_by_reverse(
     rollouts = to_device(rollouts, policy.device)
     direction = tree.like(direction, params)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    with math_attention(), forward_mode_errors():
-        for rows, part in pieces(rollouts, microbatch, progress, what, attention=True):
+    with differentiable_attention(policy), forward_mode_errors():
+        for rows, part in pieces(rollouts, microbatch, progress, what):
             mine = rows_of(fixed, rows, part)
 
             def paired(at: Params, part: Rollouts = part, mine: TokenScores = mine) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -20,17 +22,81 @@ from funcprobe.types import Params
 #: What torch says, in one way or another, where an operation has no forward derivative.
 _MARKS = ("forward AD", "forward mode AD", "jvp", "setup_context", "functorch transforms")
 
+#: The most entries of attention matrices that are made at once in forward mode (64 MiB in float32; every tangent and
+#: every order adds arrays of that size), and the least number of queries that keeps their product efficient.
+ATTENTION_BUDGET, SMALLEST_BLOCK = 2**24, 16
+
+
+_attend: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
+
 
 def math_attention() -> AbstractContextManager[None]:
     """Return a context in which scaled-dot-product attention uses the kernel that has forward derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
+@contextmanager
+def differentiable_attention(policy: Policy) -> Iterator[None]:
+    """Hold a policy's attention to that kernel, also where the model was set to flex or flash attention.
+
+    The kernel makes the attention matrices, of the square of the length; here it does so a block of queries at a time.
+    """
+    with policy.plain_attention(), math_attention(), _QueryBlocks():
+        yield
+
+
+class _QueryBlocks(TorchFunctionMode):
+    """A context in which attention matrices of more than `ATTENTION_BUDGET` entries are made block by block.
+
+    Queries do not depend on one another: a block of them against all keys that it may see is a matrix product of its
+    own. Where nothing is kept for a backward pass, what exists at once is one block; and under a causal mask the part
+    above the diagonal is not computed.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, attention by blocks."""
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _by_query_blocks(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _by_query_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **options: Any,
+) -> Tensor:
+    attend = partial(_attend, dropout_p=dropout_p, **options)
+    queries, keys = query.shape[-2], key.shape[-2]
+    block = max(SMALLEST_BLOCK, ATTENTION_BUDGET // (math.prod(query.shape[:-2]) * keys))
+    if block >= queries:
+        return attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+    out = []
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
+        seen = (
+            min(stop, keys) if is_causal else keys
+        )  # torch aligns a causal mask with the first query and the first key
+        mask: Tensor | None
+        if is_causal:
+            mask = torch.ones(stop - start, seen, dtype=torch.bool, device=query.device).tril(start)
+        else:
+            mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., start:stop, :]
+        rows = query[..., start:stop, :]
+        out.append(attend(rows, key[..., :seen, :], value[..., :seen, :], attn_mask=mask))
+    return torch.cat(out, dim=-2)
+
+
 class Arithmetic(NamedTuple):
     """What a policy's forward pass is made of."""
 
     eps: float  #: of the coarser dtype among features and trainable leaves
-    fused_attention: bool  #: whether it calls scaled_dot_product_attention, whose fused kernels have no derivative
+    fused_attention: bool  #: whether attention runs in fused kernels, which have no forward derivative
 
 
 def arithmetic(policy: Policy, params: Params) -> Arithmetic:
@@ -38,7 +104,8 @@ def arithmetic(policy: Policy, params: Params) -> Arithmetic:
     ids = torch.zeros((1, 2), dtype=torch.int64, device=policy.device)
     with torch.no_grad(), _Watch() as watch:
         features = policy.features(params, ids, torch.ones_like(ids, dtype=torch.bool))
-    return Arithmetic(max(torch.finfo(x.dtype).eps for x in (features, *params.values())), watch.seen)
+    eps = max(torch.finfo(x.dtype).eps for x in (features, *params.values()))
+    return Arithmetic(eps, watch.seen or policy.plain_attention is not nullcontext)
 
 
 class _Watch(TorchFunctionMode):

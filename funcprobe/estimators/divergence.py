@@ -52,9 +52,9 @@ class Divergence:
         return "nats per sequence"
 
     @property
-    def weighting(self) -> Weighting:
-        """Return 'per_decision'."""
-        return "per_decision"
+    def weighting(self) -> Weighting | Literal["none"]:
+        """Return 'per_decision', or 'none' for the divergence of the policy that sampled: a plain mean."""
+        return "per_decision" if self.of == "after" else "none"
 
     @property
     def stats(self) -> Mapping[str, Statistic]:

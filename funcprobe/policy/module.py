@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,8 @@ class Policy:
         default=None, repr=False
     )  #: (params, new ids, mask, cache) -> (features [B, D], cache)
     max_length: int | None = None  #: the longest sequence that the model has positions for
+    plain_attention: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
+    #: a context in which attention is torch's own `scaled_dot_product_attention`, whatever the model was set to
 
 
 def from_module(module: nn.Module, *, device: str | torch.device | None = None) -> tuple[Policy, Params]:
@@ -133,6 +136,7 @@ def _split_at_head(module: nn.Module, params: Params) -> Policy | None:
         readout_names=tuple(dict.fromkeys(head.aliases.values())),
         decode=decode,
         max_length=getattr(config, "max_position_embeddings", None),
+        plain_attention=_plain_attention(module),
     )
     return policy if _agrees(policy, module, params) else None
 
@@ -151,6 +155,25 @@ def _agrees(policy: Policy, module: nn.Module, params: Params) -> bool:
     if not agrees:
         log.warning("%s does not split at its head; it is run whole, with logits in memory", type(module).__name__)
     return agrees
+
+
+def _plain_attention(skeleton: nn.Module) -> Callable[[], AbstractContextManager[None]]:
+    """Return the context in which a copy's attention is torch's own, instead of flex or a flash-attention package's."""
+    configs = {id(c): c for m in skeleton.modules() if (c := getattr(m, "config", None)) is not None}
+    found = [c for c in configs.values() if getattr(c, "_attn_implementation", None) not in (None, "eager", "sdpa")]
+
+    @contextmanager
+    def plain() -> Iterator[None]:
+        set_to = [config._attn_implementation for config in found]
+        try:
+            for config in found:
+                config._attn_implementation = "sdpa"
+            yield
+        finally:
+            for config, name in zip(found, set_to, strict=True):
+                config._attn_implementation = name
+
+    return plain if found else nullcontext
 
 
 class _Bound:
