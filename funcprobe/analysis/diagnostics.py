@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from funcprobe.analysis.movement import Movement
 from funcprobe.data.rollouts import overlap
@@ -140,7 +141,7 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
 
 def ess_fraction(health: WeightHealth, observable: Observable) -> float:
     """Return the effective sample, on the weights that the observable uses, as a fraction of the sample."""
-    weighting = getattr(observable, "weighting", "sequence")
+    weighting: Any = getattr(observable, "weighting", "sequence")
     if weighting == "none":  # a plain mean over rollouts uses all of them
         return 1.0
     return health.fraction(weighting, inclusive=getattr(observable, "integrand", "") == "surprisal")

@@ -26,7 +26,7 @@ from funcprobe.errors import InputError
 from funcprobe.types import Progress
 
 #: Raised whenever other files would be written for the same seed.
-VERSION = 1
+VERSION = 2
 
 #: Says what the folder is and what is in it; without it a folder is not ours to replace.
 MARKER = "demo.json"
@@ -55,6 +55,8 @@ observable:
   integrand: rao_blackwell      # the entropy of every distribution on the way; or surprisal: -log p of what was drawn
   weighting: per_decision       # a token is weighted by its prefix alone; or sequence
   per: token                    # or sequence
+also: [reward, kl]              # read from the same passes; or kl_before, length
+order: 2                        # second order too: where first order ends
 
 mode: auto                      # forward mode; reverse where the model has no forward derivative
 device: cpu                     # or auto, cuda, cuda:0

@@ -194,6 +194,7 @@ def _demo(options: argparse.Namespace) -> None:
         config = prepare_demo(options.dir, seed=options.seed, force=options.force, progress=bars)
     # the results of an earlier demo are replaced; whatever else may stand in their place is not touched
     run_config(config, ["--output", str(config.parent / "results"), "--force"])
+    print(f"Next:    funcprobe sweep {config} --lrs 1e-8:1e-3:11")
 
 
 def _run_epilog() -> str:

@@ -355,8 +355,11 @@ def test_the_demo_is_made_run_and_used_again(
     words = ["demo", "--dir", str(tmp_path / "demo")]
     assert main(words) == 0
     place = tmp_path / "demo" / "results"
-    assert capsys.readouterr().out.endswith(f"Results: {place}\n")
+    following = f"Next:    funcprobe sweep {tmp_path / 'demo' / 'config.yaml'} --lrs 1e-8:1e-3:11"
+    assert capsys.readouterr().out.endswith(f"Results: {place}\n{following}\n")
     first = ProbeResult.load(place)
+    assert list(first.readings) == ["entropy", "reward", "kl"]
+    assert first.linear_until_lr is not None
     assert abs(first.remainder) < abs(first.change)
     made = (tmp_path / "demo" / "checkpoint" / "model.safetensors").stat().st_mtime_ns
 
