@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from funcprobe import tree
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import InputError
-from funcprobe.types import Rollouts
+from funcprobe.types import Params
 
 #: What the first line of a journal says it is.
-TITLE = "funcprobe sweep, journal 1"
+TITLE = "funcprobe sweep, journal 2"
 
-#: Entries of a leaf that a fingerprint reads, evenly spread.
-SAMPLED_ENTRIES = 4096
+#: How that line begins: a file that holds no more than a piece of it was cut off before there was anything to keep.
+START = json.dumps({"title": TITLE}).removesuffix("}").encode()
+
+#: Gradients of U that differ by less, relative to their norm, are those of one model: kernels and dtypes round.
+SAME_MODEL = 0.01
 
 
 class Journal:
@@ -31,14 +31,31 @@ class Journal:
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
         self.path = None if path is None else Path(path)
+        self.identity = identity
         self.points: dict[float, SweepPoint] = {}
+        self._norm: float | None = None
+        if self.path is not None and self.path.exists():
+            self._norm, self.points = _read(self.path, identity)
+
+    def begin(self, gradient: Params) -> None:
+        """Write the first line; or hold the one there is to the gradient on U, in which frozen weights show.
+
+        Raises:
+            InputError: If the gradient is of another size.
+        """
         if self.path is None:
             return
-        if self.path.is_file():
-            self.points = _read(self.path, identity)
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._append(json.dumps({"title": TITLE, "identity": identity}))
+        norm = float(tree.norm(gradient))
+        if self._norm is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)  # a first line that was cut off
+            self._append(json.dumps({"title": TITLE, "identity": self.identity, "gradient_norm": norm}))
+        elif not math.isclose(norm, self._norm, rel_tol=SAME_MODEL):
+            raise InputError(
+                f"{self.path} belongs to a sweep of another model: its gradient on the update batch has norm "
+                f"{self._norm:.6g}, and this one {norm:.6g}, though parameters and options agree. Give another file, "
+                "or delete it to begin anew."
+            )
 
     def add(self, point: SweepPoint) -> None:
         """Keep a finished point, on disk before this returns."""
@@ -54,49 +71,32 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _read(path: Path, identity: str) -> dict[float, SweepPoint]:
-    """Return the finished points; a last line that was cut off is dropped from the file.
+def _read(path: Path, identity: str) -> tuple[float | None, dict[float, SweepPoint]]:
+    """Return the gradient's norm and the finished points; a last line that was cut off is dropped from the file.
 
     Raises:
         InputError: If the file is not a journal, is damaged before its end, or belongs to another sweep.
     """
-    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a journal is a file, so give the name of one.")
+    whole, newline, rest = path.read_bytes().rpartition(b"\n")
+    if not newline and START.startswith(rest[: len(START)]):
+        return None, {}
     lines = whole.splitlines()
     try:
         head = json.loads(lines[0])
-        known = (head["title"], head["identity"])
+        known, norm = (head["title"], head["identity"]), float(head["gradient_norm"])
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not the journal of a sweep; give the name of a new file.") from error
     if known != (TITLE, identity):
         raise InputError(
-            f"{path} belongs to another sweep: parameters, rollouts, observables or options differ. Give another file, "
-            "or delete it to begin anew."
+            f"{path} belongs to another sweep: parameters, rollouts, observables, objective, optimizer, its state or "
+            "options differ. Give another file, or delete it to begin anew."
         )
-    if rest:
-        path.write_text(whole + "\n", encoding="utf-8")
     try:
         points = [SweepPoint.from_dict(json.loads(line)) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}); delete it to begin anew.") from error
-    return {point.lr: point for point in points}
-
-
-def fingerprint(trees: Iterable[Mapping[str, Tensor]], batches: Iterable[Rollouts], options: Iterable[object]) -> str:
-    """Return a digest of trees (an even sample of each leaf's bytes), rollouts (all of them) and options."""
-    digest = hashlib.sha256()
-    for tree in trees:
-        for name, leaf in tree.items():
-            flat = leaf.detach().reshape(-1)
-            digest.update(f"{name} {tuple(leaf.shape)} {leaf.dtype}".encode())
-            digest.update(_bytes(flat[:: max(1, len(flat) // SAMPLED_ENTRIES)]))
-    for batch in batches:
-        for field, values in zip(batch._fields, batch, strict=True):
-            digest.update(field.encode() if values is None else field.encode() + _bytes(values))
-    for option in options:
-        digest.update(repr(option).encode())
-    return digest.hexdigest()
-
-
-def _bytes(values: Tensor) -> bytes:
-    flat = values.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    if rest:
+        os.truncate(path, len(whole) + 1)
+    return norm, {point.lr: point for point in points}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from funcprobe.analysis.diagnostics import Clock, Messages, ess_fraction, is_independent
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, ess_fraction, is_independent
 from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.one_step import asked_for
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
@@ -16,6 +16,9 @@ from funcprobe.errors import InputError, NumericsError
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
+
+#: The finest bisection: between neighbours in float64 there would be no end of it.
+FINEST = 1e-9
 
 
 class LargestLr(NamedTuple):
@@ -65,11 +68,10 @@ def largest_lr(
 
     Raises:
         InputError: If no bound is given, one is out of range, or the lower end breaks one already.
-        NumericsError: If the gradient or the scores at θ are not finite.
-        ForwardModeError: If the model has no forward derivative.
+        NumericsError: If the gradient, the scores at θ, or what the smallest learning rate does is not finite.
     """
-    low, high = between
-    check_lrs(between)
+    low, high = (float(lr) for lr in between)
+    check_lrs([low, high])
     bounds = _bounds(min_ess, max_abs_delta, max_nonlinearity, relative)
     wanted = asked_for(observable, None, evaluation)
     passes = Passes.over(policy, evaluation, wanted, microbatch, progress, Clock())
@@ -77,6 +79,7 @@ def largest_lr(
     asked = Inquiry(passes, wanted, options, Messages(), is_independent(evaluation, update))
     gradient, info = step.gradient(params, update, progress=progress)
     family = Family(asked, step, params, opt_state, gradient, info, low)
+    asked.said.also(before_measuring(evaluation, update, family.reference.size, {**family.info, "lr": low}))
 
     best, tried = family.point(low, family.move(low)), 2
     if broken := _broken(best, asked.main[1], bounds):
@@ -89,7 +92,7 @@ def largest_lr(
         return LargestLr(high, None, top, tried)
     limited_by = top
     while high / low > 1 + relative:
-        middle, tried = math.sqrt(low * high), tried + 1
+        middle, tried = math.sqrt(low) * math.sqrt(high), tried + 1
         found = _tried(family, middle, bounds)
         if isinstance(found, SweepPoint):
             low, best = middle, found
@@ -113,6 +116,8 @@ def _bounds(
     for name, value in {**bounds, "relative": relative}.items():
         if not (math.isfinite(value) and value > 0):
             raise InputError(f"{name} is {value}; expected a number above 0.")
+    if relative < FINEST:
+        raise InputError(f"relative is {relative:g}; expected at least {FINEST:g}: rounding leaves no more to be told.")
     if bounds.get("min_ess", 0.0) > 1:
         raise InputError(f"min_ess is {min_ess}; expected a fraction of the sample, at most 1.")
     return bounds
@@ -128,12 +133,15 @@ def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> SweepPoint
 
 
 def _broken(point: SweepPoint, observable: Observable, bounds: Mapping[str, float]) -> str | None:
-    """Return the first bound that a point breaks, with what was found."""
+    """Return the first bound that a point breaks, with what was found; NaN keeps none."""
     reading = next(iter(point.readings.values()))
-    ess = ess_fraction(point.health, observable)
     found = {
-        "min_ess": (ess, ess < bounds.get("min_ess", -math.inf)),
-        "max_abs_delta": (abs(reading.change), abs(reading.change) > bounds.get("max_abs_delta", math.inf)),
-        "max_nonlinearity": (reading.nonlinearity, reading.nonlinearity > bounds.get("max_nonlinearity", math.inf)),
+        "min_ess": ess_fraction(point.health, observable),
+        "max_abs_delta": abs(reading.change),
+        "max_nonlinearity": reading.nonlinearity,
     }
-    return next((f"{name} {bounds[name]:g} (found {value:.3g})" for name, (value, bad) in found.items() if bad), None)
+    for name, bound in bounds.items():
+        kept = found[name] >= bound if name == "min_ess" else found[name] <= bound
+        if not kept:
+            return f"{name} {bound:g} (found {found[name]:.3g})"
+    return None

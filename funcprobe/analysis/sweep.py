@@ -6,14 +6,16 @@ import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 from funcprobe import engine, tree
 from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.first_order import First, first_order
+from funcprobe.analysis.identity import identity_of
 from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options
-from funcprobe.analysis.journal import Journal, fingerprint
+from funcprobe.analysis.journal import Journal
 from funcprobe.analysis.measure import measure_step
 from funcprobe.analysis.movement import Move
 from funcprobe.analysis.one_step import asked_for
@@ -21,10 +23,10 @@ from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.readings import BarMethod
 from funcprobe.analysis.result import BatchCounts
 from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
-from funcprobe.errors import InputError
+from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
-from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
+from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, StepResult, TokenScores
 
 #: Two updates are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
 PROPORTIONAL = 1e-5
@@ -95,16 +97,18 @@ def sweep(
         ForwardModeError: As in `probe`.
         EffectiveSampleSizeError: As in `probe`.
     """
+    lrs = [float(lr) for lr in lrs]
     check_lrs(lrs)
     if chunk < 1:
         raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
     options = Options(mode, method, tolerance, order, bars, level, seed, False, ess_threshold, on_low_ess)
     wanted = asked_for(observable, observables, evaluation)
-    states = ({f"{n}.{k}": v for n, s in opt_state.items() for k, v in s.items()},)
-    kept = Journal(journal, fingerprint((params, *states), (evaluation, update), (options, wanted, _settings(step))))
+    identity = "" if journal is None else identity_of(step, params, opt_state, evaluation, update, wanted, options)
+    kept = Journal(journal, identity)
     said, clock = Messages(), Clock()
     with said.recording(), clock("gradient on U"):
         gradient, info = step.gradient(params, update, progress=progress)
+    kept.begin(gradient)
     passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
     asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))
     family = Family(asked, step, params, opt_state, gradient, info, lrs[-1])
@@ -112,17 +116,16 @@ def sweep(
     for point in family.points(todo, chunk):
         kept.add(point)
     points = tuple(kept.points[lr] for lr in lrs)
-    size = family.reference.size
-    said.also(before_measuring(evaluation, update, size, {**info, "lr": lrs[-1]}))
-    said.also(dict.fromkeys(f"At lr {p.lr:g}: {text}" for p in points for text in p.warnings))
+    said.also(before_measuring(evaluation, update, family.reference.size, {**family.info, "lr": lrs[-1]}))
+    said.also(_gathered("At", points, "warnings"))
     return SweepResult(
         points=points,
         mode=family.first.mode,
         evaluation=BatchCounts.of(evaluation),
         update_batch=BatchCounts.of(update),
-        step=info,
+        step=family.info,
         warnings=tuple(said.warnings),
-        notes=tuple(dict.fromkeys([*said.notes, *(f"at lr {p.lr:g}: {n}" for p in points for n in p.notes)])),
+        notes=(*said.notes, *_gathered("at", points, "notes")),
         timings=clock.seconds,
         environment=describe_environment(policy.device, params),
     )
@@ -142,19 +145,18 @@ class Family:
         reference_lr: float,
     ) -> None:
         self.asked, self.reference_lr = asked, reference_lr
-        self._step, self._params, self._opt_state = step, params, opt_state
-        self._gradient, self._info = gradient, info
-        self.reference = self.move(reference_lr)
+        self._step, self._params, self._opt_state, self._gradient = step, params, opt_state, gradient
+        taken = self._taken(reference_lr)
+        self.info = info | {name: x for name, x in taken.info.items() if name != "lr"}
+        self.reference = Move.of(params, taken.params, taken.update)
         self.first = first_order(asked, params, self.reference.update)
-        self._told = False
 
     def move(self, lr: float) -> Move:
         """Return the step at a learning rate; no model is run."""
-        with self.asked.passes.clock("optimizer steps"):
-            taken = self._step.apply(self._params, self._opt_state, self._gradient, lr=lr, info=self._info)
-            return Move.of(self._params, taken.params, taken.update)
+        taken = self._taken(lr)
+        return Move.of(self._params, taken.params, taken.update)
 
-    def first_order(self, move: Move, lr: float) -> First:
+    def first_order(self, move: Move, lr: float, said: Messages) -> First:
         """Return the first order of a step: the reference's, scaled, where the update is a multiple of it."""
         along, c = self.first.along, lr / self.reference_lr
         if along is None:
@@ -162,11 +164,7 @@ class Family:
         off = tree.norm(tree.sub(move.update, tree.scale(c, self.reference.update)))
         if float(off) <= PROPORTIONAL * move.size.norm:
             return self.first._replace(along=along.scaled(c))
-        if not self._told:
-            self.asked.said.notes.append(
-                "the update is not proportional to the learning rate, so each one has a derivative of its own"
-            )
-            self._told = True
+        said.notes.append("the update is not proportional to the learning rate, so its derivative was taken anew")
         return first_order(self.asked._replace(said=Messages(quiet=True)), self._params, move.update)
 
     def points(self, lrs: Sequence[float], chunk: int = 1) -> Iterator[SweepPoint]:
@@ -174,13 +172,16 @@ class Family:
         for start in range(0, len(lrs), chunk):
             together = lrs[start : start + chunk]
             moves = [self.move(lr) for lr in together]
-            for lr, move, after in zip(together, moves, self._scores(moves), strict=True):
+            with _naming(*together):
+                scores = self._scores(moves)
+            for lr, move, after in zip(together, moves, scores, strict=True):
                 yield self.point(lr, move, after)
 
     def point(self, lr: float, move: Move, after: TokenScores | None = None) -> SweepPoint:
         """Return what the step does at one learning rate."""
         said = Messages(quiet=True)
-        found = measure_step(self.asked._replace(said=said), move, self.first_order(move, lr), after)
+        with _naming(lr):
+            found = measure_step(self.asked._replace(said=said), move, self.first_order(move, lr, said), after)
         return SweepPoint(
             lr,
             move.size.norm,
@@ -191,6 +192,10 @@ class Family:
             tuple(said.warnings),
             tuple(note for note in said.notes if "rounding row" not in note),
         )
+
+    def _taken(self, lr: float) -> StepResult:
+        with self.asked.passes.clock("optimizer steps"), _naming(lr):
+            return self._step.apply(self._params, self._opt_state, self._gradient, lr=lr)
 
     def _scores(self, moves: list[Move]) -> list[TokenScores] | list[None]:
         """Return the scores at several θ′ in one pass; None, for each to be scored on its own, where there is one."""
@@ -227,5 +232,24 @@ def check_lrs(lrs: Sequence[float]) -> None:
             raise InputError(f"Learning rate {high:g} stands after {low:g}; give them in rising order.")
 
 
-def _settings(step: Step) -> tuple[object, ...]:
-    return step.objective.name, repr(step.objective), repr(step.optimizer), step.max_grad_norm
+def _gathered(at: str, points: Sequence[SweepPoint], field: Literal["warnings", "notes"]) -> list[str]:
+    """Return what points have to say, each text once, with the learning rates at which it was said."""
+    where: dict[str, list[str]] = {}
+    for point in points:
+        for text in getattr(point, field):
+            where.setdefault(text, []).append(f"{point.lr:g}")
+    return [f"{at} lr {', '.join(lrs)}: {text}" for text, lrs in where.items()]
+
+
+@contextmanager
+def _naming(*lrs: float) -> Iterator[None]:
+    """Let an error say at which learning rates it arose.
+
+    Raises:
+        NumericsError: With the learning rates before what it said.
+        EffectiveSampleSizeError: The same.
+    """
+    try:
+        yield
+    except (NumericsError, EffectiveSampleSizeError) as error:
+        raise type(error)(f"At lr {', '.join(f'{lr:g}' for lr in lrs)}: {error}") from error

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,6 +118,8 @@ class SweepResult:
     def crossover_lr(self, name: str | None = None) -> float | None:
         """Return the learning rate at which |δF₂| = |δF₁|; None without a second order.
 
+        It is read off the smallest learning rate, for an optimizer that moves in proportion to it.
+
         Raises:
             InputError: If there is no such observable.
         """
@@ -139,7 +141,7 @@ class SweepResult:
         Raises:
             InputError: If there is no such observable, or fewer than two learning rates up to `up_to` changed it.
         """
-        return self._fit(name, lambda q, k: q[k], lambda r: r.change, up_to)
+        return self._fit(name, "change", up_to)
 
     def remainder_slope(self, name: str | None = None, *, up_to: float = math.inf) -> Fit:
         """Return the line through log |ΔF − δF₁| against log η: slope 2 where the second order leads.
@@ -147,7 +149,7 @@ class SweepResult:
         Raises:
             InputError: If there is no such observable, or fewer than two learning rates up to `up_to` left a remainder.
         """
-        return self._fit(name, lambda q, k: q[k] - q[k + 1], lambda r: r.remainder, up_to)
+        return self._fit(name, "remainder", up_to)
 
     def scale_check(self, low: float | None = None, high: float | None = None, name: str | None = None) -> ScaleCheck:
         """Return the ratios between two learning rates of the sweep, by default its smallest and largest.
@@ -167,10 +169,10 @@ class SweepResult:
     def rows(self) -> list[Json]:
         """Return the long form: a row for every learning rate, observable and quantity, with its error bar."""
         return [
-            {"lr": point.lr, "observable": name, "quantity": what, "value": value, "unit": reading.unit, **errors}
+            {"lr": point.lr, "observable": name, "quantity": what, "value": value, "unit": unit, **errors}
             for point in self.points
             for name, reading in point.readings.items()
-            for what, value, errors in _quantities(reading)
+            for what, value, unit, errors in _quantities(reading)
         ]
 
     def to_frame(self) -> DataFrame:
@@ -220,8 +222,11 @@ class SweepResult:
         try:
             plain = json.loads(file.read_text())
             version = plain.pop("schema_version", None)
-            if version != SCHEMA_VERSION:
-                raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{file} is not a whole sweep ({error}); the file is damaged.") from error
+        if version != SCHEMA_VERSION:
+            raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
+        try:
             built = {
                 "points": tuple(SweepPoint.from_dict(point) for point in plain["points"]),
                 "evaluation": BatchCounts(**plain["evaluation"]),
@@ -239,29 +244,31 @@ class SweepResult:
             raise InputError(f"The sweep has no learning rate {lr:g}; it has {', '.join(f'{x:g}' for x in self.lrs)}.")
         return near[0]
 
-    def _fit(self, name: str | None, of: Any, value: Any, up_to: float) -> Fit:
+    def _fit(self, name: str | None, what: Literal["change", "remainder"], up_to: float) -> Fit:
         name = self.observables[0] if name is None else name
         readings = self.readings(name)
-        used = [i for i, r in enumerate(readings) if self.lrs[i] <= up_to * (1 + 1e-9) and value(r) != 0.0]
+        values = [getattr(reading, what) for reading in readings]
+        used = [i for i, value in enumerate(values) if self.lrs[i] <= up_to * (1 + 1e-9) and value != 0.0]
         if len(used) < 2:
             raise InputError(
-                f"A slope needs two learning rates at which '{name}' moved, and there are {len(used)} up to {up_to:g}; "
-                "sweep more of them."
+                f"A slope needs two learning rates at which the {what} of '{name}' is not 0, and there are {len(used)} "
+                f"up to {up_to:g}; sweep more of them."
             )
         x = torch.tensor([self.lrs[i] for i in used], dtype=torch.float64).log()
-        y = torch.tensor([abs(value(readings[i])) for i in used], dtype=torch.float64).log()
+        y = torch.tensor([abs(values[i]) for i in used], dtype=torch.float64).log()
         slope, r_squared = _line(x, y)
-        sampled = [self.points[i].sampled for i in used]
-        if any(s is None for s in sampled) or not all(readings[i].bars for i in used):
+        sampled = [s for i in used if (s := self.points[i].sampled) is not None and what in readings[i].bars]
+        if len(sampled) < len(used):  # in reverse mode the derivative has no replicates, and so the remainder none
             return Fit(Bar(float(slope), math.inf, -math.inf, math.inf), float(r_squared), len(used))
-        joined = Sampled.join([s for s in sampled if s is not None])
-        first, width = sampled[0].columns[name], sampled[0].width  # type: ignore[union-attr]
+        first, width = sampled[0].columns[name], sampled[0].width
 
         def slope_of(q: Tensor) -> Tensor:
-            each = [of(q, first + j * width).abs().log() for j in range(len(used))]
-            return _line(x, torch.stack(each))[0]
+            columns = [q[first + j * width : first + j * width + 2] for j in range(len(used))]
+            each = [c[0] - c[1] if what == "remainder" else c[0] for c in columns]
+            return _line(x, torch.stack(each).abs().log())[0]
 
-        return Fit(bar(joined, slope_of), float(r_squared), len(used))
+        level = readings[used[0]].bars[what].level
+        return Fit(bar(Sampled.join(sampled), slope_of, level), float(r_squared), len(used))
 
 
 def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,7 +278,7 @@ def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return slope, 1 - ((y - slope * x) ** 2).sum() / (y * y).sum()
 
 
-def _quantities(reading: Reading) -> list[tuple[str, float, Json]]:
+def _quantities(reading: Reading) -> list[tuple[str, float, str, Json]]:
     known = {
         "change": reading.change,
         "first_order": reading.first_order,
@@ -286,7 +293,8 @@ def _quantities(reading: Reading) -> list[tuple[str, float, Json]]:
         errors = {"error": math.nan, "low": math.nan, "high": math.nan}
         if found is not None:
             errors = {"error": found.error, "low": found.low, "high": found.high}
-        rows += [] if value is None else [(what, value, errors)]
+        unit = "1" if what == "ratio" else reading.unit
+        rows += [] if value is None else [(what, value, unit, errors)]
     return rows
 
 

@@ -1,0 +1,356 @@
+"""Many learning rates from one gradient and one derivative: each point a probe, the laws of a line, calm refusals."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import funcprobe as fp
+from funcprobe.analysis.readings import Reading
+from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
+from funcprobe.data.rollouts import take
+from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning, InputError, NumericsError
+from tests.analysis.cases import Case, E, Offset, U
+
+LRS = [1e-4, 1e-3, 1e-2]
+SEVERAL = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "length": fp.mean_length(), "kl": fp.kl()}
+
+
+@functools.cache
+def case(build: str = "two lines") -> Case:
+    return Case(build)
+
+
+@functools.cache
+def swept(build: str = "two lines") -> SweepResult:
+    """Six learning rates in the linear regime, in float64."""
+    return case(build).sweep([1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3], observables=SEVERAL, method="difference")
+
+
+def assert_close(found: Reading, expected: Reading, rel: float = 1e-9) -> None:
+    """Hold two readings of one step to each other.
+
+    Both come from the same scores at θ′; δF₁ and δF₂ of a sweep are those of its largest learning rate, scaled: that
+    costs roundings of 1e-16 of Σ|terms|, which is up to some thousand times the sum. Qwen2 rounds to float32 (6e-8)
+    inside, whatever its dtype.
+    """
+    assert (found.observable, found.unit, found.method, found.nodes) == (
+        expected.observable,
+        expected.unit,
+        expected.method,
+        expected.nodes,
+    )
+    assert found.before == pytest.approx(expected.before, rel=1e-12)
+    assert found.change == pytest.approx(expected.change, rel=rel, abs=1e-14)
+    assert found.first_order == pytest.approx(expected.first_order, rel=rel, abs=1e-14)
+    if expected.second_order is not None:
+        assert found.second_order == pytest.approx(expected.second_order, rel=100 * rel, abs=1e-16)
+    assert found.bars.keys() == expected.bars.keys()
+    for what in ("change", "first_order"):
+        if what in expected.bars:
+            assert found.bars[what].error == pytest.approx(expected.bars[what].error, rel=100 * rel, abs=1e-14)
+
+
+@functools.cache
+def probes(build: str) -> list[fp.ProbeResult]:
+    return [case(build).probe(lr, method="difference", observables=SEVERAL, order=2) for lr in LRS]
+
+
+@pytest.mark.parametrize(
+    ("build", "chunk"), [("two lines", 1), ("two lines", 2), ("gpt2", 1), ("gpt2", 3), ("qwen2, lora", 2)]
+)
+def test_a_point_is_a_probe_at_its_learning_rate(build: str, chunk: int) -> None:
+    result = case(build).sweep(LRS, method="difference", observables=SEVERAL, chunk=chunk)
+    assert result.lrs == tuple(LRS)
+    for point, probed in zip(result.points, probes(build), strict=True):
+        assert point.update_norm == probed.update_norm
+        assert point.health.ess_sequence == pytest.approx(probed.health.ess_sequence, rel=1e-10)
+        for name in SEVERAL:
+            assert_close(point.readings[name], probed.readings[name], 1e-5 if "lora" in build else 1e-9)
+    assert result.step == pytest.approx({k: v for k, v in probed.step.items() if k != "lr"})
+    assert (result.evaluation, result.update_batch) == (probed.evaluation, probed.update_batch)
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "path", "order": 1}, {"mode": "reverse", "order": 1}, {"mode": "forward", "order": 1}]
+)
+def test_a_point_is_a_probe_by_path_and_in_reverse_mode(options: dict[str, Any]) -> None:
+    c = case("gpt2")
+    result = c.sweep(LRS, **options)
+    for point, reading in zip(result.points, result.readings(), strict=True):
+        probed = c.probe(point.lr, **options)
+        assert_close(reading, probed.main)
+        assert reading.method == ("path" if "method" in options else "difference")
+    assert result.mode == probed.mode
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 1}, {"mode": "reverse", "order": 1}])
+@pytest.mark.parametrize(("chunk", "scorings"), [(1, 5), (2, 3), (5, 1), (9, 1)])
+def test_one_gradient_one_derivative_and_one_scoring_a_learning_rate(
+    options: dict[str, Any], chunk: int, scorings: int
+) -> None:
+    seen: list[str] = []
+    case().watched(seen).sweep(
+        [1e-5, 1e-4, 1e-3, 1e-2, 1e-1], chunk=chunk, method="difference", bars=None, ess_threshold=0.0, **options
+    )
+    # ∇F is two passes in reverse mode: cotangents need every score before the first is pulled back
+    derivative = 2 if "mode" in options else 1
+    assert (seen.count("U"), seen.count("E")) == (1, derivative + scorings)
+
+
+def test_an_update_that_is_not_proportional_has_a_derivative_of_its_own() -> None:
+    seen: list[str] = []
+    c = Case(optimizer=Offset())
+    result = c.watched(seen).sweep(LRS, method="difference", order=1)
+    assert (seen.count("U"), seen.count("E")) == (1, len(LRS) + len(LRS))
+    for point in result.points:
+        assert_close(point.readings[fp.entropy().name], c.probe(point.lr, method="difference").main)
+    # scaling the largest one's derivative would have been wrong
+    first = [reading.first_order for reading in result.readings()]
+    assert first[0] != pytest.approx(first[-1] * LRS[0] / LRS[-1], rel=0.5)
+    (note,) = result.notes
+    assert note.startswith("at lr 0.0001, 0.001: the update is not proportional to the learning rate")
+
+
+def test_a_lifted_optimizer_that_ignores_its_learning_rate() -> None:
+    c = Case(optimizer=fp.from_torch(torch.optim.ASGD, lr=1e-3))  # after its first step it has a rate of its own
+    result = c.sweep(LRS, method="difference", order=1)
+    assert len({point.update_norm for point in result.points}) == 1
+    assert len({round(reading.first_order, 12) for reading in result.readings()}) == 1
+    assert result.readings()[0].change == pytest.approx(result.readings()[0].first_order, rel=0.05)
+    assert any("not proportional" in note for note in result.notes)
+
+
+def test_an_update_that_is_proportional_has_no_note() -> None:
+    lifted = Case(optimizer=fp.from_torch(torch.optim.RMSprop, lr=1e-3))
+    assert all("proportional" not in note for note in lifted.sweep(LRS, order=1, bars=None).notes)
+    assert all("proportional" not in note for note in swept().notes)
+
+
+@pytest.mark.parametrize("build", ["two lines", "gpt2"])
+def test_the_change_has_slope_one_and_the_remainder_slope_two(build: str) -> None:
+    result = swept(build)
+    until = result.linear_until_lr()
+    assert until is not None
+    change, remainder = result.slope(up_to=until), result.remainder_slope(up_to=until)
+    # up to a twentieth of the crossover the second order adds at most 5 % to the first, at one end of a line that spans
+    # decades; and the third order adds about as little to the second
+    assert change.points == remainder.points == sum(lr <= until for lr in result.lrs) >= 3
+    assert change.slope.value == pytest.approx(1, abs=0.02)
+    assert remainder.slope.value == pytest.approx(2, abs=0.1)
+    assert change.r_squared > 0.9999
+    assert remainder.r_squared > 0.999
+    # a divergence has no first order, so its change is of second
+    assert result.slope("kl", up_to=until).slope.value == pytest.approx(2, abs=0.02)
+
+
+def test_the_line_is_least_squares_on_logarithms() -> None:
+    result = swept()
+    x, y = np.log(result.lrs), np.log([abs(r.change) for r in result.readings()])
+    slope, intercept = np.polyfit(x, y, 1)
+    fit = result.slope()
+    assert fit.slope.value == pytest.approx(slope, rel=1e-10)
+    # R² of nearly 1 is 1 minus something small, so the small thing is compared
+    unexplained = ((y - slope * x - intercept) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+    assert 1 - fit.r_squared == pytest.approx(unexplained, rel=1e-6)
+    assert fit.points == 6
+    assert result.slope(up_to=1e-4).points == 3
+
+
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_the_bar_of_a_slope_is_a_refit_without_each_prompt(level: float) -> None:
+    c, lrs = case(), [1e-2, 3e-2, 1e-1]
+    result = c.sweep(lrs, method="difference", order=1, level=level)
+    changes, remainders = [], []
+    for prompt in E.group_ids.unique():
+        fewer = take(E, E.group_ids != prompt)
+        readings = [c.probe(lr, evaluation=fewer, method="difference", bars=None).main for lr in lrs]
+        changes.append(np.polyfit(np.log(lrs), np.log([abs(r.change) for r in readings]), 1)[0])
+        remainders.append(np.polyfit(np.log(lrs), np.log([abs(r.remainder) for r in readings]), 1)[0])
+    for fit, refits in ((result.slope(), changes), (result.remainder_slope(), remainders)):
+        # jackknife over P prompts; a slope of logarithms of sums that cancel keeps some ten digits
+        error = math.sqrt((len(refits) - 1) * np.var(refits))
+        assert fit.slope.error == pytest.approx(error, rel=1e-6)
+        assert fit.slope.level == level
+        assert fit.slope.low < fit.slope.value < fit.slope.high
+
+
+def test_a_slope_without_replicates_is_a_slope_without_a_bar() -> None:
+    full, bare = case().sweep(LRS), case().sweep(LRS, bars=None)
+    backwards = case().sweep(LRS, mode="reverse", order=1)
+    for result in (bare, backwards):
+        fit = result.remainder_slope()
+        assert fit.slope.value == pytest.approx(full.remainder_slope().slope.value, rel=1e-6)
+        assert fit.slope.error == math.inf
+    assert bare.slope().slope.error == math.inf
+    # ΔF has replicates in reverse mode too
+    assert backwards.slope().slope.error == pytest.approx(full.slope().slope.error, rel=1e-6)
+
+
+def test_the_scale_check_is_the_ratios_of_two_learning_rates() -> None:
+    result = swept()
+    found = result.scale_check(1e-5, 1e-4)
+    a, b = result.readings()[0], result.readings()[2]
+    assert found.lr == pytest.approx(10)
+    assert found.update_norm == pytest.approx(10, rel=1e-12)
+    assert found.first_order == pytest.approx(10, rel=1e-9)
+    assert found.change == b.change / a.change
+    assert found.change == pytest.approx(10, rel=0.01)
+    assert result.scale_check().lr == pytest.approx(300)
+    # the reward does not follow the main observable
+    assert result.scale_check(1e-5, 1e-4, "reward").change != found.change
+    assert math.isnan(result.scale_check(name="kl").first_order)  # 0 over 0
+    with pytest.raises(InputError, match=r"The sweep has no learning rate 2e-05; it has 1e-05, 3e-05, 0.0001"):
+        result.scale_check(2e-5)
+
+
+def test_the_crossover_is_where_second_order_is_as_large_as_first() -> None:
+    for name in ("entropy", "reward", "length"):
+        at = swept().crossover_lr(name)
+        until = swept().linear_until_lr(name)
+        assert at is not None
+        assert until is not None
+        there = case().probe(at, order=2, observables={name: SEVERAL[name]}, bars=None, ess_threshold=0.0).main
+        assert there.second_order is not None
+        # two multiplications by 1e-16 of Σ|terms| away, at most
+        assert abs(there.second_order) == pytest.approx(abs(there.first_order), rel=1e-8)
+        here = case().probe(until, order=2, observables={name: SEVERAL[name]}, bars=None).main
+        assert here.second_order is not None
+        assert abs(here.second_order / here.first_order) == pytest.approx(0.05, rel=1e-8)
+    assert swept().crossover_lr("kl") == 0.0  # never linear
+    assert case().sweep(LRS, order=1).crossover_lr() is None
+    assert case().sweep(LRS, order=1).linear_until_lr() is None
+
+
+def test_the_long_form_has_a_row_for_every_number() -> None:
+    result = swept()
+    frame = result.to_frame()
+    assert list(frame.columns) == ["lr", "observable", "quantity", "value", "unit", "error", "low", "high"]
+    assert len(frame) == len(result.rows()) == 6 * 4 * 6
+    for point in result.points:
+        for name, reading in point.readings.items():
+            own = frame[(frame["lr"] == point.lr) & (frame["observable"] == name)].set_index("quantity")
+            for what in ("change", "first_order", "second_order", "remainder", "subtraction"):
+                assert own["value"][what] == getattr(reading, what)
+                assert own["unit"][what] == reading.unit
+            assert own["unit"]["ratio"] == "1"
+            bar = reading.bars["change"]
+            assert (own["error"]["change"], own["low"]["change"], own["high"]["change"]) == bar[1:4]
+            assert math.isnan(own["error"]["subtraction"])
+    alone = case().sweep(LRS, order=1, bars=None).to_frame()
+    assert set(alone["quantity"]) == {"change", "first_order", "remainder", "ratio", "subtraction"}
+    assert alone["error"].isna().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"bars": None}, {"bars": "bootstrap"}, {"mode": "reverse"}])
+def test_what_is_saved_is_what_is_loaded(options: dict[str, Any], tmp_path: Path) -> None:
+    result = case().sweep(LRS, observables={"entropy": fp.entropy(), "kl": fp.kl()}, order=1, **options)
+    loaded = SweepResult.load(result.save(tmp_path / "sweep"))
+    assert loaded.to_dict() == result.to_dict()
+    assert loaded.lrs == result.lrs
+    assert loaded.readings("kl") == result.readings("kl")
+    assert loaded.slope() == result.slope()
+    assert loaded.points[0].health == result.points[0].health
+    assert loaded.rows()[0] == pytest.approx(result.rows()[0], nan_ok=True)
+    with pytest.raises(InputError, match="exists already"):
+        result.save(tmp_path / "sweep")
+    assert result.save(tmp_path / "sweep", overwrite=True).is_dir()
+
+
+def test_a_folder_that_holds_no_sweep(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds no sweep.json; expected a folder that SweepResult.save"):
+        SweepResult.load(tmp_path)
+    file = case().sweep(LRS).save(tmp_path / "sweep") / "sweep.json"
+    whole = file.read_text()
+    for damaged in ("", "3", "[]", whole[:-100], whole.replace('"points"', '"paints"')):
+        file.write_text(damaged)
+        with pytest.raises(InputError, match=r"sweep.json is not a whole sweep \(.*\); the file is damaged|version"):
+            SweepResult.load(file.parent)
+    file.write_text(json.dumps({**json.loads(whole), "schema_version": 99}))
+    with pytest.raises(InputError, match=r"^\S*sweep.json has schema version 99; this funcprobe reads 1\.$"):
+        SweepResult.load(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("lrs", "message"),
+    [
+        ([], r"There are no learning rates to sweep; give at least one, such as \[1e-7, 1e-6, 1e-5\]"),
+        ([1e-5, 1e-6], "Learning rate 1e-06 stands after 1e-05; give them in rising order"),
+        ([1e-6, 1e-5, 1e-5], "Learning rate 1e-05 stands twice; give each once"),
+        ([-1e-6, 1e-5], "Learning rate -1e-06 cannot be swept; expected finite numbers above 0"),
+        ([0.0, 1e-5], "Learning rate 0 cannot be swept"),
+        ([1e-6, math.nan], "Learning rate nan cannot be swept"),
+        ([1e-6, math.inf], "Learning rate inf cannot be swept"),
+    ],
+)
+def test_learning_rates_that_make_no_sweep(lrs: list[float], message: str) -> None:
+    seen: list[str] = []
+    with pytest.raises(InputError, match=message):
+        case().watched(seen).sweep(lrs)
+    assert seen == []  # before anything is run
+
+
+def test_learning_rates_come_as_any_numbers() -> None:
+    plain = case().sweep(LRS, bars=None).to_dict()["points"]
+    for lrs in (tuple(LRS), np.array(LRS), torch.tensor(LRS, dtype=torch.float64)):
+        assert case().sweep(lrs, bars=None).to_dict()["points"] == plain
+    assert case().sweep([1], bars=None, ess_threshold=0.0).lrs == (1.0,)  # and one is enough for all but a slope
+
+
+def test_what_cannot_be_fitted_says_so() -> None:
+    with pytest.raises(InputError, match=r"A slope needs two learning rates at which the change of 'entropy' is not 0"):
+        swept().slope("entropy", up_to=1e-5)
+    with pytest.raises(InputError, match=r"there are 0 up to 1e-06; sweep more of them"):
+        swept().slope(up_to=1e-6)
+    for ask in (swept().slope, swept().readings, swept().crossover_lr, swept().linear_until_lr):
+        with pytest.raises(InputError, match="The sweep has no observable 'joy'; it has entropy, reward, length, kl"):
+            ask("joy")
+
+
+def test_bad_options() -> None:
+    with pytest.raises(InputError, match="chunk is 0; expected how many learning rates go together, 1 or more"):
+        case().sweep(LRS, chunk=0)
+    with pytest.raises(InputError, match="tolerance is 0"):
+        case().sweep(LRS, tolerance=0)
+    with pytest.raises(InputError, match="put all of them into observables"):
+        case().sweep(LRS, observable=fp.entropy(), observables=SEVERAL)
+
+
+def test_an_error_names_its_learning_rate() -> None:
+    with pytest.raises(NumericsError, match=r"^At lr 0.01: The path integral reached .* the tolerance is 1.0e-20"):
+        case("gpt2").sweep([1e-2], method="path", tolerance=1e-20, order=1)
+    with pytest.raises(NumericsError, match=r"^At lr 1e\+308: The .*not finite"):
+        case().sweep([1e-3, 1e308])
+    with pytest.raises(EffectiveSampleSizeError, match=r"^At lr 3: The effective sample size is"):
+        case().sweep([1e-3, 3.0], ess_threshold=0.9, on_low_ess="raise")
+
+
+def test_a_warning_names_its_learning_rate_and_is_said_once() -> None:
+    with pytest.warns(FuncprobeWarning, match=r"^At lr 3: The effective sample size is .* below 90%") as caught:
+        result = case().sweep([1e-3, 3.0], ess_threshold=0.9)
+    assert len(result.warnings) == len(caught) == 1
+    assert result.points[0].warnings == ()
+
+
+def test_what_points_note_is_gathered() -> None:
+    with pytest.warns(FuncprobeWarning, match="6 of 6 evaluation sequences also stand in the update batch"):
+        result = case().sweep(LRS, evaluation=take(U, torch.arange(6)), order=1)
+    assert len(result.warnings) == 1
+    single = take(E, E.group_ids == E.group_ids[0])
+    (note,) = case().sweep(LRS, evaluation=single).notes
+    assert note.startswith("at lr 0.0001, 0.001, 0.01: no error bars: The rollouts hold 1 prompt")
+
+
+def test_a_point_survives_json() -> None:
+    for point in swept().points:
+        plain = point.to_dict()
+        again = SweepPoint.from_dict(json.loads(json.dumps(plain, allow_nan=False)))
+        assert again.to_dict() == plain
+        assert again.readings == point.readings
