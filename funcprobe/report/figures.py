@@ -1,4 +1,4 @@
-"""Figures of a result. Each function draws on the Axes it is given and returns them; pyplot is never touched."""
+"""The figure of a result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING, NamedTuple
 
 from funcprobe.analysis.result import ProbeResult
-from funcprobe.errors import missing_extra
+from funcprobe.report.canvas import legend_outside, new_axes, write
 from funcprobe.report.terminal import WORDS
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def plot_measured_vs_predicted(result: ProbeResult, ax: Axes | None = None) -> A
     ax.set_ylabel(f"measured ΔF, {unit} |F(θ)|")
     values = f"ΔF = {result.change:+.3e}, δF₁ = {result.first_order:+.3e} {result.unit}".replace("-", "−")
     ax.set_title(f"One step at lr {result.lr:g}\n{values}", fontsize=10, loc="left")
-    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, borderaxespad=0)
+    legend_outside(ax)
     return ax
 
 
@@ -62,10 +62,7 @@ def save_figure(result: ProbeResult, path: str | os.PathLike[str]) -> None:
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    ax = plot_measured_vs_predicted(result)
-    figure = ax.get_figure(root=True)
-    assert figure is not None  # new_axes has made it
-    figure.savefig(path, dpi=150)
+    write(plot_measured_vs_predicted(result), path)
 
 
 def points(result: ProbeResult) -> tuple[Point, list[Point]]:
@@ -78,23 +75,6 @@ def points(result: ProbeResult) -> tuple[Point, list[Point]]:
         for name, e in result.family.items()
         if e.first_order is not None and not (same and name == result.observable)
     ]
-
-
-def new_axes() -> Axes:
-    """Return Axes on a figure of their own, which no pyplot state knows of.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        missing = missing_extra("matplotlib", "app", "drawing a figure")
-        raise missing from error
-    figure = Figure(figsize=(7.9, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure.subplots()
 
 
 def _point(name: str, change: float, first_order: float, before: float) -> Point:

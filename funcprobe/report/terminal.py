@@ -8,6 +8,7 @@ import sys
 from typing import IO, TYPE_CHECKING, Any
 
 from funcprobe.analysis.result import ProbeResult
+from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.analysis.text import rows_of
 from funcprobe.errors import missing_extra
 
@@ -75,7 +76,7 @@ def summary(result: ProbeResult) -> RenderableType:
         Text(_context(result), "dim"),
         Padding(_numbers(result), (1, 0)),
         _family(result),
-        Padding(Group(*tail, Text(_cost(result), "dim"), *warnings), (1, 0)),
+        Padding(Group(*tail, Text(cost_of(result), "dim"), *warnings), (1, 0)),
     )
 
 
@@ -111,7 +112,7 @@ def _context(result: ProbeResult) -> str:
 
 
 def _numbers(result: ProbeResult) -> RenderableType:
-    table = _table(show_header=False)
+    table = bare_table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column()
     for name, value in rows_of(result):
@@ -121,7 +122,7 @@ def _numbers(result: ProbeResult) -> RenderableType:
 
 
 def _family(result: ProbeResult) -> RenderableType:
-    table = _table(show_header=True)
+    table = bare_table(show_header=True)
     table.add_column("estimator", no_wrap=True)
     for heading in ("measured ΔF", "predicted δF₁", "δF₁/ΔF"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -148,13 +149,15 @@ def _family(result: ProbeResult) -> RenderableType:
     return table
 
 
-def _table(**options: Any) -> Any:
+def bare_table(**options: Any) -> Any:
+    """Return a rich table without lines."""
     from rich.table import Table
 
     return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", **options)
 
 
-def _cost(result: ProbeResult) -> str:
+def cost_of(result: ProbeResult | SweepResult) -> str:
+    """Return how the numbers were made: mode, precision, device, parameters, seconds."""
     place, seconds = result.environment, sum(result.timings.values())
     return (
         f"First order in {result.mode} mode, {place.get('dtype', '')} on {place.get('device', '')}, "

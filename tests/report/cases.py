@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from funcprobe.analysis.result import BatchCounts, ProbeResult
 from funcprobe.analysis.readings import Reading
+from funcprobe.analysis.result import BatchCounts, ProbeResult
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.observables import entropy_family
 from funcprobe.types import Estimate

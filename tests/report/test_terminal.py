@@ -18,9 +18,7 @@ NAME = "rao_blackwell/per_decision/token"
 
 
 def changed(change: float, first_order: float) -> str:
-    return headline(
-        result(before=1.5, change=change, first_order=first_order)
-    )
+    return headline(result(before=1.5, change=change, first_order=first_order))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""What a sweep says of an observable: which order leads, how straight the line is, which numbers float error ate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+from funcprobe.analysis.readings import Reading
+from funcprobe.errors import InputError
+
+if TYPE_CHECKING:
+    from funcprobe.analysis.sweep_result import Fit, SweepResult
+
+
+#: A prediction is good where it misses at most this much of ΔF.
+CLOSE = 0.05
+
+#: A number is lost where its float error is above this fraction of it.
+LOST = 0.1
+
+
+class Law(NamedTuple):
+    """How an observable moves with the learning rate: by which order, and how straight the line is."""
+
+    lead: int  #: the order that leads: 1, or 2 for what has no first order, such as a divergence
+    up_to: float  #: the fit takes part up to this learning rate: where `lead` is within 5 %, or inf
+    fit: Fit | None  #: log |ΔF| against log η; None where fewer than two learning rates changed anything
+
+
+def law_of(sweep: SweepResult, name: str | None = None) -> Law:
+    """Return the line through log |ΔF| against log η, over the learning rates at which the leading order is good.
+
+    Those end where the second order says that first order ends, at a twentieth of the crossover; without a second
+    order, at the last learning rate at which the leading order was found within 5 % of ΔF. Where that leaves fewer than
+    two learning rates, all of them are taken.
+
+    Raises:
+        InputError: If there is no such observable.
+    """
+    readings = sweep.readings(name)
+    lead = 1 if any(r.first_order for r in readings) else 2
+    until = sweep.linear_until_lr(name) if lead == 1 else None
+    if until is None:
+        until = max(close_at(sweep, name), default=math.inf)
+    for up_to in (until, math.inf):
+        try:
+            return Law(lead, up_to, sweep.slope(name, up_to=up_to))
+        except InputError:
+            pass  # fewer than two learning rates that moved it: the readings, above, have found the name
+    return Law(lead, math.inf, None)
+
+
+def remainder_fit(sweep: SweepResult, name: str | None = None) -> Fit | None:
+    """Return the line through log |ΔF − δF₁| over the learning rates of `law_of`; None where there is none.
+
+    A remainder whose float error is known, and above a tenth of it, takes no part: at small learning rates there is
+    always one.
+
+    Raises:
+        InputError: If there is no such observable.
+    """
+    law, readings = law_of(sweep, name), sweep.readings(name)
+    kept = [p for p, r in zip(sweep.points, readings, strict=True) if not is_lost(r.remainder, r.error)]
+    try:
+        return dataclasses.replace(sweep, points=tuple(kept)).remainder_slope(name, up_to=law.up_to) if kept else None
+    except InputError:
+        return None
+
+
+def close_at(sweep: SweepResult, name: str | None = None) -> list[float]:
+    """Return the learning rates at which the leading order was found within 5 % of ΔF.
+
+    Raises:
+        InputError: If there is no such observable.
+    """
+    readings = sweep.readings(name)
+    first = any(r.first_order for r in readings)
+    predicted = [r.first_order if first else r.second_order for r in readings]
+    return [
+        lr
+        for lr, reading, value in zip(sweep.lrs, readings, predicted, strict=True)
+        if value and abs(reading.change - value) <= CLOSE * abs(reading.change)
+    ]
+
+
+def is_lost(value: float, error: float | None) -> bool:
+    """Return whether the float error of a number is known, and above a tenth of it.
+
+    Example:
+        >>> is_lost(1e-6, 2e-7), is_lost(1e-6, 5e-8), is_lost(1e-6, None)
+        (True, False, False)
+    """
+    return error is not None and error > LOST * abs(value)
+
+
+def subtraction_error(reading: Reading) -> float | None:
+    """Return how far a subtraction of two evaluations is off: from the path, where there is one, or by estimate."""
+    if reading.method == "path":
+        return None if reading.subtraction is None else abs(reading.subtraction - reading.change)
+    return reading.error

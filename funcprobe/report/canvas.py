@@ -1,0 +1,40 @@
+"""What all figures share: Axes without pyplot, a legend that covers no point, a file."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from funcprobe.errors import missing_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def new_axes() -> Axes:
+    """Return Axes on a figure of their own, which no pyplot state knows of.
+
+    Raises:
+        MissingExtraError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        missing = missing_extra("matplotlib", "app", "drawing a figure")
+        raise missing from error
+    figure = Figure(figsize=(7.9, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure.subplots()
+
+
+def legend_outside(ax: Axes, **options: Any) -> None:
+    """Put the legend to the right of the Axes, where it covers nothing."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=8, borderaxespad=0, **options)
+
+
+def write(ax: Axes, path: str | os.PathLike[str]) -> None:
+    """Write the figure of some Axes to an image file, in the format of its extension."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # Axes have one
+    figure.savefig(path, dpi=150)
