@@ -10,7 +10,7 @@ from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, es
 from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.one_step import asked_for
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
-from funcprobe.analysis.sweep import Family, check_lrs
+from funcprobe.analysis.sweep import Family
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.policy.module import Policy
@@ -70,8 +70,7 @@ def largest_lr(
         InputError: If no bound is given, one is out of range, or the lower end breaks one already.
         NumericsError: If the gradient, the scores at θ, or what the smallest learning rate does is not finite.
     """
-    low, high = (float(lr) for lr in between)
-    check_lrs([low, high])
+    low, high = _ends(between)
     bounds = _bounds(min_ess, max_abs_delta, max_nonlinearity, relative)
     wanted = asked_for(observable, None, evaluation)
     passes = Passes.over(policy, evaluation, wanted, microbatch, progress, Clock())
@@ -99,6 +98,18 @@ def largest_lr(
         else:
             high, limited_by = middle, found
     return LargestLr(low, limited_by, best, tried)
+
+
+def _ends(between: tuple[float, float]) -> tuple[float, float]:
+    """Return the ends.
+
+    Raises:
+        InputError: If they are not two learning rates, the smaller one first.
+    """
+    ends = tuple(float(lr) for lr in between)
+    if len(ends) != 2 or not 0 < ends[0] < ends[1] < math.inf:
+        raise InputError(f"between is {ends}; expected two learning rates, the smaller one first and above 0.")
+    return ends
 
 
 def _bounds(

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import tree
@@ -36,8 +36,11 @@ E, U = prompted(5, 2, seed=1), prompted(3, 4, seed=2, first=50)
 class Case:
     """A policy with an optimizer that has already taken a step, so that its moments are real."""
 
-    def __init__(self, build: str = "two lines", optimizer: Optimizer | None = None, lr: float = 1e-3) -> None:
-        self.policy, self.params = fp.from_module(models.EVERY_MODEL[build]())
+    def __init__(
+        self, model: str | nn.Module = "two lines", optimizer: Optimizer | None = None, lr: float = 1e-3
+    ) -> None:
+        module = models.EVERY_MODEL[model]() if isinstance(model, str) else model
+        self.policy, self.params = fp.from_module(module)
         self.optimizer = optimizer or fp.adamw(lr, weight_decay=0.1)
         self.step = fp.make_step(self.policy, fp.grpo(), self.optimizer, max_grad_norm=1.0)
         cold = self.optimizer.init(self.params)
