@@ -71,7 +71,8 @@ def _others(result: ProbeResult) -> list[tuple[str, str]]:
     for name in others:
         reading = result.readings[name]
         rows.append((f"{name}  ΔF", f"{with_error(reading.change, reading.bars.get('change'))} {reading.unit}"))
-        predicted = with_error(reading.first_order, reading.bars.get("first_order"))
+        divergence = reading.first_order == 0.0 and reading.second_order is not None
+        predicted = "0" if divergence else with_error(reading.first_order, reading.bars.get("first_order"))
         if reading.second_order is not None:
             predicted += f", δF₂ {with_error(reading.second_order, reading.bars.get('second_order'))}"
         rows.append((f"{name}  δF₁", predicted))

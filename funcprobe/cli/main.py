@@ -88,7 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _say(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
-        return _say("interrupted; no results were written.", 130)
+        words = sys.argv[1:] if argv is None else list(argv)
+        kept = "; the same command goes on from the learning rates that are done" if words[:1] == ["sweep"] else ""
+        return _say(f"interrupted; no results were written{kept}.", 130)
 
 
 class _Parser(argparse.ArgumentParser):
