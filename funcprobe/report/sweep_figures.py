@@ -113,10 +113,12 @@ def _span(sweep: SweepResult, name: str | None) -> tuple[float, float]:
 
 
 def _frame(ax: Axes, span: tuple[float, float], marks: list[Mark], others: list[float]) -> None:
-    """Set scales and limits: every number that is not 0 is inside, and others that are not far below."""
-    sizes = [x for m in marks for x in (abs(m.value), m.high) if 0 < x < math.inf]
+    """Set scales and limits: numbers that float error left are inside, others and ends of intervals where not far."""
+    firm = [m for m in marks if not m.lost] or marks
+    sizes = [x for m in firm for x in (abs(m.value), m.high) if 0 < x < math.inf]
     low, high = (min(sizes), max(sizes)) if sizes else (0.1, 1.0)
-    near = [x for x in (*(m.low for m in marks), *map(abs, others)) if x > low / 100]
+    near = [abs(m.value) for m in marks if abs(m.value) > 1e-6 * low]
+    near += [x for x in (*(m.low for m in marks), *map(abs, others)) if x > 1e-2 * low]
     low, high = min([low, *near]), max([high, *near])
     margin = max(2.0, (high / low) ** 0.06, math.sqrt(1000 * low / high))
     ax.set(xscale="log", yscale="log", xlim=span, ylim=(low / margin, high * margin))
@@ -136,7 +138,8 @@ def _predictions(ax: Axes, sweep: SweepResult, name: str | None, span: tuple[flo
     if sweep.readings(name)[0].second_order is not None:
         both = first + _scaled(sweep, name, eta, "second_order", 2)
         label = "first + second order\n|δF₁ + δF₂|" if first.any() else "second order |δF₂|"
-        ax.plot(eta, np.abs(both), "-", color=_GREY, linewidth=1.2, zorder=1, label=label)
+        if both.any():
+            ax.plot(eta, np.abs(both), "-", color=_GREY, linewidth=1.2, zorder=1, label=label)
 
 
 def _scaled(

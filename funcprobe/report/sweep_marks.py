@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -65,8 +64,9 @@ def draw_marks(ax: Axes, marks: list[Mark], what: str) -> None:
                 label = f"{what} {word}, by {method}"
                 style: dict[str, Any] = {"color": _INK, "markerfacecolor": face, "markersize": 7, "zorder": 4}
                 ax.plot([m.lr for m in some], _inside(ax, [m.value for m in some]), shape, label=label, **style)
+    seen = [m for m in marks if m.bar is not None and m.high > ax.get_ylim()[0]]
     for optimistic in (False, True):
-        some = [m for m in marks if m.bar is not None and m.high > 0 and m.optimistic == optimistic]
+        some = [m for m in seen if m.optimistic == optimistic]
         if some:
             _bars(ax, some, "--" if optimistic else "-")
 
@@ -78,10 +78,9 @@ def _bars(ax: Axes, marks: list[Mark], dash: Literal["-", "--"]) -> None:
     level = next(m.bar.level for m in marks if m.bar is not None)
     label = f"{100 * level:g} % interval over prompts" + (",\noptimistic" if dash == "--" else "")
     label += ",\nto the edge where it holds 0" if any(m.low == 0 for m in marks) else ""
-    x, y = [m.lr for m in marks], [math.sqrt(low * high) for low, high in ends]
-    reach = np.transpose([(middle - low, high - middle) for middle, (low, high) in zip(y, ends, strict=True)])
+    reach = [[0.0] * len(ends), [high - low for low, high in ends]]
     style: dict[str, Any] = {"color": _INK, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
-    drawn = ax.errorbar(x, y, yerr=reach, fmt="none", label=label, **style)
+    drawn = ax.errorbar([m.lr for m in marks], [low for low, _ in ends], yerr=reach, fmt="none", label=label, **style)
     drawn.lines[2][0].set_linestyle(dash)
 
 

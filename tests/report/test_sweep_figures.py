@@ -78,7 +78,7 @@ def test_an_interval_is_that_of_the_size() -> None:
     found = sweep()
     bars = {point.lr: point.readings["entropy"].bars["change"] for point in found.points}
     for lr, (low, high) in intervals(plot_sweep(found)).items():
-        # middle and reach are added again on a log axis: a few roundings of the ends
+        # an end and the reach from it are added again: a few roundings
         assert (low, high) == pytest.approx((-bars[lr].high, -bars[lr].low), rel=1e-12)
     assert len(intervals(plot_sweep(found))) == len(LRS)
 
@@ -179,6 +179,12 @@ def test_what_was_measured_by_a_lost_difference_is_crossed() -> None:
     assert [lr for lr, _ in drawn(ax, "float error above 10 %")] == [1e-9, 1e-8]
     assert [lr for lr, _ in drawn(ax, "ΔF < 0, by difference")] == list(LRS)
     assert not any("subtraction" in label for label in labels(ax))
+
+
+def test_a_lost_number_far_below_the_others_does_not_stretch_the_axis() -> None:
+    ax = plot_sweep(with_reading(sweep(path_below=0.0), 1e-8, change=-1e-22, bars={}))
+    assert ax.get_ylim()[0] > 1e-10
+    assert (1e-8, ax.get_ylim()[0]) in drawn(ax, "float error above 10 %")
 
 
 def test_both_directions_have_their_own_triangle() -> None:
@@ -340,7 +346,7 @@ def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.Monk
             plot(sweep())
 
 
-@pytest.mark.parametrize("found", [sweep(mode="reverse"), sweep(bars=False), sweep({"entropy": (0.0, 0.0, 0.0)})])
+@pytest.mark.parametrize("found", [sweep(mode="reverse"), sweep(spread=0.0), sweep({"entropy": (0.0, 0.0, 0.0)})])
 def test_whatever_a_sweep_lacks_it_can_be_written(found: Any, tmp_path: Path) -> None:
     write(plot_sweep(found), tmp_path / "a.svg")
     write(plot_remainder(found), tmp_path / "b.svg")
