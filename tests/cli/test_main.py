@@ -181,11 +181,15 @@ def test_force_replaces_the_results_of_an_earlier_run(world: World, tmp_path: Pa
 def test_force_replaces_nothing_that_no_run_wrote(world: World, tmp_path: Path, refused: Refused) -> None:
     config = world.config(tmp_path, output=".")
     (tmp_path / "adapter.txt").write_text("")
-    assert "holds 'adapter.txt', which funcprobe did not write, so it is not replaced" in refused("run", config, "--force")
+    assert "holds 'adapter.txt', which funcprobe did not write, so it is not replaced" in refused(
+        "run", config, "--force"
+    )
     assert config.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
-    assert "holds 'thesis.tex', which funcprobe did not write" in refused("run", config, "--output", tmp_path / "mine", "--force")
+    assert "holds 'thesis.tex', which funcprobe did not write" in refused(
+        "run", config, "--output", tmp_path / "mine", "--force"
+    )
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years"
 
 
