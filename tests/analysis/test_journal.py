@@ -66,8 +66,7 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("after", [0, 1, 3])
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("options", "after"), [(OPTIONS[0], 1), (OPTIONS[1], 0), (OPTIONS[1], 3), (OPTIONS[2], 2)])
 def test_a_killed_sweep_goes_on_and_ends_as_if_nothing_had_been(
     options: dict[str, Any], after: int, tmp_path: Path
 ) -> None:
