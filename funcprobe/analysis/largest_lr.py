@@ -25,7 +25,7 @@ class LargestLr(NamedTuple):
     """The largest learning rate that was found to keep every bound."""
 
     lr: float
-    limited_by: str | None  #: the bound that the next larger one tried breaks; None where even the upper end keeps all
+    limited_by: str | None  #: what the next larger one tried breaks; None where even the upper end keeps all bounds
     point: SweepPoint  #: what the step does at `lr`
     tried: int  #: learning rates that were scored
 
@@ -139,7 +139,7 @@ def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> SweepPoint
     try:
         point = family.point(lr, family.move(lr))
     except NumericsError:
-        return "finite scores"
+        return "finite numbers"
     return _broken(point, family.asked.main[1], bounds) or point
 
 

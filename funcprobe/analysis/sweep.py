@@ -97,9 +97,9 @@ def sweep(
         ForwardModeError: As in `probe`.
         EffectiveSampleSizeError: As in `probe`.
     """
-    lrs = [float(lr) for lr in lrs]
+    lrs = _numbers(lrs)
     check_lrs(lrs)
-    if chunk < 1:
+    if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
     options = Options(mode, method, tolerance, order, bars, level, seed, False, ess_threshold, on_low_ess)
     wanted = asked_for(observable, observables, evaluation)
@@ -202,7 +202,7 @@ class Family:
         passes = self.asked.passes
         if len(moves) == 1 or self.asked.options.method == "path":
             return [None] * len(moves)
-        with passes.clock("E at θ′"):
+        with passes.clock("E at θ′"), _vmap_errors(len(moves)):
             return engine.scores_of_many(
                 passes.policy,
                 [move.after for move in moves],
@@ -232,6 +232,18 @@ def check_lrs(lrs: Sequence[float]) -> None:
             raise InputError(f"Learning rate {high:g} stands after {low:g}; give them in rising order.")
 
 
+def _numbers(lrs: Sequence[float]) -> list[float]:
+    """Return the learning rates as plain numbers, from any sequence or array of them.
+
+    Raises:
+        InputError: If they are none.
+    """
+    try:
+        return [float(lr) for lr in lrs]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lrs is {lrs!r}; expected several learning rates, such as [1e-7, 1e-6, 1e-5].") from error
+
+
 def _gathered(at: str, points: Sequence[SweepPoint], field: Literal["warnings", "notes"]) -> list[str]:
     """Return what points have to say, each text once, with the learning rates at which it was said."""
     where: dict[str, list[str]] = {}
@@ -253,3 +265,23 @@ def _naming(*lrs: float) -> Iterator[None]:
         yield
     except (NumericsError, EffectiveSampleSizeError) as error:
         raise type(error)(f"At lr {', '.join(f'{lr:g}' for lr in lrs)}: {error}") from error
+
+
+@contextmanager
+def _vmap_errors(together: int) -> Iterator[None]:
+    """Turn torch's words for a model that vmap cannot run into ours.
+
+    Raises:
+        InputError: In their place.
+        RuntimeError: Any other one, as it came.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        said = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{together} learning rates cannot be scored together, because vmap cannot run the model "
+            f'("{said}"); use chunk=1.'
+        ) from error

@@ -17,6 +17,7 @@ from funcprobe.analysis.readings import Reading
 from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
 from funcprobe.data.rollouts import take
 from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning, InputError, NumericsError
+from tests import models
 from tests.analysis.cases import Case, E, Offset, U
 
 LRS = [1e-4, 1e-3, 1e-2]
@@ -316,12 +317,28 @@ def test_what_cannot_be_fitted_says_so() -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(InputError, match="chunk is 0; expected how many learning rates go together, 1 or more"):
-        case().sweep(LRS, chunk=0)
+    for chunk in (0, 2.5):
+        with pytest.raises(InputError, match=f"chunk is {chunk}; expected how many learning rates go together, 1 or"):
+            case().sweep(LRS, chunk=chunk)
+    for lrs in (1e-3, "1e-3:1e-1", None, ["fast"], [LRS]):
+        with pytest.raises(InputError, match=r"lrs is .*; expected several learning rates, such as \[1e-7, 1e-6, 1e-5"):
+            case().sweep(lrs)
     with pytest.raises(InputError, match="tolerance is 0"):
         case().sweep(LRS, tolerance=0)
     with pytest.raises(InputError, match="put all of them into observables"):
         case().sweep(LRS, observable=fp.entropy(), observables=SEVERAL)
+
+
+def test_a_model_that_vmap_cannot_run_is_swept_one_by_one() -> None:
+    class Looking(models.TwoLines):
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return super().forward(ids) * (1.0 if float(self.head.bias.detach().sum()) < 9.0 else 2.0)
+
+    with models.seeded(8):
+        c = Case(Looking().double())
+    with pytest.raises(InputError, match=r"3 learning rates cannot be scored together, because vmap .* use chunk=1"):
+        c.sweep(LRS, chunk=3, bars=None)
+    assert c.sweep(LRS, bars=None).readings()[0].change == case().sweep(LRS, bars=None).readings()[0].change
 
 
 def test_an_error_names_its_learning_rate() -> None:
