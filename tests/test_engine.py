@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcprobe as fp
 from funcprobe import engine, tree
@@ -444,3 +446,47 @@ def test_attention_without_a_forward_derivative_is_switched_for_that_pass() -> N
     assert used
     with pytest.raises(RuntimeError, match="jvp"), engine.math_attention():
         torch.func.jvp(lambda p: fp.score(policy, p, rollouts).logp, (params,), (v,))
+
+
+def test_frozen_layers_cost_one_tangent_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, params = fp.from_module(models.lora())
+    v, rollouts = models.direction(params), models.rollouts()
+
+    def counted(run: Callable[[], Any]) -> tuple[int, Any]:
+        with FlopCounterMode(display=False) as counter:
+            found = run()
+        return counter.get_total_flops(), found
+
+    one, _ = counted(lambda: engine.scores(policy, params, rollouts, math_kernel=True))
+    two, along = counted(lambda: engine.directional(policy, params, v, rollouts))
+    monkeypatch.setattr(kernels, "_linear", nn.functional.linear)
+    three, plain = counted(lambda: engine.directional(policy, params, v, rollouts))
+    # attention (many small matrices here) and the factors of LoRA cost three passes either way
+    assert three == pytest.approx(3 * one, rel=0.08)  # what no tangent has reached yet costs one
+    layers = {n: m for n, m in models.lora().named_modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad}
+    first = (
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.k_proj",
+        "layers.0.self_attn.v_proj",
+    )  # embeddings do not move
+    reached = {n: 2 * m.weight.numel() for n, m in layers.items() if not any(name in n for name in first)}
+    head = sum(size for n, size in reached.items() if "lm_head" in n)
+    body = sum(reached.values()) - head
+    tokens = rollouts.attention_mask.numel()
+    assert three - two == body * tokens + head * int(rollouts.completion_mask.sum())
+    assert torch.equal(along.tangents.logp, plain.tangents.logp)
+    assert torch.equal(along.scores.logp, plain.scores.logp)
+
+
+def test_biases_alone_may_move() -> None:
+    module = models.gpt2()
+    module.lm_head.weight = nn.Parameter(module.lm_head.weight.detach().clone())  # untied: a linear layer of its own
+    for name, leaf in module.named_parameters():
+        leaf.requires_grad_("bias" in name)
+    policy, params = fp.from_module(module)
+    v, rollouts = models.direction(params), models.rollouts()
+    along = engine.directional(policy, params, v, rollouts)
+    e = 1e-6
+    ends = [engine.scores(policy, tree.axpy(c, v, params), rollouts, math_kernel=True).logp for c in (e, -e)]
+    # central difference in float64: truncation e² and rounding 1e-16/e
+    torch.testing.assert_close(along.tangents.logp, (ends[0] - ends[1]) / (2 * e), rtol=1e-6, atol=1e-8)

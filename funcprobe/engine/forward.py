@@ -12,7 +12,12 @@ from torch import Tensor
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, each, finite, gather, pieces
-from funcprobe.engine.kernels import TwiceDifferentiable, differentiable_attention, forward_mode_errors
+from funcprobe.engine.kernels import (
+    OnceDifferentiable,
+    TwiceDifferentiable,
+    differentiable_attention,
+    forward_mode_errors,
+)
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
@@ -60,11 +65,8 @@ def directional(
     rollouts = to_device(rollouts, policy.device)
     params, direction = tree.map_(Tensor.detach, params), tree.like(direction, params)
     found: list[tuple[Tensor, Directional]] = []
-    with (
-        differentiable_attention(policy),
-        TwiceDifferentiable() if order == 2 else torch.no_grad(),
-        forward_mode_errors(),
-    ):
+    formulas = TwiceDifferentiable() if order == 2 else OnceDifferentiable()
+    with differentiable_attention(policy), formulas, torch.set_grad_enabled(order == 2), forward_mode_errors():
         for rows, part in pieces(rollouts, microbatch, progress, what):
             along = _push(partial(score, policy, rollouts=part, stats=stats), params, direction, order)
             finite(along.scores, rows, what)

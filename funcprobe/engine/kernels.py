@@ -120,6 +120,46 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class OnceDifferentiable(TorchFunctionMode):
+    """A context in which a frozen linear layer has one tangent product, and not two.
+
+    torch gives a weight that does not move a tangent of zeros, and multiplies with it. Under LoRA, where nearly all
+    weights are frozen, forward mode then costs three passes; so it costs two. Not to be nested: torch 2.13 does not
+    differentiate a custom function's `jvp` again.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, frozen linear layers by their own rule."""
+        if func is torch.nn.functional.linear:
+            return _linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    # what moves is handed to the module as a plain tensor; what is still its own Parameter is frozen
+    if isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter)):
+        return _FrozenLinear.apply(input, weight.detach(), None if bias is None else bias.detach())
+    return torch.nn.functional.linear(input, weight, bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """`x Wᵀ + b` with the forward derivative `ẋ Wᵀ`."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return torch.nn.functional.linear(tangent, ctx.saved_tensors[0])
+
+
 class TwiceDifferentiable(TorchFunctionMode):
     """A context in which `layer_norm` is spelled out in elementary operations.
 
