@@ -53,7 +53,7 @@ from funcprobe.estimators.returns import expected_reward
 from funcprobe.estimators.uncertainty import Method, bar, promise_broken, replicates
 from funcprobe.types import Observable, Rollouts, TokenScores
 
-REPLICATIONS, SEED, LEVEL, DRAWS = 2000, 0, 0.95, 400
+REPLICATIONS, LEVEL, DRAWS = 2000, 0.95, 400
 LIMITS = (0.93, 0.97)
 
 ENTROPIES: tuple[Observable, ...] = (fp.entropy(weighting="sequence"), fp.entropy(weighting="per_decision"))
@@ -78,6 +78,9 @@ class Setting(NamedTuple):
     prompts: int
     each: int  #: completions a prompt
     step: float  #: along the problem's direction; the mean ESS of a sample stands in the rows
+
+    def __str__(self) -> str:
+        return f"{self.prompts} x {self.each} at {self.step:g}"
 
 
 class Row(NamedTuple):
@@ -136,10 +139,16 @@ PLAN: list[tuple[str, Setting, tuple[Observable, ...], Methods]] = [
 
 
 def study(
-    problem: Problem, case: str, setting: Setting, observables: tuple[Observable, ...], methods: Methods, count: int
+    problem: Problem,
+    case: str,
+    setting: Setting,
+    observables: tuple[Observable, ...],
+    methods: Methods,
+    count: int,
+    seed: int = 0,
 ) -> list[Row]:
     """Return the coverage of every observable's quantities under every method, over `count` replications."""
-    step, g, wanted = make_step(problem, setting.step), torch.Generator().manual_seed(SEED), _wanted(observables)
+    step, g, wanted = make_step(problem, setting.step), torch.Generator().manual_seed(seed), _wanted(observables)
     bars, ess = [], []
     for number in range(count):
         rollouts, rows = sample(problem, setting.prompts, setting.each, g)
@@ -157,12 +166,12 @@ def study(
     ]
 
 
-def sign_steps(problem: Problem, setting: Setting, count: int) -> list[Row]:
+def sign_steps(problem: Problem, setting: Setting, count: int, seed: int = 0) -> list[Row]:
     """Return the coverage of δF₁ along sign ∇F (Adam's first step), taken on E itself and on another sample."""
     problems, observable, still = coordinates(problem), ENTROPIES[1], Step(1.0, problem.along.scores)
     known = torch.stack([exact(p, still, observable)[1] for p in problems])
     tangents = [torch.stack([p.along.tangents[field] for p in problems]) for field in (0, 1)]  # [D, M·C, T] each
-    g, found = torch.Generator().manual_seed(SEED), {"another sample": [], "E itself": []}
+    g, found = torch.Generator().manual_seed(seed), {"another sample": [], "E itself": []}
     for _ in range(count):
         drawn = [sample(problem, setting.prompts, setting.each, g) for _ in range(2)]
         signs = [slopes(problems, observable, *batch)(batch[0].weight).sign() for batch in drawn]
@@ -181,15 +190,16 @@ def main(arguments: list[str] | None = None) -> None:
     asked = _parser().parse_args(arguments)
     torch.set_num_threads(1)  # arrays of a few thousand entries: a second thread would only be waited for
     console, problem = Console(width=150), make_problem()
-    cases, rows = {"": problem, "upward": problem, "uneven": uneven(problem)}, list[Row]()
+    cases, rows, count = {"": problem, "upward": problem, "uneven": uneven(problem)}, list[Row](), asked.replications
     for case, setting, observables, methods in PLAN:
-        with console.status(f"measuring {case} {setting} ..."):
-            rows += study(cases[case], case, setting, observables, methods, asked.replications)
-    for prompts in (256, 32):
-        rows += sign_steps(make_problem(3), Setting(prompts, 1, 0.0), asked.replications)
-    for table in (_coverage(rows, asked.replications), _methods(rows), _gains(rows)):
+        if asked.only in (None, str(setting)):
+            with console.status(f"measuring {setting} {case} ..."):
+                rows += study(cases[case], case, setting, observables, methods, count, asked.seed)
+    for setting in (Setting(256, 1, 0.0), Setting(32, 1, 0.0)) if asked.only is None else ():
+        rows += sign_steps(make_problem(3), setting, count, asked.seed)
+    for table in (_coverage(rows, count), _methods(rows), _gains(rows)):
         console.print(table)
-    options = {"replications": asked.replications, "seed": SEED, "level": LEVEL, "bootstrap_draws": DRAWS}
+    options = {"replications": count, "seed": asked.seed, "only": asked.only, "level": LEVEL, "bootstrap_draws": DRAWS}
     environment = describe_environment("cpu", problem.params)
     record.write(asked.json, "coverage", options, environment, [{**row._asdict(), "met": row.met} for row in rows])
 
@@ -303,6 +313,8 @@ def _short(observable: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="How often nominal 95 % error bars cover the exact value.")
     parser.add_argument("--replications", type=int, default=REPLICATIONS, help=f"default {REPLICATIONS}")
+    parser.add_argument("--seed", type=int, default=0, help="of all samples (default 0)")
+    parser.add_argument("--only", metavar="SETTING", help='the rows of one setting alone, such as "32 x 8 at -0.024"')
     results = Path(__file__).parent / "results" / "coverage.json"
     parser.add_argument("--json", type=Path, metavar="PATH", default=results, help="where the numbers go")
     return parser
