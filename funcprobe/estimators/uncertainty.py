@@ -35,8 +35,8 @@ Method = Literal["jackknife", "infinitesimal", "bootstrap"]
 #: Base weights [B] -> quantities [K]: pure, differentiable, vmappable, and the same for c·a as for a.
 Quantities = Callable[[Tensor], Tensor]
 
-#: Score entries (prompts left out x B x T) up to which "auto" takes the exact jackknife: about 4 s per observable on
-#: one core, at 30 ns an entry for ΔF and δF₁.
+#: Score entries (prompts left out x B x T) up to which "auto" takes the exact jackknife: 5 to 8 s an observable on one
+#: core, at the 40 to 60 ns an entry that ΔF and δF₁ took together.
 EXACT_LIMIT = 2**27
 
 #: Score entries that one chunk of replicates may hold, at least one replicate: 8 MiB an array. Larger is not faster.
