@@ -18,6 +18,7 @@ Layers, each importing only from those above it in this table and from `types`, 
     analysis      one step or many, measured and predicted
     report        tables and figures
     cli           the command line
+    compat        the stateful system's names, thin on top
 """
 
 from funcprobe import errors, tree

@@ -1,0 +1,229 @@
+"""`OfflineEntropyProbe`: a probe from a YAML file, a checkpoint and a dataset, in the phases of the user's plan."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from funcprobe.analysis.result import json_safe
+from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
+from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
+from funcprobe.cli.prepare import device_of
+from funcprobe.compat import buffers
+from funcprobe.compat.components import Preconditioner, ProbeComponents
+from funcprobe.compat.entropy_is import DeltaEntropyIS
+from funcprobe.compat.sampling import Source
+from funcprobe.compat.sections import Sections
+from funcprobe.errors import CheckpointError, ConfigError
+from funcprobe.policy.module import from_module
+from funcprobe.training.pure import PureOptimizer
+from funcprobe.training.state import state_to_torch
+
+#: What the stateful system calls dtypes.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+class OfflineEntropyProbe:
+    """ΔH of one RL step and δH₁ from that very step, for a checkpoint and its optimizer state."""
+
+    def __init__(self, config: Mapping[str, Any] | Sections) -> None:
+        self.sections = config if isinstance(config, Sections) else Sections(config)
+        self.config = self.sections.config
+        self.logger = logging.getLogger("funcprobe.compat.offline")
+        level = self.sections.section("output").get("log_level")
+        if level is not None:
+            self.logger.setLevel(_level(level))
+        self.model: nn.Module | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.tokenizer: Any = None
+        self.adam_preconditioner: Preconditioner | None = None  #: None: read off the optimizer
+        self.delta_entropy_is: DeltaEntropyIS | None = None
+        self.probe_components: ProbeComponents | None = None
+
+    @classmethod
+    def from_config_file(cls, path: str | os.PathLike[str]) -> OfflineEntropyProbe:
+        """Return the probe that a YAML file of the stateful system describes; relative paths are from its folder.
+
+        Raises:
+            ConfigError: If the file cannot be read, or a key is unknown or can do nothing.
+        """
+        return cls(Sections.read(path))
+
+    def load_checkpoint(
+        self, checkpoint_path: str | os.PathLike[str], optimizer_path: str | os.PathLike[str] | None = None
+    ) -> None:
+        """Load model, optimizer and tokenizer from a folder; the optimizer with every moment of its file.
+
+        The state is `optimizer_path`, or `optimizer.pt` in the folder or beside it.
+
+        Raises:
+            CheckpointError: If weights or optimizer state cannot be read faithfully, or there is no optimizer state.
+            ConfigError: If a key of section `checkpoint` cannot be used.
+        """
+        options, folder = self.sections.section("checkpoint"), Path(checkpoint_path)
+        dtype = DTYPES.get(options.get("dtype", "float32"), options.get("dtype", "float32"))
+        device = device_of(options.get("device_map") or "auto")
+        state = _state_file(folder, optimizer_path)
+        base_model, base = options.get("model_config_path"), None
+        if (folder / "adapter_config.json").is_file():
+            self.model, base = load_adapter(folder, base_model, torch_dtype(dtype), device)
+        elif base_model is not None:
+            raise ConfigError(f"checkpoint.model_config_path is the base of an adapter, and {folder} holds none.")
+        else:
+            self.model = load_full(folder, torch_dtype(dtype), device)
+        self.tokenizer = load_tokenizer(folder, base)
+        self.optimizer = _live(self.model, state, self.sections.learning_rate)
+        self.delta_entropy_is = DeltaEntropyIS(
+            model=self.model, config=self.config, logger=self.logger, sequence_processor=self
+        )
+        self.probe_components = ProbeComponents(self.model, self.config, self.logger)
+        self.logger.info("Loaded %s with %s", folder, state)
+
+    def run_offline_analysis(self, checkpoint_path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Load the checkpoint, with `checkpoint.optimizer_path`, and run the probe; see `run_mixed_probe`.
+
+        Raises:
+            InputError: If anything that is configured cannot be used.
+        """
+        return self.run_mixed_probe(checkpoint_path)
+
+    def run_mixed_probe(self, checkpoint_path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+        """Sample E and U, take one step on U to measure ΔH on E, and predict δH₁ on E from that very step.
+
+        With `true_delta_h.enabled: false` there is no step: δH₁ is that of the legacy path.
+
+        Args:
+            checkpoint_path: What to load first; None takes what is loaded, or `checkpoint.checkpoint_path`.
+
+        Returns:
+            `bars_dot`, `deltaH1`, `deltaH1_tok`, `learning_rate`, `B_E`, `B_U`, `mb_size_prompts`, `weighting_mode`,
+            `importance_enabled`, `timing`, and all keys of `DeltaEntropyIS`; the buffer with
+            `probe_reuse.log_param_update_buf` only.
+
+        Raises:
+            InputError: If anything that is configured cannot be used.
+            RuntimeError: If `return_param_update_buf` is off: there is no Δθ to predict from.
+        """
+        start = time.perf_counter()
+        self._ready(checkpoint_path)
+        assert self.model is not None
+        assert self.optimizer is not None
+        assert self.delta_entropy_is is not None
+        assert self.probe_components is not None
+        mb_size = self.sections.section("computation_options").get("mb_size_prompts", 2)
+        importance = dict(self.sections.section("true_delta_h"))
+        enabled = bool(importance.pop("enabled", True))
+
+        self.logger.info("Phase 0: sampling E and U")
+        source = Source(self.sections, *from_module(self.model), self.tokenizer)
+        E_batch, U_batch = source.evaluation(), source.update()
+        sampled = time.perf_counter()
+
+        truth: dict[str, Any] = {}
+        if enabled:
+            self.logger.info("Phase 1: ground truth ΔH on E, and Δθ, from one step on U")
+            importance.setdefault("return_param_update_buf", True)
+            truth = self.delta_entropy_is.entropy_change_two_batch(
+                self.model, E_batch, U_batch, self.optimizer, importance
+            )
+            self.logger.info(
+                f"[GT] deltaH_true = {truth['deltaH_true']:.10f} (||Δθ||₂={truth['param_update_l2']:.4e}, "
+                f"lr_used={truth['learning_rate_used']})"
+            )
+            if truth["param_update_buf_named"] is None:
+                raise RuntimeError(
+                    "Ground-truth stage did not return param_update_buf_named; set return_param_update_buf=True"
+                )
+        measured = time.perf_counter()
+
+        self.logger.info("Phase 2: δH₁ from X on E and %s", "the same Δθ" if enabled else "the preconditioned gradient")
+        predicted = self.probe_components.compute_delta_h1_from_batches(
+            E_batch=E_batch,
+            U_batch=U_batch,
+            mb_size_prompts=mb_size,
+            weighting_mode=self.sections.weighting_mode,
+            adam_preconditioner=self.adam_preconditioner,
+            optimizer=self.optimizer,
+            param_update_buf=truth.get("param_update_buf_named"),
+        )
+        self.logger.info(
+            f"[δH1] bars_dot={predicted['bars_dot']:.10f}, deltaH1={predicted['deltaH1']:.10f}"
+            + (" (uses same Δθ)" if enabled else "")
+        )
+        timing = {
+            "total_time": time.perf_counter() - start,
+            "phase0_sampling": sampled - start,
+            "phase5_importance": measured - sampled,
+            **predicted["timing"],
+        }
+        if not self.sections.section("probe_reuse").get("log_param_update_buf", False):
+            truth.pop("param_update_buf_named", None)
+        found = {
+            **truth,
+            **predicted,
+            "mb_size_prompts": mb_size,
+            "weighting_mode": self.sections.weighting_mode,
+            "importance_enabled": enabled,
+            "timing": timing,
+        }
+        self._save(found)
+        return found
+
+    def _ready(self, checkpoint_path: str | os.PathLike[str] | None) -> None:
+        if checkpoint_path is None and self.model is not None:
+            return
+        options = self.sections.section("checkpoint")
+        place = checkpoint_path or options.get("checkpoint_path")
+        if place is None:
+            raise ConfigError("checkpoint.checkpoint_path is missing; name the folder, or pass checkpoint_path.")
+        self.load_checkpoint(place, options.get("optimizer_path"))
+
+    def _save(self, found: Mapping[str, Any]) -> None:
+        place = self.sections.section("output").get("results_path")
+        if place is None:
+            return
+        plain = {key: value for key, value in found.items() if key != "param_update_buf_named"}
+        Path(place).parent.mkdir(parents=True, exist_ok=True)
+        Path(place).write_text(json.dumps(json_safe(plain), indent=2, allow_nan=False) + "\n")
+        if found.get("param_update_buf_named") is not None:
+            torch.save(found["param_update_buf_named"], Path(place).with_suffix(".update.pt"))
+
+
+def _state_file(folder: Path, given: str | os.PathLike[str] | None) -> Path:
+    if given is not None:
+        return Path(given)
+    places = [folder / "optimizer.pt", folder.parent / "optimizer.pt"]
+    for place in places:
+        if place.is_file():
+            return place
+    raise CheckpointError(
+        f"There is no optimizer state: neither {places[0]} nor {places[1]} exists. A step from zero moments is another "
+        "step, so none is made up; set checkpoint.optimizer_path."
+    )
+
+
+def _live(module: nn.Module, state: Path, lr: float | None) -> torch.optim.Optimizer:
+    """Return a torch optimizer over the module's leaves, with groups and moments of the file."""
+    _, params = from_module(module)
+    pure, opt_state = load_optimizer(state, params, lr)
+    assert isinstance(pure, PureOptimizer)  # load_optimizer reads SGD, Adam and AdamW
+    named = buffers.leaves(module)
+    groups = [{**g.hyperparameters, "params": [named[n] for n in g.names or params]} for g in pure.groups]
+    live = pure.cls(groups, lr=pure.lr)  # type: ignore[call-arg]
+    live.load_state_dict(state_to_torch(pure, opt_state, list(params)))
+    return live
+
+
+def _level(name: Any) -> int:
+    found = logging.getLevelNamesMapping().get(str(name).upper())
+    if found is None:
+        raise ConfigError(f"output.log_level is {name!r}; expected {', '.join(logging.getLevelNamesMapping())}.")
+    return found
