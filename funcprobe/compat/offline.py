@@ -16,7 +16,6 @@ from torch import nn
 from funcprobe.analysis.result import json_safe
 from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
 from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
-from funcprobe.cli.prepare import device_of
 from funcprobe.compat import buffers
 from funcprobe.compat.components import Preconditioner, ProbeComponents
 from funcprobe.compat.entropy_is import DeltaEntropyIS
@@ -68,6 +67,8 @@ class OfflineEntropyProbe:
             CheckpointError: If weights or optimizer state cannot be read faithfully, or there is no optimizer state.
             ConfigError: If a key of section `checkpoint` cannot be used.
         """
+        from funcprobe.cli.prepare import device_of
+
         options, folder = self.sections.section("checkpoint"), Path(checkpoint_path)
         dtype = DTYPES.get(options.get("dtype", "float32"), options.get("dtype", "float32"))
         device = device_of(options.get("device_map") or "auto")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from funcprobe.cli.yaml_values import read_mapping
 from funcprobe.compat import settings
 from funcprobe.errors import ConfigError
 
@@ -70,7 +69,10 @@ class Sections:
 
         Raises:
             ConfigError: If the file cannot be read, or a key cannot be used.
+            MissingExtraError: If PyYAML is not installed.
         """
+        from funcprobe.cli.yaml_values import read_mapping
+
         place = Path(path)
         values = read_mapping(place)
         for name, keys in PATHS.items():
