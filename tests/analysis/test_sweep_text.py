@@ -200,6 +200,7 @@ def test_the_html_holds_the_same_and_is_escaped() -> None:
     assert "a&lt;b" in text
     assert "x &lt; y &amp; z" in text
     assert "a<b" not in text
+    assert "&lt;by&gt;" in html_of(with_reading(found, 1e-3, method="<by>"))
 
 
 def test_an_unknown_observable_is_refused() -> None:

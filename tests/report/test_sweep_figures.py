@@ -231,6 +231,14 @@ def test_one_learning_rate_has_points_and_no_slope() -> None:
         assert len(intervals(ax)) == 1
 
 
+def test_few_decades_leave_no_labels_that_run_into_one_another() -> None:
+    ax = plot_sweep(sweep(lrs=(1e-5,)))
+    ax.figure.canvas.draw()
+    assert not any(label.get_text() for label in ax.get_xticklabels(minor=True))
+    left, right = ax.get_xlim()
+    assert any(left < tick < right for tick in ax.get_xticks())
+
+
 def test_a_change_of_exactly_0_lies_on_the_edge_and_a_sweep_of_them_says_so() -> None:
     some = with_reading(sweep(), 1e-4, change=0.0, bars={})
     ax = plot_sweep(some)
