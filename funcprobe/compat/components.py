@@ -159,8 +159,11 @@ class ProbeComponents:
         update = DeltaEntropyIS(config=self.config).update_rollouts(batch, self.model)
         rows = rows_of_prompts(mb_size_prompts, update)
         step = make_step(pair.policy, settings.objective(self.config), pair.optimizer, microbatch=rows)
-        with clock("phase2_time"):
+        said = Messages(quiet=True)
+        with clock("phase2_time"), said.recording():
             gradient, _ = step.gradient(pair.params, update)
+        for message in said.warnings:
+            self.logger.warning(message)
         with clock("phase3_time"):
             found = (
                 preconditioner(gradient) if preconditioner else preconditioned(gradient, pair.optimizer, pair.opt_state)

@@ -25,6 +25,7 @@ from funcprobe.errors import CheckpointError, ConfigError
 from funcprobe.policy.module import from_module
 from funcprobe.training.pure import PureOptimizer
 from funcprobe.training.state import state_to_torch
+from funcprobe.types import Rollouts
 
 #: What the stateful system calls dtypes.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
@@ -170,6 +171,7 @@ class OfflineEntropyProbe:
         found = {
             **truth,
             **predicted,
+            "B_E": len(E_batch.ids) if isinstance(E_batch, Rollouts) else predicted["B_E"],  # drawn with replacement
             "mb_size_prompts": mb_size,
             "weighting_mode": self.sections.weighting_mode,
             "importance_enabled": enabled,
