@@ -307,7 +307,7 @@ def test_learning_rates_come_as_any_numbers() -> None:
 
 
 def test_what_cannot_be_fitted_says_so() -> None:
-    with pytest.raises(InputError, match=r"A slope needs two learning rates at which the change of 'entropy' is not 0"):
+    with pytest.raises(InputError, match=r"needs two learning rates at which the change of 'entropy' is .*not 0"):
         swept().slope("entropy", up_to=1e-5)
     with pytest.raises(InputError, match=r"there are 0 up to 1e-06; sweep more of them"):
         swept().slope(up_to=1e-6)
