@@ -50,18 +50,19 @@ def _peak(name: str, size: Size, device: str) -> float:
         before = torch.cuda.memory_allocated()
         PASSES[name](work)
         return (torch.cuda.max_memory_allocated() - before) / MIB
-    _clear_high_water()
-    before = _resident("VmRSS")
+    clear_high_water()
+    before = resident("VmRSS")
     PASSES[name](work)
-    return (_resident("VmHWM") - before) / MIB
+    return (resident("VmHWM") - before) / MIB
 
 
-def _clear_high_water() -> None:
+def clear_high_water() -> None:
+    """Set the high-water mark of the resident set back to its size."""
     with contextlib.suppress(OSError):  # not Linux, or not allowed: the mark stands as it is
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Return VmRSS or VmHWM in bytes; without /proc, the high-water mark for both."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -16,6 +16,9 @@ from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Bar, Method, Replicates, bar, promise_broken, replicates
 from funcprobe.types import Observable
 
+#: A number is lost where its float error is above this fraction of it.
+LOST = 0.1
+
 BarMethod = Method | Literal["auto"]
 
 
@@ -71,6 +74,16 @@ class Reading(NamedTuple):
         """Return what `to_dict` was called on."""
         bars = {name: bar_from_dict(found) for name, found in plain["bars"].items()}
         return cls(**{**plain, "bars": bars, "caveats": tuple(plain["caveats"])})
+
+
+def is_lost(value: float, error: float | None) -> bool:
+    """Return whether the float error of a number is known, and above a tenth of it.
+
+    Example:
+        >>> is_lost(1e-6, 2e-7), is_lost(1e-6, 5e-8), is_lost(1e-6, None)
+        (True, False, False)
+    """
+    return error is not None and error > LOST * abs(value)
 
 
 def bar_from_dict(plain: Mapping[str, Any]) -> Bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
 
 #: A prediction is good where it misses at most this much of ΔF.
 CLOSE = 0.05
-
-#: A number is lost where its float error is above this fraction of it.
-LOST = 0.1
 
 
 class Law(NamedTuple):
@@ -54,16 +50,12 @@ def law_of(sweep: SweepResult, name: str | None = None) -> Law:
 def remainder_fit(sweep: SweepResult, name: str | None = None) -> Fit | None:
     """Return the line through log |ΔF − δF₁| over the learning rates of `law_of`; None where there is none.
 
-    A remainder whose float error is known, and above a tenth of it, takes no part: at small learning rates there is
-    always one.
-
     Raises:
         InputError: If there is no such observable.
     """
-    law, readings = law_of(sweep, name), sweep.readings(name)
-    kept = [p for p, r in zip(sweep.points, readings, strict=True) if not is_lost(r.remainder, r.error)]
+    law = law_of(sweep, name)
     try:
-        return dataclasses.replace(sweep, points=tuple(kept)).remainder_slope(name, up_to=law.up_to) if kept else None
+        return sweep.remainder_slope(name, up_to=law.up_to)
     except InputError:
         return None
 
@@ -82,16 +74,6 @@ def close_at(sweep: SweepResult, name: str | None = None) -> list[float]:
         for lr, reading, value in zip(sweep.lrs, readings, predicted, strict=True)
         if value and abs(reading.change - value) <= CLOSE * abs(reading.change)
     ]
-
-
-def is_lost(value: float, error: float | None) -> bool:
-    """Return whether the float error of a number is known, and above a tenth of it.
-
-    Example:
-        >>> is_lost(1e-6, 2e-7), is_lost(1e-6, 5e-8), is_lost(1e-6, None)
-        (True, False, False)
-    """
-    return error is not None and error > LOST * abs(value)
 
 
 def subtraction_error(reading: Reading) -> float | None:

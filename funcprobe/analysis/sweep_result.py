@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from funcprobe.analysis.readings import Reading, Sampled
+from funcprobe.analysis.readings import Reading, Sampled, is_lost
 from funcprobe.analysis.result import BatchCounts, json_safe
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError, missing_extra
@@ -146,6 +146,8 @@ class SweepResult:
     def remainder_slope(self, name: str | None = None, *, up_to: float = math.inf) -> Fit:
         """Return the line through log |ΔF − δF₁| against log η: slope 2 where the second order leads.
 
+        A remainder whose float error is known, and above a tenth of it, takes no part.
+
         Raises:
             InputError: If there is no such observable, or fewer than two learning rates up to `up_to` left a remainder.
         """
@@ -187,6 +189,17 @@ class SweepResult:
             missing = missing_extra("pandas", "app", "a data frame")
             raise missing from error
         return pandas.DataFrame(self.rows())
+
+    def summary(self) -> str:
+        """Return a text: how the main observable goes with the learning rate, a line each, and what to know."""
+        from funcprobe.analysis.sweep_text import summary_of
+
+        return summary_of(self)
+
+    def _repr_html_(self) -> str:
+        from funcprobe.analysis.sweep_text import html_of
+
+        return html_of(self)
 
     def to_dict(self) -> Json:
         """Return everything as JSON-safe values, with `schema_version`."""
@@ -249,10 +262,12 @@ class SweepResult:
         readings = self.readings(name)
         values = [getattr(reading, what) for reading in readings]
         used = [i for i, value in enumerate(values) if self.lrs[i] <= up_to * (1 + 1e-9) and value != 0.0]
+        if what == "remainder":  # at small learning rates there is always one that float error has eaten
+            used = [i for i in used if not is_lost(values[i], readings[i].error)]
         if len(used) < 2:
             raise InputError(
-                f"A slope needs two learning rates at which the {what} of '{name}' is not 0, and there are {len(used)} "
-                f"up to {up_to:g}; sweep more of them."
+                f"A slope needs two learning rates at which the {what} of '{name}' is known and not 0, and there are "
+                f"{len(used)} up to {up_to:g}; sweep more of them."
             )
         x = torch.tensor([self.lrs[i] for i in used], dtype=torch.float64).log()
         y = torch.tensor([abs(values[i]) for i in used], dtype=torch.float64).log()

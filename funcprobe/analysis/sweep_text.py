@@ -6,8 +6,8 @@ import html
 import math
 from typing import TYPE_CHECKING
 
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.sweep_law import CLOSE, Law, close_at, is_lost, law_of, remainder_fit, subtraction_error
+from funcprobe.analysis.readings import Reading, is_lost
+from funcprobe.analysis.sweep_law import CLOSE, Law, close_at, law_of, remainder_fit, subtraction_error
 
 if TYPE_CHECKING:
     from funcprobe.analysis.sweep_result import Fit, SweepResult

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.sweep_law import is_lost, subtraction_error
+from funcprobe.analysis.readings import Reading, is_lost
+from funcprobe.analysis.sweep_law import subtraction_error
 from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.estimators.uncertainty import Bar
 
