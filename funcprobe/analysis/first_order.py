@@ -9,7 +9,7 @@ from torch import Tensor
 
 from funcprobe import engine, tree
 from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import curved
+from funcprobe.analysis.expansion import curved, second_by_reverse
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.errors import ForwardModeError
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
@@ -21,6 +21,7 @@ class First(NamedTuple):
     scores: TokenScores  #: [B, T] at θ
     along: engine.Directional | None  #: forward mode: tangents along Δθ, for every observable at once
     gradients: Mapping[str, Params]  #: reverse mode: ∇F of each observable
+    seconds: Mapping[str, float] = {}  #: δF₂ of each observable, where it was taken forward over reverse
 
     @property
     def mode(self) -> str:
@@ -32,6 +33,19 @@ class First(NamedTuple):
         if self.along is not None:
             return float(evidence.first_order(observable))
         return float(tree.dot(self.gradients[name], update)) if name in self.gradients else None
+
+    def scaled(self, c: float) -> First:
+        """Return the same for `c·Δθ`; ∇F does not know which way it will be asked along."""
+        if self.along is None:
+            return self
+        seconds = {name: c * c * second for name, second in self.seconds.items()}
+        return self._replace(along=self.along.scaled(c), seconds=seconds)
+
+    def second(self, name: str, observable: Observable, evidence: Evidence) -> float | None:
+        """Return δF₂ of an observable; None where no second order was asked for."""
+        if self.along is not None and self.along.curvatures is not None:
+            return float(evidence.second_order(observable))
+        return self.seconds.get(name)
 
 
 def first_order(asked: Inquiry, params: Params, update: Params) -> First:
@@ -45,26 +59,33 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
         try:
             return _forward(asked, params, update)
         except ForwardModeError as error:
-            if options.mode == "forward" or options.order == 2 or options.method == "path":
+            if options.order == 2 or options.method == "path":
+                wanted = "order=2" if options.order == 2 else "method='path'"
+                raise ForwardModeError(
+                    f"{str(error).removesuffix('.')}, and leave out {wanted}, which needs one."
+                ) from error
+            if options.mode == "forward":
                 raise
             asked.said.notes.append(f"reverse mode was used: {error}")
     return _reverse(asked, params)
 
 
 def _forward(asked: Inquiry, params: Params, update: Params) -> First:
+    passes, seconds = asked.passes, {}
     if asked.options.order == 1:
-        along = asked.passes.directional(params, update, "E, forward mode")
+        along = passes.directional(params, update, "E, forward mode")
     else:
-        along, off = curved(asked.passes, params, update, asked.main[1])
+        along, off = curved(passes, params, update, asked.main[1])
         if along.curvatures is None:
             asked.said.notes.append(
                 f"the second order was taken forward over reverse: nested forward mode was off by {off:.1e}"
             )
+            seconds = {n: second_by_reverse(passes, params, update, o, along) for n, o in asked.observables.items()}
     if engine.arithmetic(asked.passes.policy, params).fused_attention:
         asked.said.notes.append(
             "attention ran in the math kernel on E, because fused kernels have no forward derivative"
         )
-    return First(along.scores, along, {})
+    return First(along.scores, along, {}, seconds)
 
 
 def _reverse(asked: Inquiry, params: Params) -> First:

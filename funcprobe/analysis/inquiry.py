@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from funcprobe.analysis.diagnostics import Messages
 from funcprobe.analysis.passes import Passes
@@ -53,6 +53,8 @@ class Options:
             raise InputError(f"tolerance is {self.tolerance}; expected a number above 0, such as 1e-5.")
         if not 0 < self.level < 1:
             raise InputError(f"level is {self.level}; expected a coverage between 0 and 1, such as 0.95.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"seed is {self.seed!r}; expected a whole number.")
         if self.mode == "reverse" and (self.order == 2 or self.method == "path"):
             wanted = "order=2" if self.order == 2 else "method='path'"
             raise InputError(f"{wanted} is made of forward-mode passes; use mode='auto' or 'forward' with it.")
@@ -67,6 +69,20 @@ class Inquiry(NamedTuple):
     said: Messages  #: told what should be known beside the numbers
     independent: bool  #: whether Δθ was made without E
 
+    def check(self) -> None:
+        """Refuse what no pass over E could give, before any is made.
+
+        Raises:
+            InputError: If error bars were asked for by name, and E has one prompt.
+        """
+        rollouts = self.passes.evaluation
+        prompts = int(rollouts.group_ids[rollouts.weight > 0].unique().numel())
+        if self.options.bars not in (None, "auto") and prompts < 2:
+            raise InputError(
+                f"E holds {prompts} prompt (group) that carries weight, and bars='{self.options.bars}' needs 2 or "
+                "more; use bars=None, or 'auto'."
+            )
+
     @property
     def main(self) -> tuple[str, Observable]:
         """The first observable and its name."""
@@ -77,12 +93,19 @@ def named(observables: Observable | Mapping[str, Observable]) -> dict[str, Obser
     """Return observables by name; a single one goes by its own.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none, or one is not an observable.
     """
-    found = dict(observables) if isinstance(observables, Mapping) else {observables.name: observables}
+    found: dict[Any, Observable] = dict(observables) if isinstance(observables, Mapping) else {None: observables}
     if not found:
         raise InputError("No observable was given; expected at least one, such as {'entropy': entropy()}.")
-    return found
+    for o in found.values():
+        if not isinstance(o, Observable) or isinstance(o, type):
+            raise InputError(
+                f"{o!r} is no observable: it needs name, unit and stats, and to be callable. Call the factory, as in "
+                "entropy(), or decorate a function of (scores, anchor, rollouts) with "
+                'funcprobe.observable("its name", "its unit").'
+            )
+    return {o.name if name is None else str(name): o for name, o in found.items()}
 
 
 def _one_of(option: str, found: object, choices: tuple[object, ...]) -> None:

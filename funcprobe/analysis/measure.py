@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from funcprobe import engine, tree
 from funcprobe.analysis.diagnostics import after_measuring, check_ess
 from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import path, second_by_reverse, subtraction_error
+from funcprobe.analysis.expansion import path, subtraction_error
 from funcprobe.analysis.first_order import First
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.analysis.movement import Move
@@ -36,7 +37,6 @@ class Measurement(NamedTuple):
 
     readings: dict[str, Reading]  #: of every observable asked for
     exchange: dict[str, Bar]  #: ΔF of the first per ΔF of each other one
-    family: dict[str, Estimate]  #: every member of the entropy family on the same scores
     health: WeightHealth  #: of the importance weights
     rounding: float | None  #: ⟨∇F, (θ′ − θ) − Δθ⟩ of the first observable; None where negligible
     evidence: Evidence  #: the scores themselves
@@ -68,8 +68,13 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
         independent, level = asked.independent, options.level
         readings = with_bars(readings, asked.observables, sampled, evidence, health, independent, level)
         exchange = _exchange(readings, sampled, level)
-    family = {o.name: _estimate(asked, move, first, evidence, o) for o in entropy_family(proposal)}
-    return Measurement(readings, exchange, family, health, row, evidence, sampled)
+    return Measurement(readings, exchange, health, row, evidence, sampled)
+
+
+def family_of(asked: Inquiry, move: Move, first: First, evidence: Evidence) -> dict[str, Estimate]:
+    """Return every member of the entropy family on the same scores; no model is run."""
+    proposal: Proposal = getattr(asked.main[1], "proposal", "anchor")
+    return {o.name: _estimate(asked, move, first, evidence, o) for o in entropy_family(proposal)}
 
 
 class _Measured(NamedTuple):
@@ -140,14 +145,13 @@ def _reading(
 ) -> Reading:
     slope = first.value(name, observable, evidence, move.update)
     assert slope is not None  # every observable that was asked for has its gradient
-    second: float | None = None
-    if asked.options.order == 2:
-        assert first.along is not None  # order 2 is refused in reverse mode
-        if first.along.curvatures is not None:
-            second = float(evidence.second_order(observable))
-        else:
-            second = second_by_reverse(asked.passes, move.params, move.update, observable, first.along)
+    second = first.second(name, observable, evidence)
     before, change = float(evidence.before(observable)), float(evidence.change(observable))
+    if not (math.isfinite(change) and math.isfinite(slope)):
+        raise NumericsError(
+            f"'{name}' is {before:g} before the step, and its change is {change:g}, its first order {slope:g}: the "
+            "step is too large for these rollouts, or the observable divides by what becomes 0."
+        )
     return Reading(
         observable.name,
         observable.unit,

@@ -12,7 +12,7 @@ from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.first_order import first_order
 from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options, named
-from funcprobe.analysis.measure import measure_step
+from funcprobe.analysis.measure import family_of, measure_step
 from funcprobe.analysis.movement import Move
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.readings import BarMethod
@@ -100,10 +100,11 @@ def probe(
     options = Options(mode, method, tolerance, order, bars, level, seed, rounding, ess_threshold, on_low_ess)
     wanted = asked_for(observable, observables, evaluation)
     said, clock = Messages(), Clock()
-    move, info = _take(step, params, opt_state, update, lr, clock, said, progress)
-    said.also(before_measuring(evaluation, update, move.size, info))
     passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
     asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))
+    asked.check()
+    move, info = _take(step, params, opt_state, update, lr, clock, said, progress)
+    said.also(before_measuring(evaluation, update, move.size, info))
     first = first_order(asked, params, move.update)
     found = measure_step(asked, move, first)
     return ProbeResult(
@@ -116,7 +117,7 @@ def probe(
         lr=info["lr"],
         unmoved=move.size.unmoved,
         top=tuple(tree.top_k(move.update, top_k)),
-        family=found.family,
+        family=family_of(asked, move, first, found.evidence),
         health=found.health,
         step=info,
         evaluation=BatchCounts.of(evaluation),
@@ -139,7 +140,7 @@ def asked_for(
     """
     if observable is not None and observables is not None:
         raise InputError("observable and observables were both given; put all of them into observables.")
-    found = named(observables if observables is not None else observable or DEFAULT_OBSERVABLE)
+    found = named(observables if observables is not None else DEFAULT_OBSERVABLE if observable is None else observable)
     mask = evaluation.completion_mask.double()
     for o in found.values():
         check_observable(o, TokenScores(-0.7 * mask, 0.5 * mask, dict.fromkeys(o.stats, 0.3 * mask)), evaluation)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcprobe.analysis.diagnostics import ess_fraction
 from funcprobe.analysis.evidence import Evidence
-from funcprobe.errors import InputError
+from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Bar, Method, Replicates, bar, promise_broken, replicates
 from funcprobe.types import Observable
@@ -154,6 +154,7 @@ def sample(
 
     Raises:
         InputError: If E has fewer than two prompts, or an observable cannot be resampled.
+        NumericsError: If something is not finite without one of the prompts; the message names both.
         RuntimeError: What an observable raises of its own.
     """
     second = evidence.along is not None and evidence.along.curvatures is not None
@@ -168,6 +169,11 @@ def sample(
     cells = evidence.rollouts.completion_mask.numel() * (2 + 2 * second) * len(observables)
     try:
         found = replicates(quantities, evidence.rollouts, method, generator=generator, cells=cells)
+    except NumericsError as error:
+        k = int(str(error).split()[1])  # "Quantity 4 is nan without prompt (group) 7, ..."
+        what = ("change", "first order", "second order")[k % 3]
+        said = str(error).replace(f"Quantity {k}", f"The {what} of '{list(observables)[k // 3]}'", 1)
+        raise NumericsError(said) from None
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise

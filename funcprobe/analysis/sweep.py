@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import os
@@ -23,7 +24,7 @@ from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.readings import BarMethod
 from funcprobe.analysis.result import BatchCounts
 from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
-from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
+from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, InputError, NumericsError
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, StepResult, TokenScores
@@ -46,7 +47,7 @@ def sweep(
     mode: Mode = "auto",
     method: MeasureMethod = "auto",
     tolerance: float = PATH_TOLERANCE,
-    order: Literal[1, 2] = 2,
+    order: Literal[1, 2] | None = None,
     bars: BarMethod | None = "auto",
     level: float = 0.95,
     seed: int = 0,
@@ -78,7 +79,7 @@ def sweep(
         mode: As in `probe`.
         method: As in `probe`.
         tolerance: As in `probe`.
-        order: As in `probe`, but 2 by default: it gives the crossover learning rate.
+        order: As in `probe`; None takes 2, which gives the crossover learning rate, where forward mode can be used.
         bars: As in `probe`.
         level: As in `probe`.
         seed: As in `probe`.
@@ -101,7 +102,8 @@ def sweep(
     check_lrs(lrs)
     if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
-    options = Options(mode, method, tolerance, order, bars, level, seed, False, ess_threshold, on_low_ess)
+    highest: Literal[1, 2] = order or (1 if mode == "reverse" else 2)
+    options = Options(mode, method, tolerance, highest, bars, level, seed, False, ess_threshold, on_low_ess)
     wanted = asked_for(observable, observables, evaluation)
     identity = "" if journal is None else identity_of(step, params, opt_state, evaluation, update, wanted, options)
     kept = Journal(journal, identity)
@@ -111,7 +113,14 @@ def sweep(
     kept.begin(gradient)
     passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
     asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))
-    family = Family(asked, step, params, opt_state, gradient, info, lrs[-1])
+    asked.check()
+    try:
+        family = Family(asked, step, params, opt_state, gradient, info, lrs[-1])
+    except ForwardModeError:
+        if order is not None or mode != "auto" or method == "path":
+            raise
+        asked = asked._replace(options=dataclasses.replace(options, order=1))
+        family = Family(asked, step, params, opt_state, gradient, info, lrs[-1])
     todo = [lr for lr in lrs if lr not in kept.points]
     for point in family.points(todo, chunk):
         kept.add(point)
@@ -158,12 +167,12 @@ class Family:
 
     def first_order(self, move: Move, lr: float, said: Messages) -> First:
         """Return the first order of a step: the reference's, scaled, where the update is a multiple of it."""
-        along, c = self.first.along, lr / self.reference_lr
-        if along is None:
-            return self.first  # ∇F does not know which way it will be asked along
+        c = lr / self.reference_lr
+        if self.first.along is None:
+            return self.first
         off = tree.norm(tree.sub(move.update, tree.scale(c, self.reference.update)))
         if float(off) <= PROPORTIONAL * move.size.norm:
-            return self.first._replace(along=along.scaled(c))
+            return self.first.scaled(c)
         said.notes.append("the update is not proportional to the learning rate, so its derivative was taken anew")
         return first_order(self.asked._replace(said=Messages(quiet=True)), self._params, move.update)
 

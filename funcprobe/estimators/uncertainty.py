@@ -184,7 +184,7 @@ def promise_broken(prompts: int, ess_fraction: float, independent: bool) -> tupl
     reasons = (
         (prompts < FEWEST_PROMPTS, f"{prompts} prompts, {FEWEST_PROMPTS} are needed"),
         (ess_fraction < LEAST_ESS, sample),
-        (not independent, "the step was made from these rollouts"),
+        (not independent, "the step was made from the same prompts"),
     )
     return tuple(text for broken, text in reasons if broken)
 

@@ -157,7 +157,7 @@ def test_one_prompt_has_no_bar() -> None:
         "no error bars: The rollouts hold 1 prompt (group) that carries weight; a bar over prompts needs 2 or more."
     )
     for bars in ("jackknife", "infinitesimal", "bootstrap"):
-        with pytest.raises(InputError, match=r"The rollouts hold 1 prompt \(group\) that carries weight; a bar over"):
+        with pytest.raises(InputError, match=rf"E holds 1 prompt \(group\) that carries weight, and bars='{bars}'"):
             case().probe(LR, evaluation=one, bars=bars)
 
 
@@ -311,3 +311,26 @@ def test_readings_and_replicates_survive_json() -> None:
     assert again.columns == sampled.columns
     assert torch.equal(again.replicates.values, sampled.replicates.values)
     assert again.bar("reward", "ratio") == sampled.bar("reward", "ratio")
+
+
+def test_what_is_no_observable_is_refused_in_words() -> None:
+    for wrong in (fp.entropy, "entropy", [fp.entropy()], lambda scores, anchor, rollouts: scores.logp.sum()):
+        with pytest.raises(InputError, match="is no observable: it needs name, unit and stats"):
+            case().probe(LR, observable=wrong)
+    with pytest.raises(InputError, match="is no observable"):
+        case().probe(LR, observables={"a": fp.entropy})
+
+
+def test_a_change_that_is_no_number_is_an_error() -> None:
+    @fp.observable("ratio", "1")
+    def ratio(scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts) -> torch.Tensor:
+        moved = (scores.logp.detach() - anchor.logp).abs().sum() > 0
+        return scores.logp.sum() / torch.where(moved, 0.0, 1.0)
+
+    with pytest.raises(NumericsError, match=r"'ratio' is .* before the step, and its change is -?inf"):
+        case().probe(LR, observable=ratio, method="difference", bars=None)
+
+
+def test_a_seed_is_a_whole_number() -> None:
+    with pytest.raises(InputError, match=r"seed is 1\.5; expected a whole number"):
+        case().probe(LR, seed=1.5)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe.analysis.readings import Reading
 from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
 from funcprobe.data.rollouts import take
-from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning, InputError, NumericsError
+from funcprobe.engine import kernels
+from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError, NumericsError
 from tests import models
 from tests.analysis.cases import Case, E, Offset, U
 
@@ -372,3 +374,35 @@ def test_a_point_survives_json() -> None:
         again = SweepPoint.from_dict(json.loads(json.dumps(plain, allow_nan=False)))
         assert again.to_dict() == plain
         assert again.readings == point.readings
+
+
+def test_a_model_without_second_forward_derivatives_is_swept_to_first_order() -> None:
+    class Glu(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.glu(torch.cat([x, x], dim=-1))
+
+    with models.seeded(1):
+        module = nn.Sequential(nn.Embedding(models.VOCABULARY, 4), Glu(), nn.Linear(4, models.VOCABULARY)).double()
+    policy, params = fp.from_module(module)
+    optimizer = fp.sgd(1e-3)
+    step = fp.make_step(policy, fp.grpo(), optimizer)
+    found = fp.sweep(policy, step, params, optimizer.init(params), E, U, [1e-4, 1e-3])
+    assert found.crossover_lr() is None
+    assert found.mode == "forward"  # glu has a first derivative
+    assert found.readings()[1].first_order == pytest.approx(found.readings()[1].change, rel=0.05)
+    with pytest.raises(ForwardModeError, match="leave out order=2, which needs one"):
+        fp.sweep(policy, step, params, optimizer.init(params), E, U, [1e-4, 1e-3], order=2)
+    by_choice = case().sweep([1e-4, 1e-3], mode="reverse")  # and reverse mode may be asked for without more
+    assert by_choice.mode == "reverse"
+
+
+def test_forward_over_reverse_is_taken_once_for_all_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = case("gpt2").sweep([1e-4, 3e-4, 1e-3])
+    monkeypatch.setattr(kernels, "_layer_norm", torch.layer_norm)
+    passes: list[str] = []
+    detour = case("gpt2").sweep(
+        [1e-4, 3e-4, 1e-3], microbatch=None, progress=lambda what, done, total: passes.append(what)
+    )
+    assert passes.count("E, forward over reverse") == 1
+    for one, two in zip(straight.readings(), detour.readings(), strict=True):
+        assert two.second_order == pytest.approx(one.second_order, rel=1e-9)

@@ -340,7 +340,7 @@ def test_the_promise() -> None:
     assert promise_broken(29, 0.8999, False) == (
         "29 prompts, 30 are needed",
         "effective sample 89 %, 90 % is needed",
-        "the step was made from these rollouts",
+        "the step was made from the same prompts",
     )
 
 
