@@ -2,11 +2,11 @@
 
 Every microbatch holds the same number of tokens, so that what grows with the length is attention alone. Forward mode
 needs the math kernel, which makes the attention matrices: rows × heads × T² entries, with a tangent, and again with a
-curvature. `engine.batches.ATTENTION_BUDGET` cuts microbatches so that rows × T² stays bounded; "uncut" is the same pass
-without it. Reverse mode runs the fused kernel and keeps the activations of every layer.
+curvature. Beyond `engine.kernels.ATTENTION_BUDGET` entries they are made a block of queries at a time; "uncut" is the
+same pass without that. Reverse mode runs the fused kernel and keeps the activations of every layer.
 
-What was expected: forward mode flat up to the length at which one row alone is over the budget (2,048), twice the
-memory at twice that; uncut linear in T at a fixed number of tokens; reverse flat, since its activations count tokens.
+What was expected: forward mode flat from the length at which the budget is reached; uncut linear in T at a fixed number
+of tokens; reverse flat, since its activations count tokens.
 """
 
 from __future__ import annotations

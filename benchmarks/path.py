@@ -80,16 +80,16 @@ def measured(hidden: int, layers: int) -> list[dict[str, Any]]:
     gradient, _ = step.gradient(params, update)
     state = step.optimizer.init(params)
     passes = Passes.over(policy, evaluation, OBSERVABLES, None, None, Clock())
-    anchor = engine.scores(wide, wide_params, evaluation, math_kernel=True)
+    anchor = engine.scores(wide, wide_params, evaluation, order=1)
     rows = []
     for lr in LRS:
         delta = step.apply(params, state, gradient, lr=lr).update
         along = passes.directional(params, delta, "E")
         by_path = path(passes, params, delta, along, OBSERVABLES, TOLERANCE)
         stored = {name: (p.double() + delta[name].double()).float() for name, p in params.items()}
-        subtracted = Evidence(evaluation, along.scores, passes.scores(stored, "E at θ′", math_kernel=True), along)
+        subtracted = Evidence(evaluation, along.scores, passes.scores(stored, "E at θ′", order=1), along)
         end = tree.add(wide_params, {name: d.double() for name, d in delta.items()})
-        truth = Evidence(evaluation, anchor, engine.scores(wide, end, evaluation, math_kernel=True))
+        truth = Evidence(evaluation, anchor, engine.scores(wide, end, evaluation, order=1))
         found = Evidence(evaluation, along.scores, by_path.scores)
         for name, o in OBSERVABLES.items():
             size, exact = truth.magnitude(o), float(truth.change(o))

@@ -344,7 +344,7 @@ def test_scores_of_many_are_those_of_each(build: str) -> None:
     several = [tree.axpy(e, v, params) for e in (0.0, 0.5, 2.0)]
     together = engine.scores_of_many(policy, several, rollouts, microbatch=4)
     for at, found in zip(several, together, strict=True):
-        alone = engine.scores(policy, at, rollouts, math_kernel=True)
+        alone = engine.scores(policy, at, rollouts, order=1)
         # float64, or float32 norms within a float64 model: sums in another order
         torch.testing.assert_close(found.logp, alone.logp, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.entropy, alone.entropy, rtol=1e-5, atol=1e-6)
@@ -457,7 +457,7 @@ def test_frozen_layers_cost_one_tangent_product(monkeypatch: pytest.MonkeyPatch)
             found = run()
         return counter.get_total_flops(), found
 
-    one, _ = counted(lambda: engine.scores(policy, params, rollouts, math_kernel=True))
+    one, _ = counted(lambda: engine.scores(policy, params, rollouts, order=1))
     two, along = counted(lambda: engine.directional(policy, params, v, rollouts))
     monkeypatch.setattr(kernels, "_linear", nn.functional.linear)
     three, plain = counted(lambda: engine.directional(policy, params, v, rollouts))
@@ -487,6 +487,6 @@ def test_biases_alone_may_move() -> None:
     v, rollouts = models.direction(params), models.rollouts()
     along = engine.directional(policy, params, v, rollouts)
     e = 1e-6
-    ends = [engine.scores(policy, tree.axpy(c, v, params), rollouts, math_kernel=True).logp for c in (e, -e)]
+    ends = [engine.scores(policy, tree.axpy(c, v, params), rollouts, order=1).logp for c in (e, -e)]
     # central difference in float64: truncation e² and rounding 1e-16/e
     torch.testing.assert_close(along.tangents.logp, (ends[0] - ends[1]) / (2 * e), rtol=1e-6, atol=1e-8)

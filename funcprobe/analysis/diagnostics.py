@@ -12,7 +12,7 @@ from funcprobe.analysis.movement import Movement
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning
 from funcprobe.estimators.importance import SamplerMismatch, WeightHealth, sampler_mismatch
-from funcprobe.types import Observable, Rollouts, TokenScores
+from funcprobe.types import Observable, Optimizer, Rollouts, TokenScores
 
 #: Mean absolute difference between the sampler's log-probs and ours, nats per token, above which a result says so.
 SAMPLER_MISMATCH = 0.02
@@ -82,6 +82,17 @@ def before_measuring(
         )
     if "sampler_gap" in info:
         yield from _mismatch(SamplerMismatch(info["sampler_gap"], info["sampler_ratio"]), update, "update")
+
+
+def unequal_groups(optimizer: Optimizer) -> Iterator[str]:
+    """Yield a word where a learning rate that is set for a step takes the place of several."""
+    groups = getattr(optimizer, "groups", ())
+    rates = sorted({float(group.hyperparameters["lr"]) for group in groups if "lr" in group.hyperparameters})
+    if len(rates) > 1:
+        yield (
+            f"The optimizer's groups have learning rates {', '.join(f'{r:g}' for r in rates)}, and all of them are set "
+            "to the one that was given: this is not the step that training takes."
+        )
 
 
 def is_independent(evaluation: Rollouts, update: Rollouts) -> bool:

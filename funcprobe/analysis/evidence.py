@@ -17,6 +17,9 @@ from funcprobe.types import Observable, Rollouts, TokenScores
 #: A scalar function of scores.
 Functional = Callable[[TokenScores], Tensor]
 
+#: Some tens of roundings, of a sum of thousands of terms.
+NOISE = 64 * torch.finfo(torch.float64).eps
+
 
 class Evidence(NamedTuple):
     """The scores that one step leaves on the evaluation rollouts, and what observables make of them."""
@@ -49,6 +52,10 @@ class Evidence(NamedTuple):
         """Return δF₂ = ½ D²F(θ)[Δθ, Δθ]."""
         assert self.along is not None
         return 0.5 * engine.second_derivative(self.of(observable, a), self.along)
+
+    def noise(self, observable: Observable) -> float:
+        """Return the size below which a change of the observable is float64 rounding of F alone."""
+        return NOISE * abs(float(self.before(observable)))
 
     def magnitude(self, observable: Observable) -> float:
         """Return Σ|∂F/∂s ⊙ (s(θ′) − s(θ))| over tokens and fields: the size of the terms that make ΔF.

@@ -27,8 +27,8 @@ ROUNDING_UNITS = 8.0
 
 EPS64 = torch.finfo(torch.float64).eps
 
-#: Sequences on which nested forward mode is held against forward over reverse.
-CHECKED_SEQUENCES = 4
+#: Sequences, and completion tokens of each, on which nested forward mode is held against forward over reverse.
+CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 64
 
 
 class SecondOrder(NamedTuple):
@@ -65,7 +65,8 @@ def second_order(
     """Return δF₁ and `δF₂ = ½ D²F(θ)[Δθ, Δθ]` of an observable along a direction Δθ.
 
     `D²F[v, v] = f″[ṡ, ṡ] + f′·s̈` with ṡ, s̈ from nested forward mode: one pass, nothing stored. Forward over reverse
-    gives `f′·s̈` by other formulas; on a few sequences the two are always held against each other, and where they
+    gives `f′·s̈` by other formulas; on the beginnings of a few sequences, with fixed cotangents, the two are always held
+    against each other, and where they
     disagree, because an operation's second derivative is wrong, `mode="auto"` takes forward over reverse throughout.
     Reverse over forward would not do as a check: it shares the first-order forward formulas, which is where torch's
     `layer_norm` is at fault (see `engine.kernels`).
@@ -76,7 +77,7 @@ def second_order(
     """
     passes = Passes.over(policy, evaluation, {observable.name: observable}, microbatch, progress, Clock())
     evaluation = passes.evaluation
-    found, disagreement = curved(passes, params, direction, observable, mode)
+    found, disagreement = curved(passes, params, direction, mode)
     evidence = Evidence(evaluation, found.scores, found.scores, found)
     parts = engine.contributions(evidence.of(observable), found)
     magnitude = float(torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).abs().sum())
@@ -93,7 +94,6 @@ def curved(
     passes: Passes,
     params: Params,
     direction: Params,
-    observable: Observable,
     mode: Literal["auto", "forward", "reverse"] = "auto",
 ) -> tuple[engine.Directional, float]:
     """Return the scores with ṡ and s̈, and by how much a check of s̈ failed; without s̈ where it cannot be trusted.
@@ -107,7 +107,7 @@ def curved(
     if mode == "reverse":
         return passes.directional(params, direction, "E, forward mode"), 0.0
     found = passes.directional(params, direction, "E, second order", order=2)
-    off = _disagreement(passes, params, direction, observable, found)
+    off = _disagreement(passes, params, direction, found)
     if off <= max(1e-3, 4 * engine.arithmetic(passes.policy, params).eps):
         return found, off
     if mode == "forward":
@@ -128,23 +128,40 @@ def second_by_reverse(
     return 0.5 * (float(engine.second_derivative(f, flat)) + bent)
 
 
-def _disagreement(
-    passes: Passes, params: Params, direction: Params, observable: Observable, found: engine.Directional
-) -> float:
-    """Return how far Σ c·s̈ of a few sequences is from forward over reverse, relative to Σ|c·s̈|."""
+def _disagreement(passes: Passes, params: Params, direction: Params, found: engine.Directional) -> float:
+    """Return how far Σ c·s̈ of a few beginnings is from forward over reverse, relative to Σ|c·s̈|.
+
+    The cotangents are drawn once and for all, so that no observable that happens to have none hides a fault. The
+    policy is causal: the beginning of a sequence is scored as it is in the whole.
+    """
     assert found.curvatures is not None
-    rows = torch.arange(min(CHECKED_SEQUENCES, len(passes.evaluation.ids)))
-    few = take(passes.evaluation, rows)
-    width = few.completion_mask.shape[1]
-    fixed = engine.cotangents(Evidence(passes.evaluation, found.scores, found.scores).of(observable), found.scores)
-    c, bent = (engine.each(lambda x: x[rows.to(x.device), :width], s) for s in (fixed, found.curvatures))
+    rows, few = _beginnings(passes.evaluation)
+    shape, draw = few.completion_mask.shape, torch.Generator().manual_seed(0)
+    bent = engine.each(lambda x: x[rows.to(x.device), : shape[1]], found.curvatures)
+    fixed = engine.each(lambda x: torch.randn(shape, generator=draw, dtype=torch.float64).to(x.device), bent)
     by_reverse = passes._replace(evaluation=few, progress=None).curvature_by_reverse(
-        c, params, direction, "check of the second order"
+        fixed, params, direction, "check of the second order"
     )
-    products = engine.each(torch.mul, c, bent)
+    products = engine.each(torch.mul, fixed, bent)
     terms = torch.stack([products.logp, products.entropy, *products.extra.values()])
     size = float(terms.abs().sum())
     return abs(float(terms.sum()) - by_reverse) / size if size else abs(by_reverse)
+
+
+def _beginnings(rollouts: Rollouts) -> tuple[Tensor, Rollouts]:
+    """Return the rows of the shortest sequences, and their first tokens: a graph of them is small at any length."""
+    rows = rollouts.attention_mask.sum(1).argsort(stable=True)[:CHECKED_SEQUENCES]
+    few = take(rollouts, rows)
+    columns = int(few.prompt_lengths.max()) + CHECKED_TOKENS
+    return rows, Rollouts(
+        few.ids[:, :columns],
+        few.attention_mask[:, :columns],
+        few.prompt_lengths,
+        few.completion_mask[:, :CHECKED_TOKENS],
+        few.temperature,
+        few.group_ids,
+        few.weight,
+    )
 
 
 class Path(NamedTuple):
@@ -164,6 +181,7 @@ def path(
     along: engine.Directional,
     observables: Mapping[str, Observable],
     tolerance: float,
+    eps: float = EPS64,
 ) -> Path:
     """Return the scores at θ + Δθ by the first quadrature rule that agrees with the one before it.
 
@@ -171,7 +189,7 @@ def path(
     change of a score is a sum of derivatives, as accurate relative to itself as these are, where a subtraction of two
     float32 evaluations is off by rounding of the scores themselves. What an observable makes of the scores is float64.
     Rules agree when, for every observable, they differ by at most `tolerance · Σ|terms|`. The first is compared with
-    the tangent at θ, which the first order has paid for.
+    the tangent at θ, which the first order has paid for. `eps` is that of the model's arithmetic: a path is no better.
     """
     anchor = along.scores
     known = engine.each(torch.add, anchor, along.tangents)
@@ -179,11 +197,13 @@ def path(
         found = engine.each(torch.add, anchor, _integral(n, passes, params, direction))
         evidence = [Evidence(passes.evaluation, anchor, after) for after in (known, found)]
         changes = {name: [float(e.change(o)) for e in evidence] for name, o in observables.items()}
-        # two rules may agree to the last digit; what float64 leaves of F(θ′) − F(θ) is uncertain all the same
-        floor = {name: EPS64 * abs(float(evidence[1].before(o))) for name, o in observables.items()}
-        errors = {name: max(abs(new - old), floor[name]) for name, (old, new) in changes.items()}
         sizes = {name: evidence[1].magnitude(o) for name, o in observables.items()}
-        reached = max(errors[name] / sizes[name] if sizes[name] else 0.0 for name in observables)
+        # two rules may agree to the last digit: a tangent is rounded all the same, and so is F(θ′) − F(θ) in float64
+        floors = {n: eps * sizes[n] + EPS64 * abs(float(evidence[1].before(o))) for n, o in observables.items()}
+        errors = {name: max(abs(new - old), floors[name]) for name, (old, new) in changes.items()}
+        reached = max(
+            (errors[n] / sizes[n] for n, o in observables.items() if sizes[n] > evidence[1].noise(o)), default=0.0
+        )
         if reached <= tolerance:
             return Path(found, n, errors, reached, True)
         known = found
@@ -209,19 +229,20 @@ def along_line(params: Params, direction: Params, s: float) -> Params:
 
 
 def subtraction_error(evidence: Evidence, observable: Observable, eps: float) -> float:
-    """Return an estimate of the float error of `F(θ′) − F(θ)` by two evaluations: `√Σ (c σ)²` over tokens and fields.
+    """Return an estimate of the float error of `F(θ′) − F(θ)` by two evaluations: `√Σ_i (Σ_t c r)²`, over sequences i.
 
-    c are the cotangents at θ′; σ estimates the rounding in the difference of two scores, from the part of it that ṡ
-    does not explain: `min(|s(θ′) − s(θ) − ṡ|, 8 eps (1 + |s|))`. Where the step is small that part is rounding, where
-    it is large it is curvature, and the cap, a few roundings of a score, holds.
+    c are the cotangents at θ′; r is what ṡ does not explain of the difference of two scores, at most a few roundings of
+    one: `s(θ′) − s(θ) − ṡ`, capped at `8 eps (1 + |s|)`. Where the step is small that is rounding, where it is large
+    it is curvature, and the cap holds. Tokens of one sequence share a prefix and its rounding; sequences do not.
     """
     assert evidence.along is not None
     c = engine.cotangents(evidence.of(observable), evidence.after)
 
-    def squares(c: Tensor, after: Tensor, before: Tensor, slope: Tensor) -> Tensor:
+    def by_row(c: Tensor, after: Tensor, before: Tensor, slope: Tensor) -> Tensor:
         cap = ROUNDING_UNITS * eps * (1 + before.abs())
-        sigma = torch.minimum((after - before - slope).abs(), cap)
-        return (c * sigma).square().sum()
+        unexplained = after - before - slope
+        return (c * unexplained.clamp(-cap, cap)).sum(1)
 
-    parts: TokenScores = engine.each(squares, c, evidence.after, evidence.anchor, evidence.along.tangents)
-    return math.sqrt(float(torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).sum()))
+    parts: TokenScores = engine.each(by_row, c, evidence.after, evidence.anchor, evidence.along.tangents)
+    rows = torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).sum(0)
+    return float(rows.norm())

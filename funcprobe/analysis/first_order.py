@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcprobe import engine, tree
@@ -43,8 +44,15 @@ class First(NamedTuple):
 
     def second(self, name: str, observable: Observable, evidence: Evidence) -> float | None:
         """Return δF₂ of an observable; None where no second order was asked for."""
-        if self.along is not None and self.along.curvatures is not None:
+        if self.along is None:
+            return None
+        if self.along.curvatures is not None:
             return float(evidence.second_order(observable))
+        c = engine.cotangents(evidence.of(observable), self.along.scores)
+        if not any(bool(field.any()) for field in (c.logp, c.entropy, *c.extra.values())):
+            # a divergence: D²F = f″[ṡ, ṡ] + f′·s̈, and f′ = 0 at the anchor
+            flat = self.along._replace(curvatures=engine.each(torch.zeros_like, self.along.scores))
+            return float(evidence._replace(along=flat).second_order(observable))
         return self.seconds.get(name)
 
 
@@ -75,7 +83,7 @@ def _forward(asked: Inquiry, params: Params, update: Params) -> First:
     if asked.options.order == 1:
         along = passes.directional(params, update, "E, forward mode")
     else:
-        along, off = curved(passes, params, update, asked.main[1])
+        along, off = curved(passes, params, update)
         if along.curvatures is None:
             asked.said.notes.append(
                 f"the second order was taken forward over reverse: nested forward mode was off by {off:.1e}"

@@ -55,19 +55,19 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
     evaluation, options = asked.passes.evaluation, asked.options
     evidence, measured = _measured(asked, move, first, scores_after)
     row = _rounding_row(asked, move, first, evidence)
-    proposal: Proposal = getattr(asked.main[1], "proposal", "anchor")
-    health = weight_health(log_ratios(evidence.after, first.scores, evaluation, proposal), evaluation)
+    healths = {name: _health(evidence, o) for name, o in asked.observables.items()}
+    health = healths[asked.main[0]]
     asked.said.also(after_measuring(first.scores, evaluation, health))
-    check_ess(health, asked.main[1], options.ess_threshold, options.on_low_ess, asked.said)
+    for name, o in asked.observables.items():
+        check_ess(healths[name], o, options.ess_threshold, options.on_low_ess, asked.said)
     readings = {
         name: _reading(asked, move, first, evidence, name, o, measured) for name, o in asked.observables.items()
     }
     sampled = _sampled(asked, evidence)
-    exchange: dict[str, Bar] = {}
     if sampled is not None:
         independent, level = asked.independent, options.level
-        readings = with_bars(readings, asked.observables, sampled, evidence, health, independent, level)
-        exchange = _exchange(readings, sampled, level)
+        readings = with_bars(readings, asked.observables, sampled, evidence, healths, independent, level)
+    exchange = _exchange(readings, sampled, options.level)
     return Measurement(readings, exchange, health, row, evidence, sampled)
 
 
@@ -94,7 +94,7 @@ def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScore
     """
     passes, options, along = asked.passes, asked.options, first.along
     if options.method != "path":
-        after = scores_after or passes.scores(move.after, "E at θ′", math_kernel=along is not None)
+        after = scores_after or passes.scores(move.after, "E at θ′", 0 if along is None else options.order)
         evidence = Evidence(passes.evaluation, first.scores, after, along)
         subtractions = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
         if along is None:
@@ -103,8 +103,15 @@ def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScore
         errors = {name: subtraction_error(evidence, o, eps) for name, o in asked.observables.items()}
         if options.method == "difference" or _is_fine(asked, evidence, errors, subtractions):
             return evidence, _Measured("difference", 0, errors, subtractions)
+        if eps > options.tolerance:
+            asked.said.notes.append(
+                f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
+                "coarse for a path; load it in float32"
+            )
+            return evidence, _Measured("difference", 0, errors, subtractions)
     assert along is not None  # a path is refused in reverse mode
-    found = path(passes, move.params, move.update, along, asked.observables, options.tolerance)
+    eps = engine.arithmetic(passes.policy, move.params).eps
+    found = path(passes, move.params, move.update, along, asked.observables, options.tolerance, eps)
     if not found.converged:
         text = (
             f"The path integral reached {found.reached:.1e} of the size of its terms with {found.nodes} nodes; the "
@@ -127,6 +134,8 @@ def _is_fine(
     """Return whether float error leaves every ΔF alone, and what it has beyond first order where that was asked for."""
     curved = evidence.along is not None and evidence.along.curvatures is not None
     for name, o in asked.observables.items():
+        if abs(subtractions[name]) <= evidence.noise(o) and errors[name] <= evidence.noise(o):
+            continue  # it does not move
         limits = [SUBTRACTION_WORTH_A_PATH * abs(subtractions[name])]
         limits += [CURVATURE_WORTH_A_PATH * abs(float(evidence.second_order(o)))] if curved else []
         if errors[name] > min(limits):
@@ -147,6 +156,8 @@ def _reading(
     assert slope is not None  # every observable that was asked for has its gradient
     second = first.second(name, observable, evidence)
     before, change = float(evidence.before(observable)), float(evidence.change(observable))
+    if max(abs(change), abs(slope)) <= evidence.noise(observable) and measured.errors[name] is not None:
+        change = slope = 0.0  # what is left of an observable that does not move is rounding of its value
     if not (math.isfinite(change) and math.isfinite(slope)):
         raise NumericsError(
             f"'{name}' is {before:g} before the step, and its change is {change:g}, its first order {slope:g}: the "
@@ -187,14 +198,24 @@ def _sampled(asked: Inquiry, evidence: Evidence) -> Sampled | None:
         return None
 
 
-def _exchange(readings: dict[str, Reading], sampled: Sampled, level: float) -> dict[str, Bar]:
+def _health(evidence: Evidence, observable: Observable) -> WeightHealth:
+    proposal: Proposal = getattr(observable, "proposal", "anchor")
+    d = log_ratios(evidence.after, evidence.anchor, evidence.rollouts, proposal)
+    return weight_health(d, evidence.rollouts)
+
+
+def _exchange(readings: dict[str, Reading], sampled: Sampled | None, level: float) -> dict[str, Bar]:
     """Return ΔF of the first observable per ΔF of each other; divergences, without first order, have none."""
     main, *others = readings
-    return {
-        f"{main} per {other}": sampled.exchange(main, other, level)
-        for other in others
-        if readings[main].bars and readings[other].bars and readings[other].first_order != 0.0
-    }
+    found = {}
+    for other in others:
+        if readings[other].first_order == 0.0 or readings[other].change == 0.0:
+            continue
+        value = readings[main].change / readings[other].change
+        barred = sampled is not None and readings[main].bars and readings[other].bars
+        unknown = Bar(value, math.inf, -math.inf, math.inf, level)
+        found[f"{main} per {other}"] = sampled.exchange(main, other, level) if barred and sampled else unknown
+    return found
 
 
 def _estimate(asked: Inquiry, move: Move, first: First, evidence: Evidence, member: Observable) -> Estimate:

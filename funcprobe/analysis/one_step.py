@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from funcprobe import tree
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, unequal_groups
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.first_order import first_order
 from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options, named
@@ -52,6 +52,7 @@ def probe(
     on_low_ess: Literal["warn", "raise"] = "warn",
     top_k: int = 10,
     keep_update: bool = False,
+    keep_scores: bool = False,
     progress: Progress | None = None,
 ) -> ProbeResult:
     """Take one pure step on `update` and return how far observables move on `evaluation`, measured and predicted.
@@ -89,6 +90,8 @@ def probe(
         on_low_ess: Whether to "warn" or to "raise" below it.
         top_k: How many of the most moved leaves are listed.
         keep_update: Whether the result carries Δθ.
+        keep_scores: Whether the result carries the scores that it was read from, for `plot_weights` and the like; they
+            are not saved.
         progress: Called as progress(what, done, total).
 
     Raises:
@@ -105,6 +108,8 @@ def probe(
     asked.check()
     move, info = _take(step, params, opt_state, update, lr, clock, said, progress)
     said.also(before_measuring(evaluation, update, move.size, info))
+    if lr is not None:
+        said.also(unequal_groups(step.optimizer))
     first = first_order(asked, params, move.update)
     found = measure_step(asked, move, first)
     return ProbeResult(
@@ -127,6 +132,7 @@ def probe(
         timings=clock.seconds,
         environment=describe_environment(policy.device, params),
         update=_portable(move.update) if keep_update else None,
+        evidence=found.evidence if keep_scores else None,
     )
 
 
@@ -138,6 +144,10 @@ def asked_for(
     Raises:
         InputError: If both forms are given, or an observable cannot be used on these rollouts.
     """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "torch.inference_mode is on, in which nothing can be differentiated; leave it, or use no_grad."
+        )
     if observable is not None and observables is not None:
         raise InputError("observable and observables were both given; put all of them into observables.")
     found = named(observables if observables is not None else DEFAULT_OBSERVABLE if observable is None else observable)

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from funcprobe import engine
 from funcprobe.analysis.diagnostics import Clock
 from funcprobe.data.rollouts import to_device
+from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
 from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts, Statistic, TokenBudget, TokenScores
 
@@ -35,14 +36,25 @@ class Passes(NamedTuple):
         progress: Progress | None,
         clock: Clock,
     ) -> Passes:
-        """Return the passes that serve several observables at once."""
-        stats = {name: stat for o in observables.values() for name, stat in o.stats.items()}
+        """Return the passes that serve several observables at once.
+
+        Raises:
+            InputError: If two of them call different statistics by one name.
+        """
+        stats: dict[str, Statistic] = {}
+        for o in observables.values():
+            for name, statistic in o.stats.items():
+                if stats.setdefault(name, statistic) is not statistic:
+                    raise InputError(
+                        f"Two observables declare different statistics under the name '{name}'; rename one of them, or "
+                        "let both refer to one function."
+                    )
         return cls(policy, to_device(evaluation, policy.device), stats, microbatch, progress, clock)
 
-    def scores(self, params: Params, what: str, *, math_kernel: bool) -> TokenScores:
-        """Return the scores of E at some parameters."""
+    def scores(self, params: Params, what: str, order: Literal[0, 1, 2] = 0) -> TokenScores:
+        """Return the scores of E at some parameters, in the arithmetic of forward mode where an order is given."""
         with self.clock(what):
-            return engine.scores(self.policy, params, self.evaluation, math_kernel=math_kernel, **self._options(what))
+            return engine.scores(self.policy, params, self.evaluation, order=order, **self._options(what))
 
     def directional(self, params: Params, direction: Params, what: str, order: Literal[1, 2] = 1) -> engine.Directional:
         """Return the scores of E and their tangents along a direction."""

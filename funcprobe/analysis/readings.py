@@ -60,8 +60,8 @@ class Reading(NamedTuple):
 
     @property
     def crossover(self) -> float | None:
-        """The multiple of this step at which |δF₂| = |δF₁|; None without a second order."""
-        if self.second_order is None:
+        """The multiple of this step at which |δF₂| = |δF₁|; None without a second order, or where nothing moves."""
+        if self.second_order is None or (self.first_order == 0.0 and self.second_order == 0.0):
             return None
         return abs(self.first_order / self.second_order) if self.second_order else math.inf
 
@@ -189,7 +189,7 @@ def with_bars(
     observables: Mapping[str, Observable],
     sampled: Sampled,
     evidence: Evidence,
-    health: WeightHealth,
+    healths: Mapping[str, WeightHealth],
     independent: bool,
     level: float = 0.95,
 ) -> dict[str, Reading]:
@@ -201,8 +201,10 @@ def with_bars(
     done = {}
     for name, reading in readings.items():
         bars = {what: sampled.bar(name, what, level) for what in names}
-        broken = promise_broken(sampled.replicates.prompts, ess_fraction(health, observables[name]), independent)
-        if bars["change"].error == 0.0 and reading.change != 0.0:
+        broken = promise_broken(sampled.replicates.prompts, ess_fraction(healths[name], observables[name]), independent)
+        if reading.change == reading.first_order == 0.0:
+            bars = {}
+        elif bars["change"].error == 0.0 and reading.change != 0.0:
             bars, broken = {}, ("the observable does not use rollouts.weight, so it has no error bar",)
         done[name] = reading._replace(bars=bars, caveats=broken)
     return done

@@ -6,12 +6,13 @@ import dataclasses
 import html
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save_file
 
+from funcprobe.analysis.evidence import Evidence
 from funcprobe.analysis.readings import Reading, bar_from_dict
 from funcprobe.analysis.text import rows_of, summary_of
 from funcprobe.data.atomic import fresh_directory
@@ -66,6 +67,7 @@ class ProbeResult:
     timings: dict[str, float]  #: seconds by phase
     environment: Json  #: versions, device, threads, precision
     update: Params | None = None  #: Δθ on request: name-keyed, CPU, float32
+    evidence: Evidence | None = field(default=None, compare=False, repr=False)  #: scores on request; not saved
 
     @property
     def main(self) -> Reading:
@@ -134,7 +136,9 @@ class ProbeResult:
     def to_dict(self) -> Json:
         """Return everything but Δθ as JSON-safe values, with `schema_version`."""
         plain: dict[str, Any] = {
-            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("update", "family")
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("update", "family", "evidence")
         }
         plain["readings"] = {name: reading.to_dict() for name, reading in self.readings.items()}
         plain["exchange"] = {name: found._asdict() for name, found in self.exchange.items()}
@@ -190,19 +194,22 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
     version = plain.pop("schema_version", None) if isinstance(plain, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
-    names = {f.name for f in dataclasses.fields(cls)} - {"update"}
+    names = {f.name for f in dataclasses.fields(cls)} - {"update", "evidence"}
     if plain.keys() != names:
         raise InputError(f"{file} has other fields than a result: {sorted(plain.keys() ^ names)}; the file is damaged.")
-    plain["readings"] = {name: Reading.from_dict(reading) for name, reading in plain["readings"].items()}
-    plain["exchange"] = {name: bar_from_dict(found) for name, found in plain["exchange"].items()}
-    plain["family"] = {name: Estimate(**estimate) for name, estimate in plain["family"].items()}
-    plain["health"] = WeightHealth(**plain["health"])
-    plain["evaluation"], plain["update_batch"] = (
-        BatchCounts(**plain["evaluation"]),
-        BatchCounts(**plain["update_batch"]),
-    )
-    plain["top"] = tuple((name, norm) for name, norm in plain["top"])
-    plain["warnings"], plain["notes"] = tuple(plain["warnings"]), tuple(plain["notes"])
+    try:
+        plain["readings"] = {name: Reading.from_dict(reading) for name, reading in plain["readings"].items()}
+        plain["exchange"] = {name: bar_from_dict(found) for name, found in plain["exchange"].items()}
+        plain["family"] = {name: Estimate(**estimate) for name, estimate in plain["family"].items()}
+        plain["health"] = WeightHealth(**plain["health"])
+        plain["evaluation"], plain["update_batch"] = (
+            BatchCounts(**plain["evaluation"]),
+            BatchCounts(**plain["update_batch"]),
+        )
+        plain["top"] = tuple((name, norm) for name, norm in plain["top"])
+        plain["warnings"], plain["notes"] = tuple(plain["warnings"]), tuple(plain["notes"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not a whole result ({error}); the file is damaged.") from error
     kept = folder / "update.safetensors"
     return cls(**plain, update=load_file(kept) if kept.is_file() else None)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 from funcprobe import engine, tree
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, unequal_groups
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.first_order import First, first_order
 from funcprobe.analysis.identity import identity_of
@@ -125,7 +125,8 @@ def sweep(
     for point in family.points(todo, chunk):
         kept.add(point)
     points = tuple(kept.points[lr] for lr in lrs)
-    said.also(before_measuring(evaluation, update, family.reference.size, {**family.info, "lr": lrs[-1]}))
+    said.also(before_measuring(evaluation, update, family.size, {**family.info, "lr": lrs[-1]}))
+    said.also(unequal_groups(step.optimizer))
     said.also(_gathered("At", points, "warnings"))
     return SweepResult(
         points=points,
@@ -157,8 +158,9 @@ class Family:
         self._step, self._params, self._opt_state, self._gradient = step, params, opt_state, gradient
         taken = self._taken(reference_lr)
         self.info = info | {name: x for name, x in taken.info.items() if name != "lr"}
-        self.reference = Move.of(params, taken.params, taken.update)
-        self.first = first_order(asked, params, self.reference.update)
+        self.reference_update, self.size = taken.update, Move.of(params, taken.params, taken.update).size
+        del taken  # θ′ of the reference is not needed any more
+        self.first = first_order(asked, params, self.reference_update)
 
     def move(self, lr: float) -> Move:
         """Return the step at a learning rate; no model is run."""
@@ -170,8 +172,7 @@ class Family:
         c = lr / self.reference_lr
         if self.first.along is None:
             return self.first
-        off = tree.norm(tree.sub(move.update, tree.scale(c, self.reference.update)))
-        if float(off) <= PROPORTIONAL * move.size.norm:
+        if _off(move.update, self.reference_update, c) <= PROPORTIONAL * move.size.norm:
             return self.first.scaled(c)
         said.notes.append("the update is not proportional to the learning rate, so its derivative was taken anew")
         return first_order(self.asked._replace(said=Messages(quiet=True)), self._params, move.update)
@@ -207,9 +208,12 @@ class Family:
             return self._step.apply(self._params, self._opt_state, self._gradient, lr=lr)
 
     def _scores(self, moves: list[Move]) -> list[TokenScores] | list[None]:
-        """Return the scores at several θ′ in one pass; None, for each to be scored on its own, where there is one."""
+        """Return the scores at several θ′ in one pass; None, for each to be scored on its own, where there is one.
+
+        In reverse mode the anchor was scored by the model's own attention, which has no batching rule.
+        """
         passes = self.asked.passes
-        if len(moves) == 1 or self.asked.options.method == "path":
+        if len(moves) == 1 or self.asked.options.method == "path" or self.first.along is None:
             return [None] * len(moves)
         with passes.clock("E at θ′"), _vmap_errors(len(moves)):
             return engine.scores_of_many(
@@ -220,7 +224,14 @@ class Family:
                 microbatch=passes.microbatch,
                 progress=passes.progress,
                 what=f"E at {len(moves)} θ′",
+                order=self.asked.options.order,
             )
+
+
+def _off(update: Params, reference: Params, c: float) -> float:
+    """Return ‖Δθ − c·Δθ₀‖₂, a leaf at a time."""
+    each = (tree.norm({n: u - c * reference[n]}) for n, u in update.items())
+    return math.sqrt(sum(float(norm) ** 2 for norm in each))
 
 
 def check_lrs(lrs: Sequence[float]) -> None:

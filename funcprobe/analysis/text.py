@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from funcprobe.analysis.readings import Reading
@@ -23,6 +24,7 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
         ("predicted  δF₁", with_error(main.first_order, main.bars.get("first_order")) + share),
         ("remainder  ΔF − δF₁", with_error(main.remainder, main.bars.get("remainder"))),
         *_rounding(result),
+        *([] if main.error is None else [("float error of ΔF", f"about {main.error:.0e}")]),
         *_curvature(result),
         *_others(result),
         ("step  ‖Δθ‖₂", f"{result.update_norm:.6e} at lr {result.lr:g}"),
@@ -32,7 +34,7 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
             f"{health.ess_sequence:.1f} of {n} sequences, prefixes at least {health.ess_prefix_min:.1f}",
         ),
         ("Pareto k̂", khat),
-        *([("error bars optimistic", "; ".join(main.caveats))] if main.caveats else []),
+        *_caveats(result),
     ]
 
 
@@ -43,7 +45,16 @@ def with_error(value: float, found: Bar | None) -> str:
         >>> with_error(-2.5e-3, None)
         '-2.500000e-03'
     """
-    return f"{value:+.6e}" + ("" if found is None else f" ± {found.error:.1e}")
+    known = found is not None and math.isfinite(found.error)
+    return f"{value:+.6e}" + (f" ± {found.error:.1e}" if known and found else "")
+
+
+def _caveats(result: ProbeResult) -> list[tuple[str, str]]:
+    """Say why bars are optimistic, once where all observables share the reasons."""
+    every = {name: "; ".join(reading.caveats) for name, reading in result.readings.items()}
+    if len(set(every.values())) == 1:
+        every = {"": next(iter(every.values()))}
+    return [(f"error bars optimistic {name}".rstrip(), text) for name, text in every.items() if text]
 
 
 def _by(reading: Reading) -> str:
@@ -59,6 +70,8 @@ def _curvature(result: ProbeResult) -> list[tuple[str, str]]:
     main = result.main
     if main.second_order is None:
         return []
+    if main.crossover is None:
+        return [("second order  δF₂", with_error(main.second_order, main.bars.get("second_order")))]
     return [
         ("second order  δF₂", with_error(main.second_order, main.bars.get("second_order"))),
         ("linear within 5 %", f"up to lr {result.linear_until_lr:.2g}; |δF₂| = |δF₁| at {result.crossover_lr:.2g}"),
@@ -85,7 +98,9 @@ def _others(result: ProbeResult) -> list[tuple[str, str]]:
 
 def _vague(reading: Reading) -> str:
     """Say so where a ratio's denominator is not told from 0: such a ratio has no standard error to speak of."""
-    found = reading.bars["change"]
+    found = reading.bars.get("change")
+    if found is None:
+        return ""
     return "  (vague: its denominator is within two errors of 0)" if abs(found.value) < 2 * found.error else ""
 
 

@@ -81,6 +81,7 @@ class Config(Strict):
     bars: Literal["auto", "jackknife", "infinitesimal", "bootstrap"] | None = key(
         "auto", "auto, jackknife, infinitesimal, bootstrap or none", "error bars over prompts"
     )
+    level: float = key(0.95, "a number between 0 and 1", "coverage of the bars' intervals", gt=0, lt=1)
     seed: int = key(0, "an integer ≥ 0", "of the bootstrap", ge=0)
     rounding: Literal["auto"] | bool = key(
         "auto", "auto, true or false", "true, false or auto: the effect of storing θ′ in its dtype"
@@ -117,7 +118,7 @@ class Config(Strict):
 
     def measuring(self) -> dict[str, Any]:
         """Return the options that a probe and a sweep share, by the names of their keywords."""
-        names = ("mode", "method", "tolerance", "bars", "seed", "ess_threshold", "on_low_ess")
+        names = ("mode", "method", "tolerance", "bars", "level", "seed", "ess_threshold", "on_low_ess")
         return {**{name: getattr(self, name) for name in names}, "microbatch": self.microbatching}
 
 

@@ -90,6 +90,9 @@ class ObservableConfig(Strict):
     proposal: Literal["anchor", "sampler"] = key(
         "anchor", "anchor or sampler", "anchor or sampler: weigh against recomputed log-probs, or the sampler's"
     )
+    control_variate: bool = key(
+        False, "true or false", "subtract the mean of the prompt's other rollouts: pays where prompts differ much"
+    )
 
 
 def further(name: str) -> Observable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Literal
 
 import optree
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional
 from torch import Tensor
 
 from funcprobe.data.rollouts import microbatches, take, to_device
-from funcprobe.engine.kernels import differentiable_attention
+from funcprobe.engine.kernels import forward_arithmetic
 from funcprobe.errors import NumericsError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
@@ -30,17 +31,18 @@ def scores(
     microbatch: Microbatch = None,
     progress: Progress | None = None,
     what: str = "scores",
-    math_kernel: bool = False,
+    order: Literal[0, 1, 2] = 0,
 ) -> TokenScores:
     """Return the scores `[B, T]` of a batch, by microbatch and without a graph.
 
-    With `math_kernel` attention runs in the kernel that forward mode takes, so that the two see one arithmetic.
+    With an `order` of 1 or 2 the model runs in the arithmetic of forward mode of that order (attention in the math
+    kernel, formulas that can be differentiated twice), so that their scores may be subtracted from one another.
 
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
     """
     rollouts = to_device(rollouts, policy.device)
-    with differentiable_attention(policy) if math_kernel else nullcontext(), torch.no_grad():
+    with forward_arithmetic(policy, order) if order else nullcontext(), torch.no_grad():
         found = [
             (rows, finite(score(policy, params, part, stats), rows, what))
             for rows, part in pieces(rollouts, microbatch, progress, what)
@@ -57,12 +59,13 @@ def scores_of_many(
     microbatch: Microbatch = None,
     progress: Progress | None = None,
     what: str = "scores",
+    order: Literal[1, 2] = 1,
 ) -> list[TokenScores]:
     """Return the scores `[B, T]` at each of several parameter trees, all in one pass: vmap over the trees.
 
     What the trees share with the frozen weights is read once for all of them, so it pays where few leaves are trained
-    (LoRA) or the model is small; activations take as many times the memory. Attention runs in the math kernel, which
-    has a batching rule.
+    (LoRA) or the model is small; activations take as many times the memory. The model runs in the arithmetic of forward
+    mode of that order: the math kernel has a batching rule.
 
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
@@ -70,7 +73,7 @@ def scores_of_many(
     rollouts = to_device(rollouts, policy.device)
     stacked = {name: torch.stack([params[name] for params in several]) for name in several[0]}
     found: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
-    with differentiable_attention(policy), torch.no_grad():
+    with forward_arithmetic(policy, order), torch.no_grad():
         for rows, part in pieces(rollouts, microbatch, progress, what):
             run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
             together = run(stacked)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -14,8 +16,8 @@ from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, each, finite, gather, pieces
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
-    TwiceDifferentiable,
     differentiable_attention,
+    forward_arithmetic,
     forward_mode_errors,
 )
 from funcprobe.policy.module import Policy
@@ -63,16 +65,27 @@ def directional(
         NumericsError: If a score is not finite; the message names the sequences.
     """
     rollouts = to_device(rollouts, policy.device)
-    params, direction = tree.map_(Tensor.detach, params), tree.like(direction, params)
+    params, size = tree.map_(Tensor.detach, params), 1.0
+    if any(p.dtype == torch.float16 for p in params.values()):
+        size = _binary_size(direction)
+        direction = tree.scale(1 / size, direction)
+    direction = tree.like(direction, params)
     found: list[tuple[Tensor, Directional]] = []
-    formulas = TwiceDifferentiable() if order == 2 else OnceDifferentiable()
-    with differentiable_attention(policy), formulas, torch.set_grad_enabled(order == 2), forward_mode_errors():
+    once = OnceDifferentiable() if order == 1 else nullcontext()
+    with forward_arithmetic(policy, order), once, torch.set_grad_enabled(order == 2), forward_mode_errors():
         for rows, part in pieces(rollouts, microbatch, progress, what):
             along = _push(partial(score, policy, rollouts=part, stats=stats), params, direction, order)
             finite(along.scores, rows, what)
             found.append((rows, along))
         fields = [f for f in Directional._fields if getattr(found[0][1], f) is not None]
-        return Directional(*(gather([(rows, getattr(a, f)) for rows, a in found], rollouts) for f in fields))
+        unit = Directional(*(gather([(rows, getattr(a, f)) for rows, a in found], rollouts) for f in fields))
+        return unit if size == 1.0 else unit.scaled(size)
+
+
+def _binary_size(direction: Params) -> float:
+    """Return the power of 2 next to the largest entry: scaling by it is exact, and keeps float16 off its floor."""
+    largest = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
+    return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
 
 
 def _push(run: Callable[..., TokenScores], params: Params, direction: Params, order: int) -> Directional:

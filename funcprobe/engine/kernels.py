@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional
@@ -189,6 +189,13 @@ def _layer_norm(
     y = centred * torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
+
+
+@contextmanager
+def forward_arithmetic(policy: Policy, order: Literal[1, 2] = 1) -> Iterator[None]:
+    """Hold a policy to kernels and formulas that have forward derivatives up to an order."""
+    with differentiable_attention(policy), TwiceDifferentiable() if order == 2 else nullcontext():
+        yield
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def replicates(
             exact = chosen == "jackknife"
             values = _left_out(weighed, share, chunk) if exact else estimate - _influence(weighed, share, chunk)
             _check_finite(values, lambda r: f"without prompt (group) {int(prompts[r])}")
-    return Replicates(estimate.detach().double(), values.detach().double(), count, chosen)
+    return Replicates(estimate.detach().double().cpu(), values.detach().double().cpu(), count, chosen)
 
 
 def bar(replicates: Replicates, h: Callable[[Tensor], Tensor] | None = None, level: float = 0.95) -> Bar:

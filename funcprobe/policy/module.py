@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,16 +163,23 @@ def _plain_attention(skeleton: nn.Module) -> Callable[[], AbstractContextManager
     configs = {id(c): c for m in skeleton.modules() if (c := getattr(m, "config", None)) is not None}
     found = [c for c in configs.values() if getattr(c, "_attn_implementation", None) not in (None, "eager", "sdpa")]
 
+    own = [config._attn_implementation for config in found]
+    lock, inside = threading.Lock(), [0]
+
+    def switch(by: int, names: Sequence[str]) -> None:
+        with lock:  # the first one in switches, and the last one out switches back
+            inside[0] += by
+            if inside[0] == max(by, 0):
+                for config, name in zip(found, names, strict=True):
+                    config._attn_implementation = name
+
     @contextmanager
     def plain() -> Iterator[None]:
-        set_to = [config._attn_implementation for config in found]
+        switch(1, ["sdpa"] * len(found))
         try:
-            for config in found:
-                config._attn_implementation = "sdpa"
             yield
         finally:
-            for config, name in zip(found, set_to, strict=True):
-                config._attn_implementation = name
+            switch(-1, own)
 
     return plain if found else nullcontext
 

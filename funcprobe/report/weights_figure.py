@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from funcprobe.analysis.evidence import Evidence
+from funcprobe.analysis.result import ProbeResult
 from funcprobe.errors import InputError
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, pareto_khat, sequence_weights
 from funcprobe.report.canvas import legend_outside, new_axes
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 #: What can be drawn: the scores of a step, or the log-weight of every sequence.
-Weighed = Evidence | Tensor | NDArray[np.floating] | Sequence[float]
+Weighed = ProbeResult | Evidence | Tensor | NDArray[np.floating] | Sequence[float]
 
 
 class Sizes(NamedTuple):
@@ -41,7 +42,8 @@ def plot_weights(weighed: Weighed, ax: Axes | None = None) -> Axes:
     size and the Pareto k̂, below .7 where the sample is large enough (Vehtari et al., arXiv 1507.02646).
 
     Args:
-        weighed: Log-weights, one for every sequence, of equal base weight; or the scores of a step, whose rollouts
+        weighed: Log-weights, one for every sequence, of equal base weight; or a result of
+            `probe(keep_scores=True)`, or its scores, whose rollouts
             bring base weights: these multiply the shares and leave out rows of weight 0, and the ESS is given beside
             what the base weights alone would leave. k̂ is of the log-weights without them, as in `WeightHealth`.
         ax: Where to draw; by default on a figure of its own.
@@ -73,8 +75,13 @@ def sizes_of(weighed: Weighed) -> Sizes:
     """Return the weights and how healthy they are.
 
     Raises:
-        InputError: If the log-weights are not a vector of finite numbers with at least one entry.
+        InputError: If the log-weights are not a vector of finite numbers with at least one entry, or a result kept no
+            scores.
     """
+    if isinstance(weighed, ProbeResult):
+        if weighed.evidence is None:
+            raise InputError("This result kept no scores; probe with keep_scores=True to draw its weights.")
+        weighed = weighed.evidence
     if isinstance(weighed, Evidence):
         a = weighed.rollouts.weight.detach().cpu().double()
         logs = log_ratios(weighed.after, weighed.anchor, weighed.rollouts).detach().cpu().double().sum(-1)[a > 0]

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import warnings
+from typing import Literal
 
 import pytest
 import torch
@@ -13,12 +14,20 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import engine, tree
+from funcprobe.analysis import expansion
 from funcprobe.analysis.diagnostics import Clock
 from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import path, subtraction_error
+from funcprobe.analysis.expansion import _beginnings, path, subtraction_error
 from funcprobe.analysis.passes import Passes
 from funcprobe.engine import kernels
-from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError, NumericsError
+from funcprobe.errors import (
+    EffectiveSampleSizeError,
+    ForwardModeError,
+    FuncprobeWarning,
+    InputError,
+    NumericsError,
+)
+from funcprobe.report.weights_figure import plot_weights
 from funcprobe.types import Params
 from tests import models
 from tests.analysis.test_measure import E, U, case
@@ -155,12 +164,12 @@ def along_path(eta: float, nodes_from: str) -> tuple[dict[str, float], dict[str,
     if nodes_from == "path":
         after = path(passes, params, narrow_v, along, OBSERVABLES, 1e-5).scores
     else:
-        after = passes.scores({n: (p.double() + exact[n]).float() for n, p in params.items()}, "E", math_kernel=True)
+        after = passes.scores({n: (p.double() + exact[n]).float() for n, p in params.items()}, "E", order=1)
     evidence = Evidence(rollouts, along.scores, after, along)
     truth = Evidence(
         rollouts,
-        engine.scores(wide, wide_params, rollouts, math_kernel=True),
-        engine.scores(wide, tree.add(wide_params, exact), rollouts, math_kernel=True),
+        engine.scores(wide, wide_params, rollouts, order=1),
+        engine.scores(wide, tree.add(wide_params, exact), rollouts, order=1),
     )
     return (
         {name: float(evidence.change(o)) for name, o in OBSERVABLES.items()},
@@ -196,12 +205,12 @@ def test_the_error_of_a_subtraction_is_estimated(eta: float) -> None:
         # the very step that was stored, so that rounding of θ′ is no part of the error
         exact = {n: stored[n].double() - p.double() for n, p in params.items()}
         along = engine.directional(policy, params, {n: x.float() for n, x in exact.items()}, rollouts)
-        after = engine.scores(policy, stored, rollouts, math_kernel=True)
+        after = engine.scores(policy, stored, rollouts, order=1)
         evidence = Evidence(rollouts, along.scores, after, along)
         truth = Evidence(
             rollouts,
-            engine.scores(wide, wide_params, rollouts, math_kernel=True),
-            engine.scores(wide, {n: p.double() for n, p in stored.items()}, rollouts, math_kernel=True),
+            engine.scores(wide, wide_params, rollouts, order=1),
+            engine.scores(wide, {n: p.double() for n, p in stored.items()}, rollouts, order=1),
         )
         for name in ("entropy", "sequence", "reward", "length"):
             o = OBSERVABLES[name]
@@ -275,8 +284,139 @@ def test_scores_of_a_path_are_those_of_the_end() -> None:
     passes = Passes.over(policy, E, OBSERVABLES, None, None, Clock())
     along = passes.directional(params, v, "E")
     found = path(passes, params, v, along, OBSERVABLES, 1e-11)
-    end = engine.scores(policy, tree.add(params, v), E, math_kernel=True)
+    end = engine.scores(policy, tree.add(params, v), E, order=1)
     assert found.converged
     # Gauss–Legendre that agrees to 1e-11 of F agrees to some 1e-9 of each score in float64
     torch.testing.assert_close(found.scores.logp, end.logp, rtol=0, atol=1e-9)
     assert math.isclose(found.reached, max(found.reached, 0.0))
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_anchor_and_end_are_scored_in_one_arithmetic(order: Literal[1, 2], dtype: torch.dtype) -> None:
+    policy, params = fp.from_module(models.gpt2(dtype))
+    step = fp.make_step(policy, fp.grpo(), fp.sgd(0.0))
+    with pytest.warns(FuncprobeWarning, match="The step is zero"):
+        found = fp.probe(policy, step, params, step.optimizer.init(params), E, U, order=order, method="difference")
+    assert found.change == 0.0  # the same parameters, to the last bit
+
+
+def test_the_check_of_the_second_order_is_nobodys_observable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A divergence has no cotangents at the anchor, and hides no fault by that."""
+    monkeypatch.setattr(kernels, "_layer_norm", torch.layer_norm)
+    one = case().probe(order=2, observables={"entropy": fp.entropy(), "kl": fp.kl()})
+    two = case().probe(order=2, observables={"kl": fp.kl(), "entropy": fp.entropy()})
+    assert any("forward over reverse" in note for note in two.notes)
+    assert two.readings["entropy"].second_order == one.readings["entropy"].second_order
+
+
+def test_the_check_looks_at_beginnings_alone() -> None:
+    policy, params = fp.from_module(models.gpt2())
+    v = models.direction(params)
+    rows, few = _beginnings(E)
+    assert few.ids.shape[0] == 4
+    assert set(rows.tolist()) <= set(E.attention_mask.sum(1).argsort(stable=True)[:4].tolist())
+    long = models.rollouts(6, seed=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expansion, "CHECKED_TOKENS", 2)
+        cut = _beginnings(long)[1]
+        assert cut.completion_mask.shape[1] == 2
+        found = fp.second_order(fp.entropy(), policy, params, v, long)
+    assert found.mode == "forward"
+    assert found.disagreement < 1e-10
+
+
+def test_half_precision_takes_no_path_it_could_not_walk() -> None:
+    policy, params = fp.from_module(models.gpt2(torch.bfloat16))
+    optimizer = fp.adamw(1e-4)
+    step = fp.make_step(policy, fp.grpo(), optimizer)
+    seen: list[str] = []
+    run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
+    found = run(progress=lambda what, done, total: seen.append(what))
+    assert found.main.method == "difference"
+    assert "E along the path" not in seen
+    assert any("too coarse for a path" in note for note in found.notes)
+    with pytest.raises(NumericsError, match="load the model in a wider dtype"):
+        run(method="path")
+
+
+def test_tangents_of_float16_do_not_vanish_with_the_step() -> None:
+    policy, params = fp.from_module(models.gpt2(torch.float16))
+    wide = {n: p.float() for n, p in params.items()}
+    small = models.direction(wide, 1e-9)  # float16 ends at 6e-8
+    large = {n: v * 2.0**20 for n, v in small.items()}
+    one, two = (engine.directional(policy, params, v, E).tangents.logp for v in (small, large))
+    assert float(one.abs().max()) > 0
+    torch.testing.assert_close(one * 2.0**20, two, rtol=1e-6, atol=0)
+
+
+def test_what_does_not_move_reads_zero() -> None:
+    even = E._replace(rewards=torch.ones(len(E.ids), dtype=torch.float64))
+    seen: list[str] = []
+    found = case().probe(
+        evaluation=even,
+        observables={"entropy": fp.entropy(), "reward": fp.expected_reward()},
+        progress=lambda what, done, total: seen.append(what),
+    )
+    reward = found.readings["reward"]
+    assert (reward.change, reward.first_order, reward.bars) == (0.0, 0.0, {})
+    assert "E along the path" not in seen  # whose rounding would have been chased in vain
+    assert found.exchange == {}
+    assert not any("rollouts.weight" in caveat for caveat in reward.caveats)
+
+
+def test_every_observable_is_judged_by_its_own_weights() -> None:
+    given = {"before": fp.kl("before"), "reward": fp.expected_reward()}
+    with pytest.raises(EffectiveSampleSizeError):
+        case().probe(lr=0.5, observables=given, on_low_ess="raise", method="difference", ess_threshold=0.9)
+    result = case().probe(lr=1e-2, observables=given, method="difference")
+    share = result.health.ess_sequence / result.health.ess_base
+    assert any("effective sample" in c for c in result.readings["reward"].caveats) == (share < 0.9)
+    assert not any("effective sample" in c for c in result.readings["before"].caveats)  # a plain mean uses all
+
+
+def test_statistics_of_one_name_are_one() -> None:
+    def using(power: int) -> fp.estimators.custom.Custom:
+        def moment(log_probs: Tensor, token: Tensor) -> Tensor:
+            return (power * log_probs).exp().sum(-1)
+
+        @fp.observable(f"moment {power}", "1", stats={"moment": moment})
+        def observable(scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts) -> Tensor:
+            return (scores.extra["moment"] * rollouts.weight.unsqueeze(-1)).sum() / rollouts.weight.sum()
+
+        return observable
+
+    one = using(2)
+    assert case().probe(observables={"a": one, "b": one}).readings["a"].change != 0.0
+    with pytest.raises(InputError, match="different statistics under the name 'moment'"):
+        case().probe(observables={"a": one, "b": using(3)})
+
+
+def test_a_divergence_has_its_second_order_for_nothing() -> None:
+    plain, full = (case().probe(observables={"entropy": fp.entropy(), "kl": fp.kl()}, order=o) for o in (1, 2))
+    assert plain.readings["kl"].second_order == pytest.approx(full.readings["kl"].second_order, rel=1e-9)
+    assert plain.second_order is None
+
+
+def test_inference_mode_is_named() -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode is on"):
+        case().probe()
+
+
+def test_a_learning_rate_for_all_groups_says_what_it_replaces() -> None:
+    module = models.two_lines()
+    groups = [{"params": [module.embed.weight], "lr": 0.0}, {"params": list(module.head.parameters()), "lr": 1e-2}]
+    live = fp.from_training(module, torch.optim.SGD(groups, lr=1e-3))
+    step = fp.make_step(live.policy, fp.grpo(), live.optimizer)
+    with pytest.warns(FuncprobeWarning, match=r"groups have learning rates 0, 0\.01, and all of them are set"):
+        fp.sweep(live.policy, step, live.params, live.opt_state, E, U, [1e-3, 1e-2])
+
+
+def test_scores_are_kept_on_request_and_drawn() -> None:
+    kept, bare = case().probe(keep_scores=True), case().probe()
+    assert bare.evidence is None
+    assert kept.evidence is not None
+    assert torch.equal(kept.evidence.rollouts.ids, E.ids)
+    assert plot_weights(kept).get_xlabel()
+    with pytest.raises(InputError, match="keep_scores=True"):
+        plot_weights(bare)

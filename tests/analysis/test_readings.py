@@ -151,7 +151,10 @@ def test_one_prompt_has_no_bar() -> None:
     one = take(E, E.group_ids == E.group_ids[0])
     result = case().probe(LR, evaluation=one, observables={"entropy": fp.entropy(), "reward": fp.expected_reward()})
     assert result.main.bars == {}
-    assert result.exchange == {}
+    (rate,) = result.exchange.values()
+    assert rate.value == result.change / result.readings["reward"].change
+    assert rate.error == math.inf  # and where nothing is known of its error, none is printed
+    assert "±" not in result.summary()
     (note,) = (n for n in result.notes if "error bars" in n)
     assert note == (
         "no error bars: The rollouts hold 1 prompt (group) that carries weight; a bar over prompts needs 2 or more."
@@ -271,7 +274,7 @@ def test_an_observable_that_ignores_its_weights_has_no_bar(scale: float) -> None
     assert result.main.bars == {}
     assert result.main.caveats == ("the observable does not use rollouts.weight, so it has no error bar",)
     assert result.readings["reward"].bars
-    assert result.exchange == {}
+    assert result.exchange["mine per reward"].error == math.inf
 
 
 def test_an_error_of_the_users_own_is_the_users() -> None:
@@ -292,7 +295,7 @@ def test_what_follows_from_the_numbers() -> None:
     assert reading.crossover == pytest.approx(2.0)
     still = reading._replace(change=0.0, first_order=0.0, second_order=0.0)
     assert math.isnan(still.ratio)
-    assert (still.nonlinearity, still.crossover) == (0.0, math.inf)
+    assert (still.nonlinearity, still.crossover) == (0.0, None)
     assert still._replace(first_order=0.1).nonlinearity == math.inf
     assert still._replace(second_order=None).crossover is None
 

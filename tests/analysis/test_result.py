@@ -95,3 +95,11 @@ def test_what_cannot_be_loaded_says_why(result: fp.ProbeResult, tmp_path: Path) 
     file.write_text(json.dumps(plain))
     with pytest.raises(InputError, match=r"other fields than a result: \['readings'\]"):
         fp.ProbeResult.load(tmp_path)
+
+
+def test_a_result_with_a_hole_is_damaged(result: fp.ProbeResult, tmp_path: Path) -> None:
+    plain = result.to_dict()
+    del next(iter(plain["readings"].values()))["unit"]
+    (tmp_path / "result.json").write_text(json.dumps(plain))
+    with pytest.raises(InputError, match="is not a whole result"):
+        fp.ProbeResult.load(tmp_path)
