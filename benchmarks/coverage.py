@@ -4,7 +4,8 @@ The policy of `prompted` has exact values of ΔF, δF₁ and everything made of 
 draws completions for each, and asks the package for its bars on that sample alone; the coverage is the fraction of
 2,000 replications whose interval holds the exact value.
 
-What was expected, and why, before it was measured (N = 256, nominal 95 %, ΔF and δF₁):
+What was expected, and why (N = 256, nominal 95 %, ΔF and δF₁); written before measuring, but for the uneven prompts
+and the signs of E's gradient, which were added after a first run and short looks at them:
 
 * at least 30 prompts, ESS at least .9, Δθ apart from E: 93 to 97 for both weightings, which is what is promised.
   2,000 replications know a coverage to half a percent.
