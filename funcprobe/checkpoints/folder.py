@@ -178,7 +178,15 @@ def _unpickled(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():  # what torch says about foreign pickles beside refusing them
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError, TypeError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        AttributeError,
+        TypeError,
+    ) as error:
         # torch's own message is coloured, and advises to load the file without this guard
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds objects of {named[1]}" if named else "it is damaged, or holds other objects"

@@ -290,6 +290,10 @@ def one_moment_of_another_shape(folder: Path) -> None:
     torch.save(saved, folder / "optimizer.pt")
 
 
+def words_for_an_optimizer(folder: Path) -> None:
+    (folder / "optimizer.pt").write_bytes(b"something else")
+
+
 def bad_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -322,6 +326,7 @@ def bad_tokenizer(folder: Path) -> None:
         ),
         (objects_in_a_torch_file, r"and nothing else is unpickled: it holds objects of pathlib\.\w+\.$"),
         (empty_optimizer, r"and nothing else is unpickled: it is damaged, or holds other objects\.$"),
+        (words_for_an_optimizer, r"and nothing else is unpickled: it is damaged, or holds other objects\.$"),
         (other_models_optimizer, "numbers 1 parameters and the model has 28 trainable ones"),
         (one_moment_of_another_shape, "first parameter without a place is 'transformer.wte.weight'"),
         (bad_tokenizer, "tokenizer in .* cannot be read"),
