@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, ess_fraction, is_independent
+from funcprobe.analysis.family import Family
 from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.one_step import asked_for
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
-from funcprobe.analysis.sweep import Family
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.policy.module import Policy
