@@ -490,3 +490,21 @@ def test_biases_alone_may_move() -> None:
     ends = [engine.scores(policy, tree.axpy(c, v, params), rollouts, order=1).logp for c in (e, -e)]
     # central difference in float64: truncation e² and rounding 1e-16/e
     torch.testing.assert_close(along.tangents.logp, (ends[0] - ends[1]) / (2 * e), rtol=1e-6, atol=1e-8)
+
+
+def test_a_padding_row_moves_observables_and_not_the_training_step() -> None:
+    module = models.two_lines()
+    module.embed.padding_idx = 3  # prompts end with it, so the policy reads it all the time
+    policy, params = fp.from_module(module)
+    v, rollouts = models.direction(params), models.rollouts()
+    f = functools.partial(entropy_of, fp.entropy())
+    along = engine.directional(policy, params, v, rollouts)
+    slope = float(engine.derivative(lambda s: f(s, rollouts)[0], along)[1])
+    exact = engine.gradient(f, policy, params, rollouts, as_training=False, microbatch=4).gradient
+    H = fp.anchored(fp.entropy(), policy, rollouts, params)
+    for gradient in (exact, torch.func.grad(H)(params)):
+        assert float(tree.dot(gradient, v)) == pytest.approx(slope, rel=1e-10)
+        assert float(gradient["embed.weight"][3].abs().max()) > 0
+    trained = engine.gradient(f, policy, params, rollouts).gradient
+    assert float(trained["embed.weight"][3].abs().max()) == 0.0  # as a training loop's .backward() leaves it
+    torch.testing.assert_close(trained["embed.weight"][4], exact["embed.weight"][4], rtol=1e-12, atol=1e-15)

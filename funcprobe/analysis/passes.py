@@ -66,7 +66,7 @@ class Passes(NamedTuple):
     def gradient(self, f: engine.ScoresFunction, params: Params, what: str) -> engine.Gradient:
         """Return a function of E's scores and its gradient, by reverse mode."""
         with self.clock(what):
-            return engine.gradient(f, self.policy, params, self.evaluation, **self._options(what))
+            return engine.gradient(f, self.policy, params, self.evaluation, as_training=False, **self._options(what))
 
     def curvature_by_reverse(self, fixed: TokenScores, params: Params, direction: Params, what: str) -> float:
         """Return Σ c·s̈ over E, forward over reverse."""

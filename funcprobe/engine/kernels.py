@@ -41,8 +41,26 @@ def differentiable_attention(policy: Policy) -> Iterator[None]:
 
     The kernel makes the attention matrices, of the square of the length; here it does so a block of queries at a time.
     """
-    with policy.plain_attention(), math_attention(), _QueryBlocks():
+    with policy.plain_attention(), math_attention(), _QueryBlocks(), EveryRow():
         yield
+
+
+class EveryRow(TorchFunctionMode):
+    """A context in which the backward pass of `embedding` leaves no row out.
+
+    torch's skips the row `padding_idx`, forward mode does not. A training loop's gradient is to skip it; the derivative
+    of an observable is not, where the policy really reads that token.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, embeddings without a padding row."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.embedding:
+            args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
+            kwargs = {name: value for name, value in kwargs.items() if name != "padding_idx"}
+        return func(*args, **kwargs)
 
 
 class _QueryBlocks(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from funcprobe import tree
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, finite, gather, pieces, scores
 from funcprobe.engine.forward import cotangents, rows_of
+from funcprobe.engine.kernels import EveryRow
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
@@ -37,6 +39,7 @@ def gradient(
     rollouts: Rollouts,
     *,
     separable: bool = False,
+    as_training: bool = True,
     stats: Stats | None = None,
     microbatch: Microbatch = None,
     progress: Progress | None = None,
@@ -46,7 +49,8 @@ def gradient(
 
     `∂f/∂θ = Σ_microbatches (∂s/∂θ)ᵀ ∂f/∂s`. In general the cotangents `∂f/∂s` depend on every score, so a pass
     without gradients comes first. A *separable* f (the value of a batch is the sum of its slices' values) takes its
-    cotangents from the slice at hand, and one pass does.
+    cotangents from the slice at hand, and one pass does. `as_training` leaves out the row `padding_idx` of an
+    embedding, as torch's backward pass does; without it the gradient is the derivative, whatever the policy reads.
 
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
@@ -63,6 +67,7 @@ def gradient(
     total: Params | None = None
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
+    embeddings = nullcontext() if as_training else EveryRow()
     for rows, part in pieces(rollouts, microbatch, progress, what):
         run = partial(score, policy, rollouts=part, stats=stats, rematerialise=True)
 
@@ -70,7 +75,8 @@ def gradient(
             finite(at, rows, what)
             return cotangents(lambda s: f(s, part)[0], at) if fixed is None else rows_of(fixed, rows, part)
 
-        part_scores, pulled, flat = _pulled_back(run, params, cotangents_at, flat)
+        with embeddings:
+            part_scores, pulled, flat = _pulled_back(run, params, cotangents_at, flat)
         found.append((rows, part_scores))
         total = _accumulate(total, pulled, fresh=len(found) > 2)
         del pulled
