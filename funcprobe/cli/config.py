@@ -169,7 +169,7 @@ def describe_keys() -> str:
 
 
 def _line(name: str, default: object, meaning: str | None) -> str:
-    return f"  {name:<23}{default!s:<14}{meaning}"
+    return f"  {name:<28}{default!s:<14}{meaning}"
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:

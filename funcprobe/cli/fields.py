@@ -91,7 +91,7 @@ class ObservableConfig(Strict):
         "anchor", "anchor or sampler", "anchor or sampler: weigh against recomputed log-probs, or the sampler's"
     )
     control_variate: bool = key(
-        False, "true or false", "subtract the mean of the prompt's other rollouts: pays where prompts differ much"
+        False, "true or false", "subtract the mean of a prompt's other rollouts"
     )
 
 

@@ -41,6 +41,7 @@ def test_the_smallest_configuration_has_the_documented_defaults(tmp_path: Path) 
         "weighting": "per_decision",
         "per": "token",
         "proposal": "anchor",
+        "control_variate": False,
     }
     assert config.microbatching == TokenBudget(4096)
     assert config.output == tmp_path / "results"
