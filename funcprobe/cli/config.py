@@ -271,6 +271,8 @@ def _idle_keys(config: Config) -> list[str]:
         said.append("order: 2 is made of forward-mode passes; use mode auto or forward with it")
     if config.method == "difference" and config.tolerance != 1e-5:
         said.append("tolerance: can do nothing with method difference; leave one of them out")
+    if config.bars is None and config.level != 0.95:
+        said.append("level: can do nothing without bars; leave one of them out")
     if config.seed and config.bars != "bootstrap":
         said.append("seed: can do nothing without bars bootstrap; leave one of them out")
     if config.ess_threshold == 0 and config.on_low_ess == "raise":

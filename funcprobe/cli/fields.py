@@ -90,9 +90,7 @@ class ObservableConfig(Strict):
     proposal: Literal["anchor", "sampler"] = key(
         "anchor", "anchor or sampler", "anchor or sampler: weigh against recomputed log-probs, or the sampler's"
     )
-    control_variate: bool = key(
-        False, "true or false", "subtract the mean of a prompt's other rollouts"
-    )
+    control_variate: bool = key(False, "true or false", "subtract the mean of a prompt's other rollouts")
 
 
 def further(name: str) -> Observable:

@@ -158,6 +158,7 @@ def test_the_journal_of_another_sweep_is_refused(
         ([*LRS, "--also", "fame"], "also"),
         ([*LRS, "--tolerance", "0"], "tolerance"),
         ([*LRS, "--method", "difference", "--tolerance", "1e-3"], "tolerance: can do nothing"),
+        ([*LRS, "--bars", "none", "--level", "0.9"], "level: can do nothing without bars"),
         ([*LRS, "--seed", "3"], "seed: can do nothing without bars bootstrap"),
     ],
 )
