@@ -103,7 +103,7 @@ def test_the_order_of_rows_does_not_matter_and_nothing_is_changed(o: Observable,
 def test_every_observable_keeps_the_contract() -> None:
     for o in EVERY:
         assert isinstance(o, Observable)
-        assert o.weighting in ("sequence", "per_decision")
+        assert o.weighting in ("sequence", "per_decision", "none")
         assert isinstance(hash(o), int)
         check_observable(o, scored(batch([2, 3], 1), 1)[1], batch([2, 3], 1))
     assert len({o.name for o in EVERY}) == len(EVERY)
