@@ -153,7 +153,7 @@ def test_equals_reverse_mode_under_clipping_and_another_learning_rate(weighting:
     probe = StatefulProbe(*pair, objective="grpo", microbatch=4, weighting=weighting, max_grad_norm=0.05)
     mine = probe.run(evaluation, update, lr=4e-3)
     options = {"mode": "reverse", "observable": fp.entropy(weighting=weighting), "max_grad_norm": 0.05, "lr": 4e-3}
-    with pytest.warns(FuncprobeWarning, match="groups have learning rates"):  # which the one given takes the place of
+    with pytest.warns(fp.errors.FuncprobeWarning, match="groups have learning rates"):  # which one replaces
         found, delta = functional(pair, "grpo", evaluation, update, **options)
     assert found.step["clip_coefficient"] < 0.5
     assert_equal(mine, found.family[found.observable], delta)
