@@ -5,7 +5,6 @@ And of the base weights `a [B]` of the rollouts: a jackknife reads the same evid
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.types import Observable, Rollouts, TokenScores
-
-#: A scalar function of scores.
-Functional = Callable[[TokenScores], Tensor]
 
 #: Some tens of roundings, of a sum of thousands of terms.
 NOISE = 64 * torch.finfo(torch.float64).eps
@@ -29,7 +25,7 @@ class Evidence(NamedTuple):
     after: TokenScores  #: [B, T] at θ′ as stored, or at θ + Δθ by a path
     along: engine.Directional | None = None  #: at θ, with tangents along Δθ; None in reverse mode
 
-    def of(self, observable: Observable, a: Tensor | None = None) -> Functional:
+    def of(self, observable: Observable, a: Tensor | None = None) -> engine.Functional:
         """Return the observable as a function of scores alone, with base weights `a [B]`, by default E's own."""
         rollouts = self.rollouts if a is None else self.rollouts._replace(weight=a)
         return lambda scores: observable(scores, self.anchor, rollouts)
@@ -64,4 +60,4 @@ class Evidence(NamedTuple):
         """
         c = engine.cotangents(self.of(observable), self.after)
         parts = engine.each(lambda c, x, y: (c * (x - y)).abs().sum(), c, self.after, self.anchor)
-        return float(torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).sum())
+        return float(engine.fields(parts).sum())

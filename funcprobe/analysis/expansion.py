@@ -66,10 +66,9 @@ def second_order(
 
     `D²F[v, v] = f″[ṡ, ṡ] + f′·s̈` with ṡ, s̈ from nested forward mode: one pass, nothing stored. Forward over reverse
     gives `f′·s̈` by other formulas; on the beginnings of a few sequences, with fixed cotangents, the two are always held
-    against each other, and where they
-    disagree, because an operation's second derivative is wrong, `mode="auto"` takes forward over reverse throughout.
-    Reverse over forward would not do as a check: it shares the first-order forward formulas, which is where torch's
-    `layer_norm` is at fault (see `engine.kernels`).
+    against each other, and where they disagree, because an operation's second derivative is wrong, `mode="auto"` takes
+    forward over reverse throughout. Reverse over forward would not do as a check: it shares the first-order forward
+    formulas, which is where torch's `layer_norm` is at fault (see `engine.kernels`).
 
     Raises:
         ForwardModeError: If an operation of the model has no forward derivative.
@@ -77,10 +76,9 @@ def second_order(
     """
     passes = Passes.over(policy, evaluation, {observable.name: observable}, microbatch, progress, Clock())
     evaluation = passes.evaluation
-    found, disagreement = curved(passes, params, direction, mode)
+    found, disagreement = curved(passes, params, direction, engine.arithmetic(policy, params).eps, mode)
     evidence = Evidence(evaluation, found.scores, found.scores, found)
-    parts = engine.contributions(evidence.of(observable), found)
-    magnitude = float(torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).abs().sum())
+    magnitude = float(engine.fields(engine.contributions(evidence.of(observable), found)).abs().sum())
     first = float(evidence.first_order(observable))
     if found.curvatures is not None:
         second = float(evidence.second_order(observable))
@@ -94,9 +92,12 @@ def curved(
     passes: Passes,
     params: Params,
     direction: Params,
+    eps: float,
     mode: Literal["auto", "forward", "reverse"] = "auto",
 ) -> tuple[engine.Directional, float]:
     """Return the scores with ṡ and s̈, and by how much a check of s̈ failed; without s̈ where it cannot be trusted.
+
+    `eps` is that of the model's arithmetic, in whose terms the check is judged.
 
     Raises:
         InputError: If the mode is unknown.
@@ -108,7 +109,7 @@ def curved(
         return passes.directional(params, direction, "E, forward mode"), 0.0
     found = passes.directional(params, direction, "E, second order", order=2)
     off = _disagreement(passes, params, direction, found)
-    if off <= max(1e-3, 4 * engine.arithmetic(passes.policy, params).eps):
+    if off <= max(1e-3, 4 * eps):
         return found, off
     if mode == "forward":
         raise NumericsError(
@@ -142,8 +143,7 @@ def _disagreement(passes: Passes, params: Params, direction: Params, found: engi
     by_reverse = passes._replace(evaluation=few, progress=None).curvature_by_reverse(
         fixed, params, direction, "check of the second order"
     )
-    products = engine.each(torch.mul, fixed, bent)
-    terms = torch.stack([products.logp, products.entropy, *products.extra.values()])
+    terms = engine.fields(engine.each(torch.mul, fixed, bent))
     size = float(terms.abs().sum())
     return abs(float(terms.sum()) - by_reverse) / size if size else abs(by_reverse)
 
@@ -244,5 +244,4 @@ def subtraction_error(evidence: Evidence, observable: Observable, eps: float) ->
         return (c * unexplained.clamp(-cap, cap)).sum(1)
 
     parts: TokenScores = engine.each(by_row, c, evidence.after, evidence.anchor, evidence.along.tangents)
-    rows = torch.stack([parts.logp, parts.entropy, *parts.extra.values()]).sum(0)
-    return float(rows.norm())
+    return float(engine.fields(parts).sum(0).norm())

@@ -22,6 +22,7 @@ class First(NamedTuple):
     scores: TokenScores  #: [B, T] at θ
     along: engine.Directional | None  #: forward mode: tangents along Δθ, for every observable at once
     gradients: Mapping[str, Params]  #: reverse mode: ∇F of each observable
+    eps: float | None = None  #: forward mode: of the arithmetic that made the scores
     seconds: Mapping[str, float] = {}  #: δF₂ of each observable, where it was taken forward over reverse
 
     @property
@@ -48,8 +49,7 @@ class First(NamedTuple):
             return None
         if self.along.curvatures is not None:
             return float(evidence.second_order(observable))
-        c = engine.cotangents(evidence.of(observable), self.along.scores)
-        if not any(bool(field.any()) for field in (c.logp, c.entropy, *c.extra.values())):
+        if not bool(engine.fields(engine.cotangents(evidence.of(observable), self.along.scores)).any()):
             # a divergence: D²F = f″[ṡ, ṡ] + f′·s̈, and f′ = 0 at the anchor
             flat = self.along._replace(curvatures=engine.each(torch.zeros_like, self.along.scores))
             return float(evidence._replace(along=flat).second_order(observable))
@@ -80,20 +80,21 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
 
 def _forward(asked: Inquiry, params: Params, update: Params) -> First:
     passes, seconds = asked.passes, {}
+    eps, fused_attention = engine.arithmetic(passes.policy, params)
     if asked.options.order == 1:
         along = passes.directional(params, update, "E, forward mode")
     else:
-        along, off = curved(passes, params, update)
+        along, off = curved(passes, params, update, eps)
         if along.curvatures is None:
             asked.said.notes.append(
                 f"the second order was taken forward over reverse: nested forward mode was off by {off:.1e}"
             )
             seconds = {n: second_by_reverse(passes, params, update, o, along) for n, o in asked.observables.items()}
-    if engine.arithmetic(asked.passes.policy, params).fused_attention:
+    if fused_attention:
         asked.said.notes.append(
             "attention ran in the math kernel on E, because fused kernels have no forward derivative"
         )
-    return First(along.scores, along, {}, seconds)
+    return First(along.scores, along, {}, eps, seconds)
 
 
 def _reverse(asked: Inquiry, params: Params) -> First:

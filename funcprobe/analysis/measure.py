@@ -92,14 +92,13 @@ def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScore
     Raises:
         NumericsError: If `method="path"` does not reach the tolerance.
     """
-    passes, options, along = asked.passes, asked.options, first.along
+    passes, options, along, eps = asked.passes, asked.options, first.along, first.eps
     if options.method != "path":
         after = scores_after or passes.scores(move.after, "E at θ′", 0 if along is None else options.order)
         evidence = Evidence(passes.evaluation, first.scores, after, along)
         subtractions = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
-        if along is None:
+        if along is None or eps is None:
             return evidence, _Measured("difference", 0, dict.fromkeys(asked.observables), subtractions)
-        eps = engine.arithmetic(passes.policy, move.params).eps
         errors = {name: subtraction_error(evidence, o, eps) for name, o in asked.observables.items()}
         if options.method == "difference" or _is_fine(asked, evidence, errors, subtractions):
             return evidence, _Measured("difference", 0, errors, subtractions)
@@ -110,7 +109,7 @@ def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScore
             )
             return evidence, _Measured("difference", 0, errors, subtractions)
     assert along is not None  # a path is refused in reverse mode
-    eps = engine.arithmetic(passes.policy, move.params).eps
+    assert eps is not None
     found = path(passes, move.params, move.update, along, asked.observables, options.tolerance, eps)
     if not found.converged:
         text = (

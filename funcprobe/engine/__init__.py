@@ -7,9 +7,10 @@ knows what f is, so there is nothing to scale and no mean of means.
 """
 
 from funcprobe.engine.anchor import anchored
-from funcprobe.engine.batches import Stats, detached, each, scores, scores_of_many
+from funcprobe.engine.batches import Stats, detached, each, fields, scores, scores_of_many
 from funcprobe.engine.forward import (
     Directional,
+    Functional,
     contributions,
     cotangents,
     curvature_by_reverse,
@@ -23,6 +24,7 @@ from funcprobe.engine.reverse import Gradient, ScoresFunction, gradient
 __all__ = [
     "Arithmetic",
     "Directional",
+    "Functional",
     "Gradient",
     "ScoresFunction",
     "Stats",
@@ -35,6 +37,7 @@ __all__ = [
     "detached",
     "directional",
     "each",
+    "fields",
     "gradient",
     "math_attention",
     "scores",

@@ -27,8 +27,7 @@ def anchored(
         NumericsError: If a score at the anchor is not finite.
     """
     rollouts = to_device(rollouts, policy.device)
-    with differentiable_attention(policy):
-        anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch)
+    anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch, order=1)
 
     def measured(params: Params) -> Tensor:
         with differentiable_attention(policy):

@@ -116,6 +116,11 @@ def each(function: Callable[..., Tensor], *scores: TokenScores) -> TokenScores:
     return optree.tree_map(function, *scores)  # type: ignore[arg-type, return-value]
 
 
+def fields(scores: TokenScores) -> Tensor:
+    """Return the fields of the scores, statistics included, stacked along a new first axis."""
+    return torch.stack([scores.logp, scores.entropy, *scores.extra.values()])
+
+
 def finite(found: TokenScores, rows: Tensor, what: str) -> TokenScores:
     """Return the scores of the given rows of the batch, if all of them are finite.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
-from funcprobe.engine.batches import Stats, detached, each, finite, gather, pieces
+from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, pieces
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
     differentiable_attention,
@@ -158,8 +158,7 @@ def curvature_by_reverse(
             mine = rows_of(fixed, rows, part)
 
             def paired(at: Params, part: Rollouts = part, mine: TokenScores = mine) -> Tensor:
-                products = each(torch.mul, score(policy, at, part, stats), mine)
-                return sum(field.sum() for field in (products.logp, products.entropy, *products.extra.values()))  # type: ignore[return-value]
+                return fields(each(torch.mul, score(policy, at, part, stats), mine)).sum()
 
             _, turned = torch.func.jvp(torch.func.grad(paired), (params,), (direction,))  # type: ignore[misc]
             total = total + tree.dot(turned, direction)

@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from funcprobe import engine
 from funcprobe.errors import InputError
 from funcprobe.estimators.importance import Weighting
 from funcprobe.types import Observable, Rollouts, Statistic, TokenScores
@@ -82,7 +83,7 @@ def check_observable(observable: Observable, anchor: TokenScores, rollouts: Roll
             'of (scores, anchor, rollouts) with funcprobe.observable("its name", "its unit").'
         )
     said = f"The observable '{observable.name}' returned"
-    leaves, constants = _each(lambda x: x.detach().clone().requires_grad_(), anchor), _each(Tensor.detach, anchor)
+    leaves, constants = engine.each(lambda x: x.detach().clone().requires_grad_(), anchor), engine.detached(anchor)
     with torch.enable_grad():
         value = observable(leaves, constants, rollouts)
     _check_value(value, said)
@@ -116,7 +117,3 @@ def _check_value(value: Any, said: str) -> None:
             f"{said} {value.detach().item()} at the anchor, where nothing has moved; expected a finite number (does it "
             "divide by 0, or take a logarithm of it?)."
         )
-
-
-def _each(function: Callable[[Tensor], Tensor], scores: TokenScores) -> TokenScores:
-    return optree.tree_map(function, scores)  # type: ignore[arg-type, return-value]
