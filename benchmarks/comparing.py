@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import subprocess
 import sys
@@ -22,10 +21,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from funcprobe import engine
 from funcprobe.analysis.environment import describe_environment
+from funcprobe.types import Params
+
+#: What `--quick` takes in place of the defaults; what is said beside it still counts.
+QUICK = {"evaluation": 4, "update": 4, "length": 32, "microbatch": 2, "rounds": 1}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return the options that every comparison has."""
+def asked(description: str, **defaults: Any) -> argparse.Namespace:
+    """Return the options that every comparison has, as the command line sets them."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -37,8 +40,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--microbatch", type=int, default=8, help="sequences at a time (default 8)")
     add("--rounds", type=int, default=5, help="timed rounds, alternating (default 5)")
     add("--threads", type=int, default=2, help="torch threads (default 2)")
+    add("--quick", action="store_true", help="a few short sequences, one round: to see that it runs; writes nothing")
+    add("--json", type=Path, metavar="PATH", help="where the numbers go (default benchmarks/results/)")
     add("--peak", help=argparse.SUPPRESS)  # what a child process is asked for
-    return parser
+    parser.set_defaults(**defaults)
+    if parser.parse_args().quick:
+        parser.set_defaults(**QUICK)
+    return parser.parse_args()
 
 
 def shape_of(options: argparse.Namespace) -> Shape:
@@ -94,10 +102,13 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(width=max(100, Console().width)).print(table)
 
 
-def write(benchmark: str, options: argparse.Namespace, rows: list[Any]) -> None:
-    """Write the rows to `results/`, under a name that says model, adapters and device."""
-    asked = {name: value for name, value in vars(options).items() if name != "peak"}
+def write(benchmark: str, options: argparse.Namespace, rows: list[Any], params: Params) -> None:
+    """Write the rows to `results/`, under a name that says model, adapters and device; `params` are what is trained."""
+    if options.quick and options.json is None:
+        print("nothing written: --quick shows that it runs, and its numbers are no figures")
+        return
+    given = {name: value for name, value in vars(options).items() if name not in ("peak", "json")}
     name = f"{benchmark}-{options.model}{'-lora' if options.lora else ''}-{options.device}.json"
-    path = Path(__file__).parent / "results" / name
-    record.write(path, benchmark, asked, describe_environment(options.device), rows)
-    print(json.dumps({"written": f"benchmarks/results/{name}"}))
+    path = options.json or Path(__file__).parent / "results" / name
+    record.write(path, benchmark, given, describe_environment(options.device, params), rows)
+    print(f"written: {path.name}")

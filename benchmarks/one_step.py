@@ -26,7 +26,7 @@ def runs(pair: Pair) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    options = comparing.parser("One probe, stateful and functional.").parse_args()
+    options = comparing.asked("One probe, stateful and functional.")
     if options.peak:
         comparing.serve_peak(options, runs)
         return
@@ -51,7 +51,7 @@ def main() -> None:
     for name, (a, b) in same.items():
         print(f"{name}: stateful {a:+.6e}, functional {b:+.6e}")
     report = {"flops": count, "seconds": taken._asdict(), "mib": peaks, "ratios": ratios, "same": same}
-    comparing.write("one_step", options, [report])
+    comparing.write("one_step", options, [report], pair.params)
 
 
 if __name__ == "__main__":

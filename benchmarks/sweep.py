@@ -32,7 +32,7 @@ def runs(pair: Pair, count: int) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    options = comparing.parser("K learning rates, stateful and functional.").parse_args()
+    options = comparing.asked("K learning rates, stateful and functional.")
     torch.set_num_threads(options.threads)
     pair = build(comparing.shape_of(options))
     targets = {1: (0.87 if options.lora else 0.92, 1.0), 8: (0.29 if options.lora else 0.25, 0.35)}
@@ -48,7 +48,7 @@ def main() -> None:
         rows.append([str(count), *cells, f"{taken.seconds[0]:.2f} / {taken.seconds[1]:.2f} s"])
         report.append({"learning_rates": count, "flops": counted, "flops_ratio": ratio, "time": taken._asdict()})
     comparing.show("functional / stateful", ("learning rates", "FLOPs", "time", "behind it"), rows)
-    comparing.write("sweep", options, report)
+    comparing.write("sweep", options, report, pair.params)
 
 
 if __name__ == "__main__":

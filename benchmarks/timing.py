@@ -20,9 +20,15 @@ class Ratio(NamedTuple):
     seconds: tuple[float, float]  #: median wall seconds of either pass
 
 
-def side_by_side(first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: str) -> Ratio:
-    """Time both passes in every round, the order swapped from round to round, after one untimed run of each."""
-    first(), second()
+def side_by_side(
+    first: Callable[[], Any], second: Callable[[], Any], rounds: int, device: str, warm: bool = False
+) -> Ratio:
+    """Time both passes in every round, the order swapped from round to round, after one untimed run of each.
+
+    Where the process is `warm`, because it has run both on another batch, the untimed runs are left out.
+    """
+    if not warm:
+        first(), second()
     walls, cpus = [], []
     for number in range(rounds):
         order = (first, second) if number % 2 == 0 else (second, first)
