@@ -16,10 +16,11 @@ from funcprobe.engine.forward import (
     curvature_by_reverse,
     derivative,
     directional,
+    directional_of_many,
     second_derivative,
 )
 from funcprobe.engine.kernels import Arithmetic, arithmetic, math_attention
-from funcprobe.engine.reverse import Gradient, ScoresFunction, gradient
+from funcprobe.engine.reverse import Gradient, ScoresFunction, gradient, pull_back
 
 __all__ = [
     "Arithmetic",
@@ -36,10 +37,12 @@ __all__ = [
     "derivative",
     "detached",
     "directional",
+    "directional_of_many",
     "each",
     "fields",
     "gradient",
     "math_attention",
+    "pull_back",
     "scores",
     "scores_of_many",
     "second_derivative",

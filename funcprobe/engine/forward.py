@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, pieces
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
+    TrainedRows,
     differentiable_attention,
     forward_arithmetic,
     forward_mode_errors,
@@ -49,6 +50,7 @@ def directional(
     rollouts: Rollouts,
     *,
     order: Literal[1, 2] = 1,
+    as_training: bool = False,
     stats: Stats | None = None,
     microbatch: Microbatch = None,
     progress: Progress | None = None,
@@ -59,6 +61,8 @@ def directional(
     `ṡ = (∂s/∂θ) v`, with v taken in the dtype of the parameters, and with `order=2` also `s̈ = (∂²s/∂θ²)[v, v]` by
     nesting. Nothing is stored for a backward pass. Attention runs in the math kernel, the one that has forward
     derivatives, a block of queries at a time, so that its memory does not grow with the square of the length.
+    `as_training` leaves out what reading the row `padding_idx` of an embedding contributes, as torch's backward pass
+    does: the tangents are then the transpose of a training loop's gradient.
 
     Raises:
         ForwardModeError: If an operation of the model has no forward derivative; the message names the module.
@@ -71,8 +75,7 @@ def directional(
         direction = tree.scale(1 / size, direction)
     direction = tree.like(direction, params)
     found: list[tuple[Tensor, Directional]] = []
-    once = OnceDifferentiable() if order == 1 else nullcontext()
-    with forward_arithmetic(policy, order), once, torch.set_grad_enabled(order == 2), forward_mode_errors():
+    with _pushing(policy, order, as_training):
         for rows, part in pieces(rollouts, microbatch, progress, what):
             along = _push(partial(score, policy, rollouts=part, stats=stats), params, direction, order)
             finite(along.scores, rows, what)
@@ -80,6 +83,59 @@ def directional(
         fields = [f for f in Directional._fields if getattr(found[0][1], f) is not None]
         unit = Directional(*(gather([(rows, getattr(a, f)) for rows, a in found], rollouts) for f in fields))
         return unit if size == 1.0 else unit.scaled(size)
+
+
+def directional_of_many(
+    policy: Policy,
+    params: Params,
+    directions: Sequence[Params],
+    rollouts: Rollouts,
+    *,
+    as_training: bool = False,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "forward-mode derivatives",
+) -> list[Directional]:
+    """Return what `directional` returns for each of K directions, from one pass: vmap over the tangents.
+
+    The scores at θ are computed once, and the weights read once, for all of them: 1 + 2K forward passes in place of 3K.
+    Tangents of activations and directions take K times the memory. A float16 model goes one direction at a time.
+
+    Raises:
+        ForwardModeError: If an operation of the model has no forward derivative; the message names the module.
+        NumericsError: If a score is not finite; the message names the sequences.
+    """
+    given: dict[str, Any] = {"as_training": as_training, "stats": stats, "microbatch": microbatch}
+    given |= {"progress": progress, "what": what}
+    if len(directions) == 1 or any(p.dtype == torch.float16 for p in params.values()):
+        return [directional(policy, params, v, rollouts, **given) for v in directions]
+    rollouts = to_device(rollouts, policy.device)
+    params = tree.map_(Tensor.detach, params)
+    stacked = {n: torch.stack([v[n].to(device=p.device, dtype=p.dtype) for v in directions]) for n, p in params.items()}
+    found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
+    with _pushing(policy, 1, as_training):
+        for rows, part in pieces(rollouts, microbatch, progress, what):
+            run = partial(score, policy, rollouts=part, stats=stats)
+
+            def push(v: Params, run: Callable[..., TokenScores] = run) -> tuple[TokenScores, TokenScores]:
+                return torch.func.jvp(run, (params,), (v,))  # type: ignore[return-value]  # v -> s, ṡ
+
+            s, tangents = torch.vmap(push, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
+            finite(s, rows, what)
+            for k, own in enumerate(found):
+                own.append((rows, Directional(s, each(lambda x, k=k: x[k], tangents))))
+        scored = gather([(rows, along.scores) for rows, along in found[0]], rollouts)
+        return [Directional(scored, gather([(rows, a.tangents) for rows, a in own], rollouts)) for own in found]
+
+
+@contextmanager
+def _pushing(policy: Policy, order: Literal[1, 2], as_training: bool) -> Iterator[None]:
+    """Hold a policy to forward mode of that order, with what each order needs of the stack."""
+    once = OnceDifferentiable() if order == 1 else nullcontext()
+    rows = TrainedRows() if as_training else nullcontext()
+    with forward_arithmetic(policy, order), once, rows, torch.set_grad_enabled(order == 2), forward_mode_errors():
+        yield
 
 
 def _binary_size(direction: Params) -> float:

@@ -63,6 +63,28 @@ class EveryRow(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class TrainedRows(TorchFunctionMode):
+    """A context in which reading the row `padding_idx` of an embedding has no forward derivative.
+
+    A training loop's gradient leaves that row's reads out, so what is to be summed against such a gradient must too.
+    (The row may still have a derivative elsewhere: a tied head multiplies with it.)
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, embeddings with their padding row held."""
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if func is not torch.nn.functional.embedding:
+            return found
+        row = args[2] if len(args) > 2 else kwargs.get("padding_idx")
+        if row is None:
+            return found
+        row = row if row >= 0 else row + args[1].shape[0]
+        return torch.where((args[0] == row).unsqueeze(-1), found.detach(), found)
+
+
 class _QueryBlocks(TorchFunctionMode):
     """A context in which attention matrices of more than `ATTENTION_BUDGET` entries are made block by block.
 
@@ -164,6 +186,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 class _FrozenLinear(torch.autograd.Function):
     """`x Wᵀ + b` with the forward derivative `ẋ Wᵀ`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

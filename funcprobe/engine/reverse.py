@@ -56,34 +56,85 @@ def gradient(
         NumericsError: If a score is not finite; the message names the sequences.
     """
     rollouts = to_device(rollouts, policy.device)
-    known = (
-        None
-        if separable
-        else scores(
+    if separable:
+
+        def cotangents_at(at: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
+            return cotangents(lambda s: f(s, part)[0], at)
+
+    else:
+        known = scores(
             policy, params, rollouts, stats=stats, microbatch=microbatch, progress=progress, what=f"{what}: scores"
         )
-    )
-    fixed = None if known is None else cotangents(lambda s: f(s, rollouts)[0], known)
+        fixed = cotangents(lambda s: f(s, rollouts)[0], known)
+
+        def cotangents_at(at: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
+            return rows_of(fixed, rows, part)
+
+    options = _Options(as_training, stats, microbatch, progress, what)
+    pulled, gathered = _pass(cotangents_at, policy, params, rollouts, options)
+    value, info = f(gathered, rollouts)
+    return Gradient(value, pulled, gathered, info)
+
+
+def pull_back(
+    fixed: TokenScores,
+    policy: Policy,
+    params: Params,
+    rollouts: Rollouts,
+    *,
+    as_training: bool = False,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "gradient",
+) -> Params:
+    """Return `(∂s/∂θ)ᵀ c` for cotangents c `[B, T]` that are known, by one reverse-mode pass.
+
+    With `c = ∂f/∂s` it is the gradient of f; with all rows of c but one set to 0, what that row contributes to it.
+
+    Raises:
+        NumericsError: If a score is not finite; the message names the sequences.
+    """
+    rollouts = to_device(rollouts, policy.device)
+    options = _Options(as_training, stats, microbatch, progress, what)
+    return _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, rollouts, options)[0]
+
+
+class _Options(NamedTuple):
+    """How a reverse-mode pass is made."""
+
+    as_training: bool
+    stats: Stats | None
+    microbatch: Microbatch
+    progress: Progress | None
+    what: str
+
+
+def _pass(
+    cotangents_at: Callable[[TokenScores, Tensor, Rollouts], TokenScores],
+    policy: Policy,
+    params: Params,
+    rollouts: Rollouts,
+    options: _Options,
+) -> tuple[Params, TokenScores]:
+    """Return the sum of all microbatches' pulled-back cotangents, and the scores of the batch."""
     total: Params | None = None
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
-    embeddings = nullcontext() if as_training else EveryRow()
-    for rows, part in pieces(rollouts, microbatch, progress, what):
-        run = partial(score, policy, rollouts=part, stats=stats, rematerialise=True)
+    embeddings = nullcontext() if options.as_training else EveryRow()
+    for rows, part in pieces(rollouts, options.microbatch, options.progress, options.what):
+        run = partial(score, policy, rollouts=part, stats=options.stats, rematerialise=True)
 
-        def cotangents_at(at: TokenScores, part: Rollouts = part, rows: Tensor = rows) -> TokenScores:
-            finite(at, rows, what)
-            return cotangents(lambda s: f(s, part)[0], at) if fixed is None else rows_of(fixed, rows, part)
+        def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> TokenScores:
+            return cotangents_at(finite(at, rows, options.what), rows, part)
 
         with embeddings:
-            part_scores, pulled, flat = _pulled_back(run, params, cotangents_at, flat)
+            part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
         found.append((rows, part_scores))
         total = _accumulate(total, pulled, fresh=len(found) > 2)
         del pulled
     assert total is not None  # validated rollouts have at least one row
-    gathered = gather(found, rollouts)
-    value, info = f(gathered, rollouts)
-    return Gradient(value, {name: g.detach() for name, g in total.items()}, gathered, info)
+    return {name: g.detach() for name, g in total.items()}, gather(found, rollouts)
 
 
 def _pulled_back(
