@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,27 +57,72 @@ class LiftedOptimizer:
         }
         return OptimizerResult(after, update, state)
 
+    def vjp(
+        self, params: Params, opt_state: OptState, gradient: Params, covector: Params, lr: float | None = None
+    ) -> Params:
+        """Return `(∂Δθ/∂g)ᵀ c` at the gradient, by running the step on float64 copies with a graph.
+
+        A class that has the option takes torch's `differentiable=True`; of any other the step is run as it is written,
+        and what it reads out of a tensor as a number (the clip of Adafactor) is held.
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit, or the step cuts the graph.
+        """
+        check_gradient(params, gradient)
+        leaves = {n: _copy(g.to(params[n].dtype), torch.float64).requires_grad_() for n, g in gradient.items()}
+        instance, copies = self._instance(params, opt_state, leaves, lr, wide=True, graph=True)
+        # in-place arithmetic overwrites what a backward pass needs; torch keeps copies of it here
+        with _generators_kept(params), torch.autograd.graph.allow_mutation_on_saved_tensors(), torch.enable_grad():
+            inspect.unwrap(self.cls.step)(instance)
+            value = torch.stack([(copies[n] * c.double()).sum() for n, c in covector.items()]).sum()
+            if not value.requires_grad:
+                raise InputError(
+                    f"The step of {self.cls.__name__} cuts the graph between gradient and parameters, so it has no "
+                    "derivative; attribute with an optimizer of torch.optim."
+                )
+            found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        # √v has no derivative at v = 0, where an entry never had a gradient: no part of the gradient has a share in it
+        return {
+            n: torch.where(torch.isfinite(u) | (leaves[n] != 0), u, 0.0) for n, u in zip(leaves, found, strict=True)
+        }
+
     def _run(
         self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, wide: bool
     ) -> tuple[Params, OptState]:
         """Step a fresh instance on copies, in float64 if `wide`; the global generators are put back afterwards."""
+        wanted = {
+            name: _copy(g.to(params[name].dtype), torch.float64 if wide else params[name].dtype)
+            for name, g in gradient.items()
+        }
+        instance, copies = self._instance(params, opt_state, wanted, lr, wide)
+        with _generators_kept(params):
+            instance.step()
+        after = {name: copy.detach() for name, copy in copies.items()}
+        return after, {name: _stored(name, instance.state.get(copy, {})) for name, copy in copies.items()}
+
+    def _instance(
+        self,
+        params: Params,
+        opt_state: OptState,
+        gradient: Params,
+        lr: float | None,
+        wide: bool,
+        graph: bool = False,
+    ) -> tuple[torch.optim.Optimizer, Params]:
+        """Return a fresh instance of the class over copies of the leaves, which carry that gradient."""
         copies = {name: _copy(p, torch.float64 if wide else p.dtype) for name, p in params.items()}
         for name, copy in copies.items():
-            copy.grad = _copy(gradient[name].to(params[name].dtype), copy.dtype)
+            copy.grad = gradient[name]
         groups: list[dict[str, Any]] = []
         for names, hyper in assignments(self.groups, params, lr):
             pinned = _pinned(hyper, params[names[0]].dtype) if wide and names else hyper
-            groups.append({**pinned, "params": [copies[name] for name in names]})
+            groups.append({**pinned, **(_differentiable(hyper) if graph else {}), "params": [copies[n] for n in names]})
         taken = inspect.signature(self.cls).parameters
         instance = self.cls(groups, **{k: v for k, v in groups[0].items() if k in taken and k != "params"})
         for name, copy in copies.items():
             if state := check_state(name, params[name], opt_state):
                 instance.state[copy] = {key: _loaded(value, wide) for key, value in state.items()}
-        devices = sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
-        with torch.random.fork_rng(devices=devices):
-            instance.step()
-        after = {name: copy.detach() for name, copy in copies.items()}
-        return after, {name: _stored(name, instance.state.get(copy, {})) for name, copy in copies.items()}
+        return instance, copies
 
 
 def refuse(cls: type[torch.optim.Optimizer]) -> None:
@@ -103,6 +149,17 @@ def _pinned(hyper: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     if isinstance(eps, tuple) and eps[0] is None:
         return {**hyper, "eps": (torch.finfo(dtype).eps, *eps[1:])}
     return hyper
+
+
+def _differentiable(hyper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options under which a class keeps a graph: those of torch's that it has."""
+    wanted = {"differentiable": True, "foreach": False, "fused": False, "capturable": False}
+    return {key: value for key, value in wanted.items() if key in hyper}
+
+
+def _generators_kept(params: Params) -> AbstractContextManager[None]:
+    devices = sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
+    return torch.random.fork_rng(devices=devices)
 
 
 def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:

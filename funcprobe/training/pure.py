@@ -86,13 +86,25 @@ class PureOptimizer:
         Raises:
             InputError: If names or shapes do not fit.
         """
-        leaves = self._leaves(params, lr)
-        return {
-            name: self._update(
-                p.detach(), gradient[name], self._state(name, params, opt_state, leaves[name]), leaves[name]
-            )
-            for name, p in params.items()
-        }
+        pieces: dict[str, list[Tensor]] = {name: [] for name in params}
+        for name, g, terms in self.pieces(params, opt_state, gradient, lr):
+            wide = torch.promote_types(params[name].dtype, torch.float32)
+            pieces[name].append((terms.scale * g.double() + (terms.momentum + terms.decay)).to(wide))
+        return {name: torch.cat(found).reshape(params[name].shape) for name, found in pieces.items()}
+
+    def vjp(
+        self, params: Params, opt_state: OptState, gradient: Params, covector: Params, lr: float | None = None
+    ) -> Params:
+        """Return `(∂Δθ/∂g)ᵀ c` at the gradient: through the denominators too, which `terms` holds.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        _, pull = torch.func.vjp(lambda g: self.update(params, opt_state, g, lr), gradient)  # type: ignore[misc]
+        (found,) = pull(
+            {name: c.to(torch.promote_types(params[name].dtype, torch.float32)) for name, c in covector.items()}
+        )
+        return found
 
     def affine(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> Affine:
         """Return `(offset, scale)` with `Δθ = offset + scale ⊙ g`, float64 trees like the parameters.
@@ -118,21 +130,31 @@ class PureOptimizer:
         leaves = self._leaves(params, lr)
         return {name: self._terms(name, params, opt_state, gradient, leaves[name]) for name in params}
 
+    def pieces(
+        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None
+    ) -> Iterator[tuple[str, Tensor, Terms]]:
+        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: what `terms` returns, cut.
+
+        Float64 temporaries then do not grow with a leaf, and an embedding has hundreds of millions of entries.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        leaves = self._leaves(params, lr)
+        for name, p in params.items():
+            leaf, state = p.detach(), self._state(name, params, opt_state, leaves[name])
+            for theta, g, entries in zip(
+                _chunks(leaf), _chunks(gradient[name]), _state_chunks(state, leaf), strict=True
+            ):
+                g = g.to(leaf.dtype)
+                yield name, g, self._kernel.terms(theta, g, entries, leaves[name])
+
     @property
     def _kernel(self) -> Kernel:
         return KERNELS[self.cls]
 
     def _leaves(self, params: Params, lr: float | None) -> dict[str, dict[str, Any]]:
         return {name: hyper for names, hyper in assignments(self.groups, params, lr) for name in names}
-
-    def _update(self, leaf: Tensor, gradient: Tensor, state: State, hyper: Mapping[str, Any]) -> Tensor:
-        wide = torch.float64 if leaf.dtype == torch.float64 else torch.float32
-        pieces = []
-        for theta, g, entries in zip(_chunks(leaf), _chunks(gradient), _state_chunks(state, leaf), strict=True):
-            g = g.to(leaf.dtype)
-            scale, momentum, decay = self._kernel.terms(theta, g, entries, hyper)
-            pieces.append((scale * g.double() + (momentum + decay)).to(wide))
-        return torch.cat(pieces).reshape(leaf.shape)
 
     def _terms(
         self, name: str, params: Params, opt_state: OptState, gradient: Params, hyper: Mapping[str, Any]

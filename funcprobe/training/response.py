@@ -1,0 +1,119 @@
+"""How a step answers to its gradient: the direction in parameter space along which the gradient's parts are weighed.
+
+A functional F moves by `δF₁ = ⟨∇F, Δθ⟩`. To say which part of the gradient did it, the step is written as a function of
+the gradient, and ∇F is carried back through it to a direction u: a part g_j of the gradient then has the share
+⟨u, g_j⟩. There are two ways to do so, and they answer two questions:
+
+    additive   Δθ = offset + scale ⊙ g, with denominators and clip factor at their actual values; u = scale ⊙ ∇F.
+               All shares and ⟨∇F, offset⟩ (momentum, weight decay) sum to δF₁.
+    jacobian   u = (∂Δθ/∂g)ᵀ ∇F, through denominators and clip factor: what if this part weighed a little less? The
+               shares do not sum to δF₁ where the step is not linear in g.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from funcprobe import tree
+from funcprobe.errors import InputError
+from funcprobe.training.optimizers import PureOptimizer, clip_by_global_norm
+from funcprobe.training.step import Step
+from funcprobe.types import OptState, Params
+
+Form = Literal["auto", "additive", "jacobian"]
+
+
+@runtime_checkable
+class Differentiable(Protocol):
+    """An optimizer whose step can be differentiated in the gradient."""
+
+    def vjp(
+        self, params: Params, opt_state: OptState, gradient: Params, covector: Params, lr: float | None = None
+    ) -> Params:
+        """Return `(∂Δθ/∂g)ᵀ c`."""
+        ...
+
+
+class Response(NamedTuple):
+    """∇F carried back through a step."""
+
+    form: Literal["additive", "jacobian"]
+    direction: Params  #: u, in float32 or wider: a part g_j of the raw gradient has the share ⟨u, g_j⟩
+    offsets: dict[str, dict[str, float]]  #: "momentum" and "weight decay": ⟨∇F_n, offset_n⟩ of every leaf n; or empty
+
+
+def respond(
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    gradient: Params,
+    covector: Params,
+    lr: float | None = None,
+    form: Form = "auto",
+) -> Response:
+    """Return ∇F (`covector`) carried back through the step that the raw `gradient` makes.
+
+    "auto" is additive where the optimizer has that form (SGD, Adam, AdamW), and jacobian otherwise.
+
+    Raises:
+        InputError: If the form is unknown, or the optimizer cannot give it.
+    """
+    if form not in get_args(Form):
+        raise InputError(f"Unknown form {form!r}; expected 'auto', 'additive' or 'jacobian'.")
+    optimizer = step.optimizer
+    if form == "additive" and not isinstance(optimizer, PureOptimizer):
+        raise InputError(
+            f"{_name(optimizer)} has no additive form: its step is not offset + scale ⊙ g. Use form='jacobian'."
+        )
+    coefficient, norm = 1.0, float(tree.norm(gradient))
+    if step.max_grad_norm is not None:
+        coefficient, norm = clip_by_global_norm(gradient, step.max_grad_norm)
+    clipped = gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)
+    if isinstance(optimizer, PureOptimizer) and form != "jacobian":
+        return _additive(optimizer, params, opt_state, clipped, covector, lr, coefficient)
+    if not isinstance(optimizer, Differentiable):
+        raise InputError(
+            f"{_name(optimizer)} has no derivative in the gradient: it needs a method vjp(params, opt_state, gradient, "
+            "covector, lr), as sgd, adamw and from_torch(...) have."
+        )
+    u = optimizer.vjp(params, opt_state, clipped, covector, lr)
+    return Response("jacobian", u if coefficient == 1.0 else _through_clip(u, gradient, coefficient, norm), {})
+
+
+def _additive(
+    optimizer: PureOptimizer,
+    params: Params,
+    opt_state: OptState,
+    clipped: Params,
+    covector: Params,
+    lr: float | None,
+    coefficient: float,
+) -> Response:
+    """Return `coefficient · scale ⊙ ∇F` and ⟨∇F, offset⟩ by leaf, a piece of a leaf at a time in float64."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in params}
+    zero = torch.zeros((), dtype=torch.float64)
+    offsets = {"momentum": dict.fromkeys(params, zero), "weight decay": dict.fromkeys(params, zero)}
+    flat = {name: c.reshape(-1) for name, c in covector.items()}
+    seen = dict.fromkeys(params, 0)
+    for name, g, terms in optimizer.pieces(params, opt_state, clipped, lr):
+        c = flat[name][seen[name] : seen[name] + len(g)].double()
+        seen[name] += len(g)
+        wide = torch.promote_types(params[name].dtype, torch.float32)
+        parts[name].append((coefficient * terms.scale * c).to(wide))
+        for what, offset in (("momentum", terms.momentum), ("weight decay", terms.decay)):
+            offsets[what][name] = offsets[what][name] + (c * offset).sum().cpu()
+    direction = {name: torch.cat(found).reshape(params[name].shape) for name, found in parts.items()}
+    return Response("additive", direction, {what: {n: float(x) for n, x in of.items()} for what, of in offsets.items()})
+
+
+def _through_clip(u: Params, gradient: Params, coefficient: float, norm: float) -> Params:
+    """Return `(∂(k g)/∂g)ᵀ u = k (u − g ⟨g, u⟩ / (‖g‖ (‖g‖ + 1e-6)))`, for the clip factor `k = M / (‖g‖ + 1e-6)`."""
+    along = float(tree.dot(gradient, u)) / (norm * (norm + 1e-6))
+    return tree.map_(lambda ui, gi: coefficient * (ui - along * gi.to(ui.dtype)), u, gradient)
+
+
+def _name(optimizer: object) -> str:
+    return getattr(getattr(optimizer, "cls", type(optimizer)), "__name__", type(optimizer).__name__)
