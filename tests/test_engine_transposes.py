@@ -114,3 +114,19 @@ def test_float16_goes_one_direction_at_a_time_so_that_none_is_lost() -> None:
     tiny = {n: 1e-9 * v.double() for n, v in tiny.items()}  # below the smallest float16
     found = engine.directional_of_many(policy, params, [tiny, tiny], models.rollouts())
     assert all(float(along.tangents.logp.abs().sum()) > 0 for along in found)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_leaves_that_do_not_move_are_those_of_a_zero_direction(name: str) -> None:
+    policy, params = fp.from_module(POLICIES[name]())
+    rollouts, v = models.rollouts(), models.direction(params)
+    chosen = list(params)[::3]
+    held = {n: x if n in chosen else torch.zeros_like(x) for n, x in v.items()}
+    expected = engine.directional(policy, params, held, rollouts)
+    several = engine.directional_of_many(policy, params, [v, tree.scale(2.0, v)], rollouts, leaves=chosen)
+    alone = engine.directional(policy, params, v, rollouts, leaves=chosen)
+    for found, factor in ((alone, 1), (several[0], 1), (several[1], 2)):
+        for a, b in zip(engine.fields(found.tangents), engine.fields(expected.tangents), strict=True):
+            torch.testing.assert_close(a, factor * b, rtol=NARROW if "qwen" in name else 1e-9, atol=1e-9)
+    with pytest.raises(fp.errors.InputError, match="no leaf named 'nowhere'"):
+        engine.directional(policy, params, v, rollouts, leaves=["nowhere"])

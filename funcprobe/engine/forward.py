@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
@@ -51,6 +51,7 @@ def directional(
     *,
     order: Literal[1, 2] = 1,
     as_training: bool = False,
+    leaves: Collection[str] | None = None,
     stats: Stats | None = None,
     microbatch: Microbatch = None,
     progress: Progress | None = None,
@@ -62,9 +63,11 @@ def directional(
     nesting. Nothing is stored for a backward pass. Attention runs in the math kernel, the one that has forward
     derivatives, a block of queries at a time, so that its memory does not grow with the square of the length.
     `as_training` leaves out what reading the row `padding_idx` of an embedding contributes, as torch's backward pass
-    does: the tangents are then the transpose of a training loop's gradient.
+    does: the tangents are then the transpose of a training loop's gradient. With `leaves` only these move, which costs
+    less: what does not move has no tangent product.
 
     Raises:
+        InputError: If `leaves` names a leaf that is not there.
         ForwardModeError: If an operation of the model has no forward derivative; the message names the module.
         NumericsError: If a score is not finite; the message names the sequences.
     """
@@ -73,11 +76,12 @@ def directional(
     if any(p.dtype == torch.float16 for p in params.values()):
         size = _binary_size(direction)
         direction = tree.scale(1 / size, direction)
-    direction = tree.like(direction, params)
+    moving, run = _moving(policy, params, leaves, stats)
+    direction = tree.like(direction if leaves is None else tree.select(direction, moving), moving)
     found: list[tuple[Tensor, Directional]] = []
     with _pushing(policy, order, as_training):
         for rows, part in pieces(rollouts, microbatch, progress, what):
-            along = _push(partial(score, policy, rollouts=part, stats=stats), params, direction, order)
+            along = _push(partial(run, rollouts=part), moving, direction, order)
             finite(along.scores, rows, what)
             found.append((rows, along))
         fields = [f for f in Directional._fields if getattr(found[0][1], f) is not None]
@@ -92,6 +96,7 @@ def directional_of_many(
     rollouts: Rollouts,
     *,
     as_training: bool = False,
+    leaves: Collection[str] | None = None,
     stats: Stats | None = None,
     microbatch: Microbatch = None,
     progress: Progress | None = None,
@@ -103,23 +108,24 @@ def directional_of_many(
     Tangents of activations and directions take K times the memory. A float16 model goes one direction at a time.
 
     Raises:
+        InputError: If `leaves` names a leaf that is not there.
         ForwardModeError: If an operation of the model has no forward derivative; the message names the module.
         NumericsError: If a score is not finite; the message names the sequences.
     """
-    given: dict[str, Any] = {"as_training": as_training, "stats": stats, "microbatch": microbatch}
+    given: dict[str, Any] = {"as_training": as_training, "leaves": leaves, "stats": stats, "microbatch": microbatch}
     given |= {"progress": progress, "what": what}
     if len(directions) == 1 or any(p.dtype == torch.float16 for p in params.values()):
         return [directional(policy, params, v, rollouts, **given) for v in directions]
     rollouts = to_device(rollouts, policy.device)
-    params = tree.map_(Tensor.detach, params)
-    stacked = {n: torch.stack([v[n].to(device=p.device, dtype=p.dtype) for v in directions]) for n, p in params.items()}
+    moving, run = _moving(policy, tree.map_(Tensor.detach, params), leaves, stats)
+    stacked = {n: torch.stack([v[n].to(device=p.device, dtype=p.dtype) for v in directions]) for n, p in moving.items()}
     found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
     with _pushing(policy, 1, as_training):
         for rows, part in pieces(rollouts, microbatch, progress, what):
-            run = partial(score, policy, rollouts=part, stats=stats)
+            at = partial(run, rollouts=part)
 
-            def push(v: Params, run: Callable[..., TokenScores] = run) -> tuple[TokenScores, TokenScores]:
-                return torch.func.jvp(run, (params,), (v,))  # type: ignore[return-value]  # v -> s, ṡ
+            def push(v: Params, at: Callable[..., TokenScores] = at) -> tuple[TokenScores, TokenScores]:
+                return torch.func.jvp(at, (moving,), (v,))  # type: ignore[return-value]  # v -> s, ṡ
 
             s, tangents = torch.vmap(push, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
             finite(s, rows, what)
@@ -127,6 +133,18 @@ def directional_of_many(
                 own.append((rows, Directional(s, each(lambda x, k=k: x[k], tangents))))
         scored = gather([(rows, along.scores) for rows, along in found[0]], rollouts)
         return [Directional(scored, gather([(rows, a.tangents) for rows, a in own], rollouts)) for own in found]
+
+
+def _moving(
+    policy: Policy, params: Params, leaves: Collection[str] | None, stats: Stats | None
+) -> tuple[Params, Callable[..., TokenScores]]:
+    """Return the leaves that move, and the scores as a function of them."""
+    if leaves is None:
+        return params, partial(score, policy, stats=stats)
+    moving = tree.select(params, leaves)
+    # a Parameter is how a layer tells what is frozen (see kernels.OnceDifferentiable)
+    fixed = {name: nn.Parameter(p, requires_grad=False) for name, p in params.items() if name not in moving}
+    return moving, lambda at, rollouts: score(policy, {**params, **fixed, **at}, rollouts, stats)
 
 
 @contextmanager
