@@ -6,6 +6,7 @@ Relative paths in the file are relative to the file's folder, those of overrides
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -154,9 +155,10 @@ def describe_keys() -> str:
     lines = []
     for name, field in Config.model_fields.items():
         if name == "objective":
-            lines.append(_line("objective.name", "grpo", ", ".join(OBJECTIVES)))
+            first, *more = textwrap.wrap(", ".join(OBJECTIVES), 74)
+            lines += [_line("objective.name", "grpo", first), *(_line("", "", rest) for rest in more)]
             lines.append(
-                _line("objective.OPTION", "", "an option of that objective: epsilon, beta, scale_rewards, ...")
+                _line("objective.OPTION", "", "an option of that objective: epsilon, beta, base, scale_rewards, ...")
             )
         elif name == "observable":
             lines += [

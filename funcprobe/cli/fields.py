@@ -13,7 +13,7 @@ from funcprobe.errors import ConfigError, missing_extra
 from funcprobe.types import Objective, Observable
 
 try:
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer, model_validator
     from pydantic_core import PydanticCustomError
 except ImportError as error:
     missing = missing_extra("pydantic", "app", "reading a configuration")
@@ -69,6 +69,27 @@ class ObjectiveConfig(Strict):
         return objective(self.name, **self.model_dump(exclude={"name"}))
 
 
+class VariantConfig(ObjectiveConfig):
+    """A variant over a base, which is named too: its options are its own and the base's, whose defaults they have.
+
+    The model has a field for every option of every base. Those that the base lacks are never set, and not written.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, values: Any) -> Any:
+        from funcprobe.training.objectives import options_of
+
+        if not isinstance(values, dict):
+            return values
+        options = options_of(cls.model_fields["name"].default, values.get("base", "grpo"))
+        return {**{option: parameter.default for option, parameter in options.items()}, **values}
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialise: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {k: v for k, v in serialise(self).items() if k == "name" or k in self.model_fields_set}
+
+
 class ObservableConfig(Strict):
     """A member of the entropy family."""
 
@@ -114,24 +135,35 @@ def objective_model(name: str) -> type[ObjectiveConfig]:
     Raises:
         ConfigError: If there is no such objective.
     """
-    from funcprobe.training.objectives import OBJECTIVES
+    from funcprobe.training.objectives import BASES, OBJECTIVES, VARIANTS
 
     if name not in OBJECTIVES:
         near = next(iter(difflib.get_close_matches(name, OBJECTIVES, n=1)), None)
         meant = "" if near is None else f" (did you mean {near}?)"
         raise ConfigError(f"objective.name: found {name!r}, expected one of {', '.join(OBJECTIVES)}{meant}")
-    factory: Callable[..., Any] = OBJECTIVES[name]
+    options = _fields(OBJECTIVES[name])
+    if name not in VARIANTS:
+        return create_model(f"{name}_config", __base__=ObjectiveConfig, name=(str, name), **options)
+    # where types differ the first one stands: epsilon_high may be none, but for cispo, which says so itself
+    inherited = {option: f for base in reversed(BASES.values()) for option, f in _fields(base, unset=True).items()}
+    options = {**inherited, **options, "base": (str, key("grpo", "the name of a loss", ""))}
+    return create_model(f"{name}_config", __base__=VariantConfig, name=(str, name), **options)
+
+
+def _fields(factory: Callable[..., Any], *, unset: bool = False) -> dict[str, Any]:
+    """Return a field for every option of a factory, with its default or, `unset`, with None."""
     hints = get_type_hints(factory)
-    options: dict[str, Any] = {
-        option: (hints[option], key(parameter.default, _EXPECTED[hints[option]], ""))
+    return {
+        option: (hints[option], key(None if unset else parameter.default, _EXPECTED[hints[option]], ""))
         for option, parameter in inspect.signature(factory).parameters.items()
+        if option != "base" and parameter.kind is not parameter.VAR_KEYWORD
     }
-    return create_model(f"{name}_config", __base__=ObjectiveConfig, name=(str, name), **options)
 
 
 _EXPECTED: dict[Any, str] = {
     bool: "true or false",
     str: "a word",
+    int: "an integer",
     int | None: "an integer, or none",
     float: "a number",
     float | None: "a number, or none",

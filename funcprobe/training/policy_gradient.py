@@ -2,22 +2,23 @@
 
 `loss = Σ_t w_t (−surrogate_t + beta · kl_t)`: the surrogate says how an advantage meets the policy, the score-free
 weights `w [B, T]` say how tokens are averaged. Weights and advantages are fixed by `prepare` on the whole batch, so the
-loss is a plain sum over rows and a slice of the batch gives exactly its part.
+loss is a plain sum over rows and a slice of the batch gives exactly its part. Modifiers (`modifiers.py`) keep tokens
+out of the surrogate or add to their loss; one that compares tokens with one another needs the whole batch.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.training.advantages import BASELINES, SCALES, advantages
+from funcprobe.training.checks import check_choice, check_number
+from funcprobe.training.modifiers import Modifier, TokenTerms, modified
 from funcprobe.types import Rollouts, Statistic, TokenScores
 
 SURROGATES = ("log_prob", "clip", "capped")
@@ -27,7 +28,7 @@ AGGREGATIONS = ("sequence_mean", "token_mean", "fixed_length", "sequence_sum")
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """A policy-gradient objective: pure, separable after `prepare`, a scalar to minimise.
+    """A policy-gradient objective: pure, a scalar to minimise, separable after `prepare` if its modifiers are.
 
     With r = π/π_old (token), exp(mean_t log r) or exp(Σ_t log r) (sequence), A the advantage of the row:
 
@@ -54,22 +55,30 @@ class PolicyGradient:
     use_bias_correction_kl: bool = True  #: multiply the KL term by the ratio, as TRL 1.16 does
     max_completion_length: int | None = None  #: None stands for the longest completion of the batch, holes included
     normaliser: float | None = None  #: replaces the batch-wide denominator of the aggregation
+    modifiers: tuple[Modifier, ...] = ()  #: changes to the token losses, all at once
 
     def __post_init__(self) -> None:
-        _choice("surrogate", self.surrogate, SURROGATES)
-        _choice("aggregation", self.aggregation, AGGREGATIONS)
-        _choice("ratio", self.ratio, RATIOS)
-        _choice("baseline", self.baseline, BASELINES)
-        _choice("scale_rewards", self.scale_rewards, SCALES)
+        check_choice("surrogate", self.surrogate, SURROGATES)
+        check_choice("aggregation", self.aggregation, AGGREGATIONS)
+        check_choice("ratio", self.ratio, RATIOS)
+        check_choice("baseline", self.baseline, BASELINES)
+        check_choice("scale_rewards", self.scale_rewards, SCALES)
         for option in ("epsilon", "epsilon_high", "beta"):
-            _number(option, getattr(self, option), optional=option == "epsilon_high")
+            optional = option == "epsilon_high" and self.surrogate != "capped"
+            check_number(option, getattr(self, option), "a number at or above 0", lambda x: x >= 0, optional=optional)
         for option in ("delta", "max_completion_length", "normaliser"):
-            _number(option, getattr(self, option), optional=True, positive=True)
+            check_number(option, getattr(self, option), "a number above 0", lambda x: x > 0, optional=True)
+        _check_modifiers(self.modifiers)
+
+    def __repr__(self) -> str:
+        """Return the settings; modifiers stand there only where there are any: a plain loss prints as it always did."""
+        shown = [f.name for f in fields(self) if f.name != "modifiers" or self.modifiers]
+        return f"PolicyGradient({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @property
     def separable(self) -> bool:
-        """Whether the loss of a prepared batch is the sum of its slices' losses: always."""
-        return True
+        """Whether the loss of a prepared batch is the sum of its slices' losses: if all modifiers are separable."""
+        return all(modifier.separable for modifier in self.modifiers)
 
     @property
     def stats(self) -> Mapping[str, Statistic]:
@@ -80,7 +89,8 @@ class PolicyGradient:
         """Return the rollouts with advantages `[B]` and token weights `[B, T]`, from the whole batch and no score.
 
         Advantages that the rollouts bring are used as they are; token weights are always made anew. Warns with
-        FuncprobeWarning when no row has an advantage, because the step is then momentum and weight decay alone.
+        FuncprobeWarning when no row has an advantage, because the step is then momentum and weight decay alone, and
+        of what a modifier cautions against.
 
         Raises:
             InputError: If rewards and advantages are missing or not finite, if a group is too small, if there is no
@@ -89,13 +99,17 @@ class PolicyGradient:
         found = advantages(rollouts, self.baseline, self.scale_rewards)
         self._check_reference(rollouts)
         if not bool(((found != 0) & rollouts.completion_mask.any(1)).any()):
-            left = "momentum and weight decay" if self.beta == 0 else "the KL term, momentum and weight decay"
+            left = ["the KL term"] * (self.beta != 0) + [m.adds for m in self.modifiers if m.adds is not None]
             warnings.warn(
-                f"All advantages are zero, so the policy gradient is zero and the step is {left} alone.",
+                "All advantages are zero, so the policy gradient is zero and the step is "
+                f"{', '.join([*left, 'momentum and weight decay'])} alone.",
                 FuncprobeWarning,
                 stacklevel=2,
             )
-        return rollouts._replace(advantages=found, token_weights=self.token_weights(rollouts))
+        prepared = rollouts._replace(advantages=found, token_weights=self.token_weights(rollouts))
+        for caution in filter(None, (modifier.caution(prepared) for modifier in self.modifiers)):
+            warnings.warn(caution, FuncprobeWarning, stacklevel=2)
+        return prepared
 
     def token_weights(self, rollouts: Rollouts) -> Tensor:
         """Return the score-free weights `[B, T]` of the token losses, 0 where the completion mask is 0.
@@ -122,7 +136,8 @@ class PolicyGradient:
         """Return (loss, info) at scores `[B, T]`; rollouts that were not prepared are prepared first.
 
         Info holds token means over the rows given, detached: `ratio_mean`, `clip_fraction`, `approx_kl` (k3 of the old
-        policy to this one), `entropy` (nats per token), and `kl` (k3 to the reference) where beta > 0.
+        policy to this one), `entropy` (nats per token), `kl` (k3 to the reference) where beta > 0, and for a modifier
+        that singles tokens out their share, `NAME_fraction`.
 
         Raises:
             InputError: If `prepare` fails, or beta > 0 and there are no reference log-probabilities.
@@ -139,7 +154,14 @@ class PolicyGradient:
         log_ratio = torch.where(mask, logp - old, 0.0)  # stored values in holes are never looked at
         ratio = self._ratio(log_ratio, mask)
         losses = -self._surrogate(ratio, logp, advantage, mask)
-        info = self._info(ratio, log_ratio, advantage, scores, mask)
+        clipped = self._clipped(ratio.detach(), advantage)
+        info = self._info(ratio, log_ratio, clipped, scores, mask)
+        if self.modifiers:
+            counted = mask & (rollouts.weight.to(place) > 0)[:, None]
+            entropy = torch.where(mask, scores.entropy, 0.0)
+            terms = torch.broadcast_tensors(logp, log_ratio, ratio, advantage, entropy, clipped, counted)
+            losses, shares = modified(losses, TokenTerms(*terms), self.modifiers)
+            info |= shares
         if self.beta != 0:
             k3 = self._kl(logp, rollouts, mask)
             info["kl"] = _token_mean(k3, mask)
@@ -171,18 +193,20 @@ class PolicyGradient:
         d = torch.where(mask, rollouts.ref_logps.to(logp.device) - logp, 0.0)
         return torch.exp(d) - d - 1
 
-    def _info(
-        self, ratio: Tensor, log_ratio: Tensor, advantage: Tensor, scores: TokenScores, mask: Tensor
-    ) -> dict[str, Tensor]:
-        r, d = ratio.detach(), log_ratio.detach()
+    def _clipped(self, r: Tensor, advantage: Tensor) -> Tensor:
+        """Return whether the clip range, or the cap, holds a ratio; bool, broadcastable to `[B, T]`."""
         cap = self._high if self.surrogate == "capped" else 1 + self._high
         clipped = (r > cap) & (advantage > 0)
         if self.surrogate == "clip":
-            clipped = clipped | ((r < 1 - self.epsilon) & (advantage < 0))
-        elif self.surrogate == "log_prob":
-            clipped = torch.zeros_like(clipped)
+            return clipped | ((r < 1 - self.epsilon) & (advantage < 0))
+        return torch.zeros_like(clipped) if self.surrogate == "log_prob" else clipped
+
+    def _info(
+        self, ratio: Tensor, log_ratio: Tensor, clipped: Tensor, scores: TokenScores, mask: Tensor
+    ) -> dict[str, Tensor]:
+        d = log_ratio.detach()
         return {
-            "ratio_mean": _token_mean(r, mask),
+            "ratio_mean": _token_mean(ratio.detach(), mask),
             "clip_fraction": _token_mean(clipped, mask),
             "approx_kl": _token_mean(torch.exp(d) - 1 - d, mask),
             "entropy": _token_mean(scores.entropy.detach(), mask),
@@ -214,15 +238,9 @@ def _token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values.double(), 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def _choice(option: str, value: Any, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise InputError(f"{option} is {value!r}; it must be one of {', '.join(valid)}.")
-
-
-def _number(option: str, value: Any, optional: bool = False, positive: bool = False) -> None:
-    if value is None and optional:
-        return
-    wanted = ("a number above 0" if positive else "a number at or above 0") + (", or none" if optional else "")
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not (numeric and (value > 0 if positive else value >= 0)):
-        raise InputError(f"{option} is {value!r}; it must be {wanted}.")
+def _check_modifiers(modifiers: tuple[Modifier, ...]) -> None:
+    if not isinstance(modifiers, tuple) or not all(isinstance(m, Modifier) for m in modifiers):
+        raise InputError(f"modifiers is {modifiers!r}; it must be a tuple of modifiers such as EntropyBonus().")
+    names = [modifier.name for modifier in modifiers]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{twice[0]} stands twice; give it once, with the options that are meant.")

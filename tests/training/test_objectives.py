@@ -12,7 +12,7 @@ from torch import Tensor
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.training import objectives
-from funcprobe.training.objectives import AGGREGATIONS, OBJECTIVES, PolicyGradient, objective
+from funcprobe.training.objectives import AGGREGATIONS, BASES, PolicyGradient, objective
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.oracles import losses
 from tests.training.cases import Batch, batch, law, masks, seeds
@@ -22,8 +22,8 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
 #: (name, options of the factory): every objective, and every option that changes a formula.
 TABLE: list[tuple[str, dict[str, Any]]] = [
-    *((name, {}) for name in OBJECTIVES),
-    *((name, {"beta": 0.3}) for name in OBJECTIVES),
+    *((name, {}) for name in BASES),
+    *((name, {"beta": 0.3}) for name in BASES),
     *(("reinforce", {"aggregation": aggregation}) for aggregation in AGGREGATIONS),
     ("reinforce", {"scale_rewards": "batch"}),
     ("grpo", {"epsilon": 0.1, "epsilon_high": 0.3, "delta": 1.5, "beta": 0.1, "use_bias_correction_kl": False}),
@@ -116,7 +116,7 @@ def test_every_objective_has_one_gradient_at_ratio_one(
     rollouts = rollouts._replace(advantages=rollouts.rewards, old_logps=scores.logp if stored else None)
     found = {
         name: value_and_gradient(replace(objective(name), aggregation=aggregation), scores, rollouts)[1]
-        for name in OBJECTIVES
+        for name in BASES
     }
     assert bool((found["reinforce"] != 0).any())
     for name, gradient in found.items():
@@ -203,12 +203,13 @@ def test_info_on_numbers_written_by_hand() -> None:
     assert float(objectives.reinforce()(scores, rollouts)[1]["clip_fraction"]) == 0.0
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", list(BASES))
 def test_every_objective_fills_the_protocol(name: str) -> None:
     loss = objective(name)
     assert isinstance(loss, Objective)
     assert (loss.name, loss.separable, dict(loss.stats)) == (name, True, {})
     assert hash(loss) == hash(objective(name))
+    assert "modifiers" not in repr(loss)  # a sweep that was begun without modifiers goes on
 
 
 def test_defaults_are_those_of_the_field() -> None:
@@ -221,7 +222,7 @@ def test_defaults_are_those_of_the_field() -> None:
 
 
 def _all() -> dict[str, PolicyGradient]:
-    return {name: objective(name) for name in OBJECTIVES}
+    return {name: objective(name) for name in BASES}
 
 
 def test_unknown_names_and_options_list_the_valid_ones() -> None:
@@ -238,6 +239,7 @@ def test_unknown_names_and_options_list_the_valid_ones() -> None:
         ("grpo", {"epsilon": float("nan")}, "epsilon is nan"),
         ("grpo", {"epsilon_high": "wide"}, "epsilon_high is 'wide'; .*or none"),
         ("cispo", {"epsilon_high": True}, "epsilon_high is True"),
+        ("cispo", {"epsilon_high": None}, "epsilon_high is None; it must be a number at or above 0"),
         ("grpo", {"beta": -1.0}, "beta is -1.0"),
         ("grpo", {"delta": 0.0}, "delta is 0.0; it must be a number above 0, or none"),
         ("grpo", {"scale_rewards": "rows"}, "scale_rewards is 'rows'; it must be one of group, batch, none"),

@@ -1,0 +1,466 @@
+"""What modifiers do to hand-made scores: every variant against its loop, and the laws that they all keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from funcprobe.data.rollouts import take
+from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.training.modifiers import Change, DropNegatives, EntropyBonus, Modifier, TokenTerms
+from funcprobe.training.objectives import VARIANTS, PolicyGradient, dapo, grpo, objective
+from funcprobe.training.token_selection import ClipCov, KlCov, TopEntropyQuantile, covariance
+from funcprobe.types import Rollouts, TokenScores
+from tests.oracles import losses
+from tests.training.cases import Batch, batch, law, masks, seeds
+
+# Sums of at most 30 terms below 100 in float64: 30 · 100 · 2^-53 < 1e-12.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+#: (variant, its own options): shares that pick several tokens of a small batch, bounds that hold some of them.
+OWN: list[tuple[str, dict[str, Any]]] = [
+    ("clip_cov", {}),
+    ("clip_cov", {"clip_cov_ratio": 0.29, "clip_cov_lb": -0.1, "clip_cov_ub": 0.8, "seed": 3}),
+    ("clip_cov", {"clip_cov_ratio": 1.0, "clip_cov_lb": -50.0, "clip_cov_ub": 50.0}),
+    ("kl_cov", {}),
+    ("kl_cov", {"kl_cov_ratio": 0.29, "ppo_kl_coef": 0.7}),
+    ("entropy_bonus", {"entropy_coef": 0.3}),
+    ("entropy_bonus", {"entropy_coef": -0.3}),
+    ("top_entropy_quantile", {}),
+    ("top_entropy_quantile", {"top_entropy_quantile": 0.7}),
+    ("drop_negatives", {}),
+]
+#: (base, its options)
+OVER: list[tuple[str, dict[str, Any]]] = [
+    ("grpo", {}),
+    ("dapo", {"beta": 0.2, "epsilon": 0.1}),
+    ("reinforce", {"aggregation": "fixed_length"}),
+    ("cispo", {"epsilon_high": 1.1, "beta": 0.1}),
+    ("gspo", {"epsilon": 0.1, "epsilon_high": 0.1}),
+    ("rloo", {"beta": 0.1}),
+]
+TABLE = [(name, own, base, options) for name, own in OWN for base, options in OVER]
+table = pytest.mark.parametrize(
+    ("name", "own", "base", "options"), TABLE, ids=[f"{n}-{'-'.join(map(str, o.values()))}-{b}" for n, o, b, _ in TABLE]
+)
+alone = pytest.mark.parametrize(("name", "own"), OWN, ids=[f"{n}-{'-'.join(map(str, o.values()))}" for n, o in OWN])
+
+# Several laws cover on purpose what two of the variants caution against.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The rollouts have no old_logps"),
+    pytest.mark.filterwarnings("ignore:No advantage is above 0"),
+]
+
+Found = tuple[Tensor, TokenScores]
+
+
+def value_and_gradient(loss: PolicyGradient, scores: TokenScores, rollouts: Rollouts) -> Found:
+    gradient, value = torch.func.grad_and_value(lambda s: loss(s, rollouts)[0])(scores)
+    return value, gradient
+
+
+def changes(loss: PolicyGradient, case: Batch, logp: Tensor, entropy: Tensor, advantage: list[float]) -> Any:
+    """The changes of the modifiers, from the loops of the oracle."""
+    mask, old = case.rollouts.completion_mask.tolist(), case.rollouts.old_logps
+    high = loss.epsilon if loss.epsilon_high is None else loss.epsilon_high
+    ranges = {"epsilon": loss.epsilon, "epsilon_high": high}
+    if loss.surrogate == "log_prob":
+        ranges = {"epsilon": math.inf, "epsilon_high": math.inf}
+    if loss.surrogate == "capped":
+        ranges = {"epsilon": math.inf, "epsilon_high": high - 1}
+    held = old
+    if old is not None and loss.ratio != "token":  # the ratio is the sequence's: as if each token had it
+        on = case.rollouts.completion_mask
+        total = torch.where(on, logp.detach() - old, 0.0).sum(1, keepdim=True)
+        held = logp.detach() - (
+            total / on.sum(1, keepdim=True).clamp(min=1) if loss.ratio == "sequence_mean" else total
+        )
+    for m in loss.modifiers:
+        if isinstance(m, ClipCov):
+            bounds = {"share": m.clip_cov_ratio, "lower": m.clip_cov_lb, "upper": m.clip_cov_ub, "seed": m.seed}
+            yield losses.clip_cov(logp, mask, advantage, held, **bounds, **ranges)
+        elif isinstance(m, KlCov):
+            yield losses.kl_cov(logp, mask, advantage, old, share=m.kl_cov_ratio, coefficient=m.ppo_kl_coef)
+        elif isinstance(m, EntropyBonus):
+            yield losses.entropy_bonus(entropy, m.entropy_coef)
+        elif isinstance(m, TopEntropyQuantile):
+            yield losses.top_entropy_quantile(entropy, mask, m.top_entropy_quantile)
+        else:
+            assert isinstance(m, DropNegatives)
+            yield losses.drop_negatives(advantage)
+
+
+def expected(loss: PolicyGradient, case: Batch, base: str) -> Found:
+    rollouts = case.rollouts
+    rewards, groups = rollouts.rewards.tolist(), rollouts.group_ids.tolist()
+    leave_one_out = loss.baseline == "leave_one_out"
+    advantage = (
+        losses.leave_one_out(rewards, groups)
+        if leave_one_out
+        else losses.advantages(rewards, groups, loss.scale_rewards)
+    )
+    logp, entropy = case.scores.logp.clone().requires_grad_(), case.scores.entropy.clone().requires_grad_()
+    value = losses.loss(
+        base,
+        logp,
+        rollouts.completion_mask.tolist(),
+        advantage,
+        rollouts.old_logps,
+        rollouts.ref_logps,
+        epsilon=loss.epsilon,
+        epsilon_high=loss.epsilon_high,
+        delta=loss.delta,
+        beta=loss.beta,
+        bias_correction=loss.use_bias_correction_kl,
+        aggregation=loss.aggregation,
+        max_completion_length=loss.max_completion_length,
+        changes=tuple(changes(loss, case, logp, entropy, advantage)),
+    )
+    value = value + 0 * logp.sum() + 0 * entropy.sum()  # a loss may be constant, and its gradient zero
+    return value.detach(), TokenScores(*torch.autograd.grad(value, (logp, entropy)))
+
+
+def assert_close(found: Found, wanted: Found) -> None:
+    torch.testing.assert_close(found[0], wanted[0], **CLOSE)
+    for field in ("logp", "entropy"):
+        pair = (getattr(found[1], field), getattr(wanted[1], field))
+        torch.testing.assert_close(*pair, **CLOSE, msg=lambda m, field=field: f"{field}: {m}")
+
+
+def assume_untied(loss: PolicyGradient, case: Batch) -> None:
+    """Leave out what rounding decides: covariances that tie at the edge of a choice, as those of two tokens do."""
+    for m in loss.modifiers:
+        terms = terms_of(replace(loss, modifiers=()), case)
+        cov = covariance(terms)[terms.counted].sort(descending=True).values
+        if isinstance(m, KlCov) and (number := max(1, int(m.kl_cov_ratio * len(cov)))) < len(cov):
+            assume(float(cov[number - 1] - cov[number]) > 1e-9)
+        if isinstance(m, ClipCov):
+            assume(all(float((cov - bound).abs().min()) > 1e-9 for bound in (m.clip_cov_lb, m.clip_cov_ub)))
+
+
+@table
+@given(mask=masks(), seed=seeds, old=st.booleans())
+@law
+def test_loss_and_gradient_are_those_of_the_loop(
+    name: str, own: Any, base: str, options: Any, mask: list[list[bool]], seed: int, old: bool
+) -> None:
+    loss, case = objective(name, base=base, **own, **options), batch(mask, seed, old=old)
+    assume_untied(loss, case)
+    assert_close(value_and_gradient(loss, *reversed(case)), expected(loss, case, base))
+
+
+@given(mask=masks(), seed=seeds, picked=st.permutations([VARIANTS[n] for n in VARIANTS]), number=st.integers(2, 5))
+@law
+def test_composed_variants_are_those_of_the_loop_in_any_order(
+    mask: list[list[bool]], seed: int, picked: list[Any], number: int
+) -> None:
+    own = {"clip_cov": OWN[1][1], "kl_cov": OWN[4][1], "entropy_bonus": OWN[5][1]}
+    case, made, turned = batch(mask, seed), dapo(beta=0.1), dapo(beta=0.1)
+    for factory in picked[:number]:
+        made = factory(made, **own.get(factory.__name__, {}))
+    for factory in reversed(picked[:number]):
+        turned = factory(turned, **own.get(factory.__name__, {}))
+    assert made.name.count("(") == number
+    assume_untied(made, case)
+    found = value_and_gradient(made, *reversed(case))
+    assert_close(found, expected(made, case, "dapo"))
+    assert_close(found, value_and_gradient(turned, *reversed(case)))
+
+
+@alone
+@given(mask=masks(), seed=seeds, order=st.data())
+@law
+def test_the_order_of_rows_changes_nothing_but_the_draw(
+    name: str, own: Any, mask: list[list[bool]], seed: int, order: st.DataObject
+) -> None:
+    loss, case = objective(name, **own), batch(mask, seed)
+    assume_untied(loss, case)
+    rows = torch.tensor(order.draw(st.permutations(range(len(mask)))))
+    turned = Batch(*(type(x)(*(y[rows] if isinstance(y, Tensor) else y for y in x)) for x in case))
+    value, gradient = value_and_gradient(loss, *reversed(case))
+    if name != "clip_cov":
+        wanted = TokenScores(gradient.logp[rows], gradient.entropy[rows])
+        assert_close(value_and_gradient(loss, *reversed(turned)), (value, wanted))
+    assert_close(value_and_gradient(loss, *reversed(turned)), expected(loss, turned, "grpo"))
+
+
+def test_the_draw_follows_the_place_of_a_token_and_not_the_token() -> None:
+    every = ClipCov(0.25, -50.0, 50.0, seed=1)  # every token is a candidate
+    case = batch(torch.ones(6, 4, dtype=torch.bool), 2, old=False)
+    chosen = dropped(every, case)
+    assert int(chosen.sum()) == 6
+    turned = case._replace(scores=TokenScores(case.scores.logp.flip(0), case.scores.entropy.flip(0)))
+    assert torch.equal(dropped(every, turned), chosen)
+    assert not torch.equal(dropped(replace(every, seed=2), case), chosen)
+
+
+def dropped(modifier: Modifier, case: Batch) -> Tensor:
+    """Where the surrogate has no gradient any more, A not being 0."""
+    loss = replace(grpo(), modifiers=(modifier,))
+    return (value_and_gradient(loss, *reversed(case))[1].logp == 0) & case.rollouts.completion_mask
+
+
+@alone
+@given(mask=masks(), seed=seeds, extra=st.integers(1, 3))
+@law
+def test_padding_changes_nothing(name: str, own: Any, mask: list[list[bool]], seed: int, extra: int) -> None:
+    loss, case = objective(name, **own), batch(mask, seed)
+    pad = torch.nn.functional.pad
+    wide = case.rollouts._replace(
+        completion_mask=pad(case.rollouts.completion_mask, (0, extra)),
+        old_logps=pad(case.rollouts.old_logps, (0, extra), value=torch.nan),
+    )
+    scores = TokenScores(*(pad(x, (0, extra)) for x in case.scores[:2]))
+    value, gradient = value_and_gradient(loss, *reversed(case))
+    wanted = TokenScores(pad(gradient.logp, (0, extra)), pad(gradient.entropy, (0, extra)))
+    assert_close(value_and_gradient(loss, scores, wide), (value, wanted))
+
+
+@alone
+@given(mask=masks(), seed=seeds, old=st.booleans(), data=st.data())
+@law
+def test_a_row_of_weight_zero_is_absent(
+    name: str, own: Any, mask: list[list[bool]], seed: int, old: bool, data: st.DataObject
+) -> None:
+    loss, (rollouts, scores) = objective(name, base="dapo", **own), batch(mask, seed, old=old)
+    kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(mask), max_size=len(mask))))
+    assume(bool(rollouts.completion_mask[kept].any()))
+    prepared = loss.prepare(rollouts._replace(weight=kept.double()))
+    assume_untied(loss, Batch(prepared, scores))
+    wild = TokenScores(*(torch.where(kept[:, None], x, 9 * x + 7) for x in scores[:2]))
+    value, gradient = value_and_gradient(loss, wild, prepared)
+    rest = take(rollouts._replace(advantages=prepared.advantages), kept)
+    width = rest.completion_mask.shape[1]
+    left = TokenScores(scores.logp[kept, :width], scores.entropy[kept, :width])
+    wanted, mine = value_and_gradient(loss, left, loss.prepare(rest))
+    assert_close((value, TokenScores(gradient.logp[kept, :width], gradient.entropy[kept, :width])), (wanted, mine))
+    assert not bool(gradient.logp[~kept].any())
+    assert not bool(gradient.entropy[~kept].any())
+    shares = [loss(s, r)[1].get(f"{name}_fraction") for s, r in ((wild, prepared), (left, loss.prepare(rest)))]
+    assert shares[0] == shares[1]
+
+
+@pytest.mark.parametrize("name", ["entropy_bonus", "drop_negatives"])
+@given(mask=masks(), seed=seeds, cut=st.data())
+@law
+def test_a_separable_variant_is_the_sum_of_its_slices(
+    name: str, mask: list[list[bool]], seed: int, cut: st.DataObject
+) -> None:
+    loss, case = objective(name), batch(mask, seed)
+    prepared, at = loss.prepare(case.rollouts), cut.draw(st.integers(1, len(mask) - 1))
+    parts = torch.zeros((), dtype=torch.float64)
+    for rows in (torch.arange(at), torch.arange(at, len(mask))):
+        piece = take(prepared, rows)
+        width = piece.completion_mask.shape[1]
+        parts = parts + loss(TokenScores(*(x[rows, :width] for x in case.scores[:2])), piece)[0]
+    torch.testing.assert_close(parts, loss(case.scores, prepared)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_only_what_looks_at_one_token_is_separable(name: str) -> None:
+    assert objective(name).separable == (name in ("entropy_bonus", "drop_negatives"))
+    assert not VARIANTS["entropy_bonus"](VARIANTS["clip_cov"]()).separable
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@alone
+def test_forward_mode_contracts_the_gradient(name: str, own: Any) -> None:
+    loss, case = objective(name, **own), batch([[True, False, True, True], [False] * 4, [True] * 4, [True] * 4], 3)
+    rollouts = loss.prepare(case.rollouts)
+    along = TokenScores(*(torch.linspace(a, 2, 16).double().view(4, 4) for a in (-1, 1)))
+    _, directional = torch.func.jvp(lambda s: loss(s, rollouts)[0], (case.scores,), (along,))
+    gradient = value_and_gradient(loss, case.scores, rollouts)[1]
+    wanted = (gradient.logp * along.logp).sum() + (gradient.entropy * along.entropy).sum()
+    torch.testing.assert_close(directional, wanted, **CLOSE)
+
+
+def test_candidates_are_drawn_alike_and_as_many_as_said() -> None:
+    case = batch(torch.ones(4, 5, dtype=torch.bool), 7, old=False)
+    loss, draws = grpo(), 2000
+    candidates = covariance(terms_of(loss, case)) > 0.0
+    count, number = int(candidates.sum()), 4
+    assert count > 2 * number
+    hits = torch.zeros(4, 5, dtype=torch.float64)
+    for seed in range(draws):
+        chosen = ClipCov(0.2, 0.0, 50.0, seed)(terms_of(loss, case)).chosen
+        assert chosen is not None
+        assert int(chosen.sum()) == number
+        hits += chosen
+    assert not bool(hits[~candidates].any())
+    share = number / count
+    error = math.sqrt(draws * share * (1 - share))  # of one count; the largest of at most 20 stays within 4
+    assert bool(((hits[candidates] - draws * share).abs() < 4 * error).all())
+
+
+def terms_of(loss: PolicyGradient, case: Batch) -> TokenTerms:
+    """The terms that a modifier is shown."""
+    seen: list[TokenTerms] = []
+
+    class Watch(Modifier):
+        name, separable = "watch", True
+
+        def __call__(self, terms: TokenTerms) -> Change:
+            seen.append(terms)
+            return Change()
+
+    value = replace(loss, modifiers=(Watch(),))(case.scores, case.rollouts)
+    plain = loss(case.scores, case.rollouts)
+    assert torch.equal(value[0], plain[0])
+    assert set(value[1]) == set(plain[1])
+    return seen[0]
+
+
+def test_a_modifier_sees_terms_of_every_token() -> None:
+    case = batch([[True, True, False], [True, False, True]], 5, advantages=torch.tensor([1.0, -2.0]).double())
+    for loss in (grpo(), objective("gspo"), objective("reinforce")):
+        terms = terms_of(loss, case)
+        assert {x.shape for x in terms} == {torch.Size([2, 3])}
+        assert all(bool(torch.isfinite(x).all()) for x in terms)
+        assert torch.equal(terms.counted, case.rollouts.completion_mask)
+
+
+def test_where_no_covariance_lies_between_the_bounds_the_loss_is_the_base_s() -> None:
+    case = batch([[True, True], [True, True]], 4)
+    value, info = objective("clip_cov", clip_cov_lb=40.0, clip_cov_ub=50.0)(case.scores, case.rollouts)
+    assert torch.equal(value, grpo()(case.scores, case.rollouts)[0])
+    assert float(info["clip_cov_fraction"]) == 0.0
+
+
+def test_a_clipped_token_is_no_candidate() -> None:
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    rollouts, scores = batch(torch.ones(2, 2, dtype=torch.bool), advantages=advantages)
+    ratios = torch.tensor([[1.5, 1.0], [0.5, 1.0]], dtype=torch.float64)
+    case = Batch(rollouts._replace(old_logps=scores.logp - ratios.log()), scores)
+    terms = terms_of(grpo(), case)
+    assert terms.clipped.tolist() == [[True, False], [True, False]]
+    chosen = ClipCov(1.0, -50.0, 50.0)(terms).chosen
+    assert chosen.tolist() == [[False, True], [False, True]]
+
+
+def test_shares_are_taken_of_the_number_as_it_is_written() -> None:
+    case = batch(torch.ones(4, 25, dtype=torch.bool), 1)
+    for ratio, number in ((0.29, 29), (0.001, 1), (1.0, 100)):  # 0.29 · 100 is 28.999999999999996 in floats
+        assert int(KlCov(ratio)(terms_of(grpo(), case)).chosen.sum()) == number
+
+
+def test_the_numbers_of_the_quantile_rule() -> None:
+    """Ten tokens at a quantile of .8: the position is 7.2, and two tokens train; ties with the threshold train."""
+    entropy = torch.tensor([[0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.7, 0.8, 0.9, 1.0, 1.1, 1.2]], dtype=torch.float64)
+    mask = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
+    case = batch(mask, 1)
+    terms = terms_of(grpo(), case._replace(scores=case.scores._replace(entropy=entropy)))
+    found = {share: TopEntropyQuantile(share)(terms).keep for share in (0.2, 0.0, 1.0, 0.7)}
+    assert (entropy[mask & found[0.2].bool()]).tolist() == [0.9, 1.0]
+    assert (entropy[mask & found[0.0].bool()]).tolist() == [1.0]
+    assert bool(found[1.0].all())
+    # n = 11, 1 − 0.7 is 0.30000000000000004 in floats: position 3 all the same, and the fourth token trains
+    eleven = batch(torch.ones(1, 11, dtype=torch.bool), group_ids=torch.zeros(1), advantages=torch.ones(1).double())
+    terms = terms_of(grpo(), eleven)._replace(entropy=torch.arange(11).double()[None])
+    assert TopEntropyQuantile(0.7)(terms).keep[0].tolist() == [0.0] * 3 + [1.0] * 8
+    tied = terms._replace(entropy=torch.full((1, 11), 0.5, dtype=torch.float64))
+    assert bool(TopEntropyQuantile(0.0)(tied).keep.all())
+
+
+@given(values=st.lists(st.floats(0, 5), min_size=1, max_size=40), share=st.floats(0, 1))
+@law
+def test_the_rank_stands_for_the_interpolated_quantile(values: list[float], share: float) -> None:
+    entropy = torch.tensor([values], dtype=torch.float64)
+    one = torch.ones_like(entropy)
+    terms = TokenTerms(one, one, one, one, entropy, one > 1, one > 0)
+    keep = TopEntropyQuantile(share)(terms).keep.bool()
+    threshold = torch.quantile(entropy, 1 - share)
+    away = (entropy - threshold).abs() > 1e-9  # at the threshold torch's rounding decides
+    assert torch.equal(keep[away], (entropy >= threshold)[away])
+    assert int(keep.sum()) >= max(1, math.ceil(share * len(values)) - 1)
+
+
+def test_kl_cov_in_a_first_step_says_that_it_changes_nothing() -> None:
+    case = batch(torch.ones(4, 5, dtype=torch.bool), 3, old=False)
+    loss = objective("kl_cov", kl_cov_ratio=0.5, ppo_kl_coef=100.0)
+    with pytest.warns(FuncprobeWarning, match=r"no old_logps.*kl_cov changes nothing in a first step"):
+        prepared = loss.prepare(case.rollouts)
+    plain = value_and_gradient(grpo(), case.scores, prepared)
+    found = value_and_gradient(loss, case.scores, prepared)
+    assert torch.equal(found[0], plain[0])
+    assert torch.equal(found[1].logp, plain[1].logp)
+    assert float(loss(case.scores, prepared)[1]["kl_cov_fraction"]) == 0.5
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_kl_cov_has_a_kink_at_the_old_policy(sign: float) -> None:
+    rollouts, scores = batch(torch.ones(4, 5, dtype=torch.bool), 3)
+    loss = objective("kl_cov", kl_cov_ratio=0.5, ppo_kl_coef=1.0)
+    near = loss.prepare(rollouts._replace(old_logps=scores.logp - sign * 1e-12))
+    added = value_and_gradient(loss, scores, near)[1].logp - value_and_gradient(grpo(), scores, near)[1].logp
+    chosen = loss.modifiers[0](terms_of(grpo(), Batch(near, scores))).chosen
+    # the whole coefficient, times the weight of the token, with the sign of a difference of 1e-12
+    torch.testing.assert_close(added, sign * chosen.double() / 20, **CLOSE)
+
+
+def test_a_wide_clip_range_gives_the_unclipped_loss_of_the_paper() -> None:
+    rollouts, scores = batch(torch.ones(4, 5, dtype=torch.bool), 3, spread=1.0)
+    loss = objective("kl_cov", base="bnpo", epsilon=1e9, kl_cov_ratio=0.2)
+    prepared = loss.prepare(rollouts)
+    ratio = torch.exp(scores.logp - rollouts.old_logps)
+    chosen = loss.modifiers[0](terms_of(grpo(), Batch(prepared, scores))).chosen
+    paper = -ratio * prepared.advantages[:, None] + chosen * (scores.logp - rollouts.old_logps).abs()
+    torch.testing.assert_close(loss(scores, prepared)[0], paper.mean(), **CLOSE)
+    assert float(loss(scores, prepared)[1]["clip_fraction"]) == 0.0
+
+
+def test_drop_negatives_says_when_nothing_is_left() -> None:
+    rollouts, scores = batch([[True], [True], [False]], group_ids=torch.zeros(3), rewards=None)
+    loss = objective("drop_negatives")
+    given = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)  # the last row has no token
+    with pytest.warns(FuncprobeWarning, match=r"No advantage is above 0, so drop_negatives leaves no token"):
+        prepared = loss.prepare(rollouts._replace(advantages=given))
+    assert not bool(value_and_gradient(loss, scores, prepared)[1].logp.any())
+    assert float(loss(scores, prepared)[1]["drop_negatives_fraction"]) == 0.5
+    loss.prepare(rollouts._replace(advantages=-given[[0, 1, 2]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("entropy_bonus", "the entropy bonus, momentum and weight decay"),
+        ("kl_cov", "the KL term, the penalty of kl_cov, momentum and weight decay"),
+        ("clip_cov", "step is momentum and weight decay"),
+    ],
+)
+def test_all_advantages_zero_says_what_is_left(name: str, left: str) -> None:
+    rollouts, _ = batch([[True]] * 4, rewards=torch.ones(4, dtype=torch.float64))
+    with pytest.warns(FuncprobeWarning, match=f"All advantages are zero.*{left} alone"):
+        objective(name, beta=0.1 if name == "kl_cov" else 0.0).prepare(rollouts)
+
+
+def test_info_on_numbers_written_by_hand() -> None:
+    advantages = torch.tensor([2.0, -1.0], dtype=torch.float64)
+    rollouts, scores = batch([[True, True, False], [True, True, True]], advantages=advantages)
+    loss = VARIANTS["drop_negatives"](VARIANTS["top_entropy_quantile"](VARIANTS["entropy_bonus"]()))
+    info = loss(scores, rollouts)[1]
+    assert float(info["drop_negatives_fraction"]) == pytest.approx(3 / 5)
+    assert float(info["top_entropy_quantile_fraction"]) == pytest.approx(4 / 5)  # position 3.2 of 0 to 4: one is kept
+    assert "entropy_bonus_fraction" not in info
+    assert not any(value.requires_grad for value in info.values())
+
+
+def test_every_modifier_tells_itself_apart() -> None:
+    found = {objective(name, **own) for name, own in OWN}
+    assert len(found) == len({repr(loss) for loss in found}) == len(OWN)
+    assert repr(objective("entropy_bonus")).endswith("modifiers=(EntropyBonus(entropy_coef=0.001),))")
+
+
+def test_modifiers_that_are_none_are_refused() -> None:
+    with pytest.raises(InputError, match=r"modifiers is \[\]; it must be a tuple of modifiers"):
+        replace(grpo(), modifiers=[])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="must be a tuple of modifiers"):
+        replace(grpo(), modifiers=(3,))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="kl_cov stands twice; give it once"):
+        VARIANTS["kl_cov"](VARIANTS["kl_cov"]())
