@@ -14,29 +14,16 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.training.modifiers import Change, DropNegatives, EntropyBonus, Modifier, TokenTerms
+from funcprobe.training.modifiers import Change, Modifier, TokenTerms
 from funcprobe.training.objectives import VARIANTS, PolicyGradient, dapo, grpo, objective
 from funcprobe.training.token_selection import ClipCov, KlCov, TopEntropyQuantile, covariance
 from funcprobe.types import Rollouts, TokenScores
-from tests.oracles import losses
 from tests.training.cases import Batch, batch, law, masks, seeds
+from tests.training.variant_loops import OWN, loop_loss
 
 # Sums of at most 30 terms below 100 in float64: 30 · 100 · 2^-53 < 1e-12.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
-#: (variant, its own options): shares that pick several tokens of a small batch, bounds that hold some of them.
-OWN: list[tuple[str, dict[str, Any]]] = [
-    ("clip_cov", {}),
-    ("clip_cov", {"clip_cov_ratio": 0.29, "clip_cov_lb": -0.1, "clip_cov_ub": 0.8, "seed": 3}),
-    ("clip_cov", {"clip_cov_ratio": 1.0, "clip_cov_lb": -50.0, "clip_cov_ub": 50.0}),
-    ("kl_cov", {}),
-    ("kl_cov", {"kl_cov_ratio": 0.29, "ppo_kl_coef": 0.7}),
-    ("entropy_bonus", {"entropy_coef": 0.3}),
-    ("entropy_bonus", {"entropy_coef": -0.3}),
-    ("top_entropy_quantile", {}),
-    ("top_entropy_quantile", {"top_entropy_quantile": 0.7}),
-    ("drop_negatives", {}),
-]
 #: (base, its options)
 OVER: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {}),
@@ -66,63 +53,9 @@ def value_and_gradient(loss: PolicyGradient, scores: TokenScores, rollouts: Roll
     return value, gradient
 
 
-def changes(loss: PolicyGradient, case: Batch, logp: Tensor, entropy: Tensor, advantage: list[float]) -> Any:
-    """The changes of the modifiers, from the loops of the oracle."""
-    mask, old = case.rollouts.completion_mask.tolist(), case.rollouts.old_logps
-    high = loss.epsilon if loss.epsilon_high is None else loss.epsilon_high
-    ranges = {"epsilon": loss.epsilon, "epsilon_high": high}
-    if loss.surrogate == "log_prob":
-        ranges = {"epsilon": math.inf, "epsilon_high": math.inf}
-    if loss.surrogate == "capped":
-        ranges = {"epsilon": math.inf, "epsilon_high": high - 1}
-    held = old
-    if old is not None and loss.ratio != "token":  # the ratio is the sequence's: as if each token had it
-        on = case.rollouts.completion_mask
-        total = torch.where(on, logp.detach() - old, 0.0).sum(1, keepdim=True)
-        held = logp.detach() - (
-            total / on.sum(1, keepdim=True).clamp(min=1) if loss.ratio == "sequence_mean" else total
-        )
-    for m in loss.modifiers:
-        if isinstance(m, ClipCov):
-            bounds = {"share": m.clip_cov_ratio, "lower": m.clip_cov_lb, "upper": m.clip_cov_ub, "seed": m.seed}
-            yield losses.clip_cov(logp, mask, advantage, held, **bounds, **ranges)
-        elif isinstance(m, KlCov):
-            yield losses.kl_cov(logp, mask, advantage, old, share=m.kl_cov_ratio, coefficient=m.ppo_kl_coef)
-        elif isinstance(m, EntropyBonus):
-            yield losses.entropy_bonus(entropy, m.entropy_coef)
-        elif isinstance(m, TopEntropyQuantile):
-            yield losses.top_entropy_quantile(entropy, mask, m.top_entropy_quantile)
-        else:
-            assert isinstance(m, DropNegatives)
-            yield losses.drop_negatives(advantage)
-
-
 def expected(loss: PolicyGradient, case: Batch, base: str) -> Found:
-    rollouts = case.rollouts
-    rewards, groups = rollouts.rewards.tolist(), rollouts.group_ids.tolist()
-    leave_one_out = loss.baseline == "leave_one_out"
-    advantage = (
-        losses.leave_one_out(rewards, groups)
-        if leave_one_out
-        else losses.advantages(rewards, groups, loss.scale_rewards)
-    )
     logp, entropy = case.scores.logp.clone().requires_grad_(), case.scores.entropy.clone().requires_grad_()
-    value = losses.loss(
-        base,
-        logp,
-        rollouts.completion_mask.tolist(),
-        advantage,
-        rollouts.old_logps,
-        rollouts.ref_logps,
-        epsilon=loss.epsilon,
-        epsilon_high=loss.epsilon_high,
-        delta=loss.delta,
-        beta=loss.beta,
-        bias_correction=loss.use_bias_correction_kl,
-        aggregation=loss.aggregation,
-        max_completion_length=loss.max_completion_length,
-        changes=tuple(changes(loss, case, logp, entropy, advantage)),
-    )
+    value = loop_loss(loss, base, case.rollouts, logp, entropy)
     value = value + 0 * logp.sum() + 0 * entropy.sum()  # a loss may be constant, and its gradient zero
     return value.detach(), TokenScores(*torch.autograd.grad(value, (logp, entropy)))
 
