@@ -22,9 +22,12 @@ Layers, each importing only from those above it in this table and from `types`, 
 """
 
 from funcprobe import errors, tree
+from funcprobe.analysis.attribution import attribute, attribute_evaluation
+from funcprobe.analysis.attribution_result import Attribution
 from funcprobe.analysis.expansion import SecondOrder, second_order
 from funcprobe.analysis.largest_lr import LargestLr, largest_lr
 from funcprobe.analysis.one_step import probe
+from funcprobe.analysis.predictors import predict
 from funcprobe.analysis.readings import Reading
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.sweep import sweep
@@ -49,6 +52,7 @@ from funcprobe.types import Estimate, Rollouts, StepResult, TokenBudget, TokenSc
 
 __version__ = "0.1.0"
 __all__ = [
+    "Attribution",
     "Checkpoint",
     "Estimate",
     "LargestLr",
@@ -65,6 +69,8 @@ __all__ = [
     "adam",
     "adamw",
     "anchored",
+    "attribute",
+    "attribute_evaluation",
     "bnpo",
     "cispo",
     "dapo",
@@ -84,6 +90,7 @@ __all__ = [
     "make_step",
     "mean_length",
     "observable",
+    "predict",
     "probe",
     "read_rollouts",
     "reinforce",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from funcprobe import tree
 from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, unequal_groups
 from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.first_order import first_order
+from funcprobe.analysis.first_order import First, first_order
 from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options, named
-from funcprobe.analysis.measure import family_of, measure_step
+from funcprobe.analysis.measure import Measurement, family_of, measure_step
 from funcprobe.analysis.movement import Move
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.readings import BarMethod
@@ -102,16 +102,75 @@ def probe(
     """
     options = Options(mode, method, tolerance, order, bars, level, seed, rounding, ess_threshold, on_low_ess)
     wanted = asked_for(observable, observables, evaluation)
-    said, clock = Messages(), Clock()
-    passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
-    asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))
+    asked = inquire(policy, evaluation, update, wanted, options, microbatch, progress)
+    taken = take_step(asked, step, params, opt_state, update, lr)
+    taken = taken._replace(gradient=None)  # let go before E needs the memory
+    first = first_order(asked, params, taken.move.update)
+    found = measure_step(asked, taken.move, first)
+    return result_of(asked, taken, first, found, update, top_k, keep_update, keep_scores)
+
+
+class Taken(NamedTuple):
+    """One step that was taken, and what it was made of."""
+
+    move: Move
+    info: dict[str, float]  #: loss, grad_norm, clip_coefficient, lr and what the objective reported
+    gradient: Params | None  #: of the loss, before clipping; None once it was let go
+
+
+def inquire(
+    policy: Policy,
+    evaluation: Rollouts,
+    update: Rollouts,
+    observables: Mapping[str, Observable],
+    options: Options,
+    microbatch: Microbatch,
+    progress: Progress | None,
+) -> Inquiry:
+    """Return what is asked of steps made from `update`; refused early where no pass could give it.
+
+    Raises:
+        InputError: If it is refused.
+    """
+    passes = Passes.over(policy, evaluation, observables, microbatch, progress, Clock())
+    asked = Inquiry(passes, observables, options, Messages(), is_independent(evaluation, update))
     asked.check()
-    move, info = _take(step, params, opt_state, update, lr, clock, said, progress)
-    said.also(before_measuring(evaluation, update, move.size, info))
+    return asked
+
+
+def take_step(
+    asked: Inquiry, step: Step, params: Params, opt_state: OptState, update: Rollouts, lr: float | None
+) -> Taken:
+    """Take one pure step, and say what should be known of it.
+
+    Raises:
+        InputError: If rollouts, state or learning rate do not fit.
+        NumericsError: If scores, gradient or step are not finite.
+    """
+    passes, said = asked.passes, asked.said
+    with said.recording(), passes.clock("gradient on U"):
+        gradient, info = step.gradient(params, update, progress=passes.progress)
+    with passes.clock("optimizer step"):
+        after = step.apply(params, opt_state, gradient, lr=lr, info=info)
+        taken = Taken(Move.of(params, after.params, after.update), dict(after.info), gradient)
+    said.also(before_measuring(passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
         said.also(unequal_groups(step.optimizer))
-    first = first_order(asked, params, move.update)
-    found = measure_step(asked, move, first)
+    return taken
+
+
+def result_of(
+    asked: Inquiry,
+    taken: Taken,
+    first: First,
+    found: Measurement,
+    update: Rollouts,
+    top_k: int,
+    keep_update: bool,
+    keep_scores: bool,
+) -> ProbeResult:
+    """Return what was found as a result."""
+    move, passes, said = taken.move, asked.passes, asked.said
     return ProbeResult(
         readings=found.readings,
         exchange=found.exchange,
@@ -119,18 +178,18 @@ def probe(
         rounding=found.rounding,
         rounding_ratio=move.size.rounding_ratio,
         update_norm=move.size.norm,
-        lr=info["lr"],
+        lr=taken.info["lr"],
         unmoved=move.size.unmoved,
         top=tuple(tree.top_k(move.update, top_k)),
         family=family_of(asked, move, first, found.evidence),
         health=found.health,
-        step=info,
-        evaluation=BatchCounts.of(evaluation),
+        step=taken.info,
+        evaluation=BatchCounts.of(passes.evaluation),
         update_batch=BatchCounts.of(update),
         warnings=tuple(said.warnings),
         notes=tuple(said.notes),
-        timings=clock.seconds,
-        environment=describe_environment(policy.device, params),
+        timings=passes.clock.seconds,
+        environment=describe_environment(passes.policy.device, move.params),
         update=_portable(move.update) if keep_update else None,
         evidence=found.evidence if keep_scores else None,
     )
@@ -155,24 +214,6 @@ def asked_for(
     for o in found.values():
         check_observable(o, TokenScores(-0.7 * mask, 0.5 * mask, dict.fromkeys(o.stats, 0.3 * mask)), evaluation)
     return found
-
-
-def _take(
-    step: Step,
-    params: Params,
-    opt_state: OptState,
-    update: Rollouts,
-    lr: float | None,
-    clock: Clock,
-    said: Messages,
-    progress: Progress | None,
-) -> tuple[Move, dict[str, float]]:
-    """Return one step and its info; gradient and optimizer state are let go before E needs the memory."""
-    with said.recording(), clock("gradient on U"):
-        gradient, info = step.gradient(params, update, progress=progress)
-    with clock("optimizer step"):
-        taken = step.apply(params, opt_state, gradient, lr=lr, info=info)
-        return Move.of(params, taken.params, taken.update), dict(taken.info)
 
 
 def _portable(update: Params) -> Params:

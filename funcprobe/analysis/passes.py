@@ -68,6 +68,15 @@ class Passes(NamedTuple):
         with self.clock(what):
             return engine.gradient(f, self.policy, params, self.evaluation, as_training=False, **self._options(what))
 
+    def pull_back(self, fixed: TokenScores, params: Params, what: str) -> Params:
+        """Return known cotangents of E's scores, pulled back to the parameters by reverse mode."""
+        with self.clock(what):
+            return engine.pull_back(fixed, self.policy, params, self.evaluation, **self._options(what))
+
+    def over_rows(self, part: Rollouts) -> Passes:
+        """Return the same passes over some rows of E, without a progress of their own."""
+        return self._replace(evaluation=part, progress=None)
+
     def curvature_by_reverse(self, fixed: TokenScores, params: Params, direction: Params, what: str) -> float:
         """Return Σ c·s̈ over E, forward over reverse."""
         with self.clock(what):

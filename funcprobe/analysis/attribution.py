@@ -1,0 +1,200 @@
+"""Which parameters, prompts and tokens moved a functional of the policy: the parts of one step's δF₁, all of them.
+
+    δF₁ = Σ_n ⟨∇F_n, Δθ_n⟩                                  leaves n of the parameters
+        = Σ_it c_it · ṡ_it                                  tokens of E: c = ∂F/∂s, ṡ along Δθ
+        = Σ_jt (∂loss/∂s_jt) · ṡ_jt + ⟨∇F, offset⟩           tokens of U: ṡ along ∇F carried back through the step
+
+Three sums of one number, taken by passes that share no derivative (forward over E, reverse over E, forward over U), so
+that each checks the others: `completeness` holds how far they are apart.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any, Literal
+
+from funcprobe import engine
+from funcprobe.analysis.attribution_result import Attribution
+from funcprobe.analysis.decoding import vocabulary_of
+from funcprobe.analysis.first_order import first_order
+from funcprobe.analysis.influence import Influence, check_influence, influence_of
+from funcprobe.analysis.inquiry import Inquiry, Options
+from funcprobe.analysis.measure import measure_step
+from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, Taken, asked_for, inquire, result_of, take_step
+from funcprobe.analysis.parameter_parts import leaf_parts
+from funcprobe.analysis.passes import DEFAULT_MICROBATCH
+from funcprobe.analysis.predictors import STATS, predictions
+from funcprobe.analysis.result import ProbeResult
+from funcprobe.analysis.token_parts import TokenParts, token_parts
+from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.policy.module import Policy
+from funcprobe.training.response import Form, Response, respond
+from funcprobe.training.step import Step
+from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
+
+
+def attribute(
+    policy: Policy,
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    evaluation: Rollouts,
+    update: Rollouts,
+    observable: Observable | None = None,
+    *,
+    observables: Mapping[str, Observable] | None = None,
+    lr: float | None = None,
+    form: Form = "auto",
+    influence: Literal["sequences", "prompts"] | None = None,
+    leaves: Collection[str] | Callable[[str], bool] | None = None,
+    chunk: int = 8,
+    tokenizer: Any = None,
+    microbatch: Microbatch = DEFAULT_MICROBATCH,
+    top_k: int = 10,
+    keep_update: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Attribution:
+    """Take one pure step on `update` and return which parameters, prompts and tokens moved an observable, and how far.
+
+    Estimand: the parts of `δF₁ = ⟨∇F, Δθ⟩`, with the sampling error of E that δF₁ itself has (the result's error bar).
+    Beside the passes of a probe it takes a backward pass over E (∇F) and a forward-mode pass over U.
+
+    `form="additive"` writes `Δθ = offset + scale ⊙ g`, with denominators and clip factor at their actual values, so
+    that tokens of U, momentum and weight decay sum to δF₁. `form="jacobian"` asks what would be if a token weighed a
+    little less: `(∂Δθ/∂g)ᵀ ∇F`, through denominators and clipping; where the step is not linear in the gradient that
+    does not sum, and the ledger has a row "rest". "auto" is additive where the optimizer has that form, else jacobian.
+
+    Args:
+        policy: What scores the rollouts; see `from_module` and `load_checkpoint`.
+        step: The pure step; see `make_step`.
+        params: θ, at which the evaluation rollouts were drawn.
+        opt_state: The optimizer's state before the step.
+        evaluation: Rollouts E, drawn at θ, apart from U.
+        update: Rollouts U, which the step is taken on.
+        observable: What is attributed; by default the entropy per token.
+        observables: Several by name, in place of `observable`; the first is attributed, all of them are measured.
+        lr: Learning rate of this step; None takes the optimizer's.
+        form: How the gradient is weighed: "auto", "additive" or "jacobian".
+        influence: Whether to make the matrix of what every update sequence does to every evaluation sequence, or
+            prompt: a backward pass and a forward-mode pass over U for each.
+        leaves: The leaves whose influence is looked at, as names or as a predicate; None takes all of them.
+        chunk: How many rows of the influence matrix share a pass; memory of tangents grows with it.
+        tokenizer: What decodes token ids for tables and pages; without one they show ids.
+        microbatch: How E is cut for the model; U is cut as the step cuts it. It changes memory and no result.
+        top_k: How many of the most moved leaves the result lists.
+        keep_update: Whether the result carries Δθ.
+        progress: Called as progress(what, done, total).
+        **options: The further options of `probe`: method, tolerance, order, bars, level, seed, rounding, ...
+
+    Raises:
+        InputError: If an option, a batch or the optimizer is not usable.
+        NumericsError: If scores, gradients or contributions are not finite; the message names the sequences.
+        ForwardModeError: If the model has no forward derivative.
+        EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
+    """
+    wanted = asked_for(observable, observables, evaluation)
+    asked = inquire(policy, evaluation, update, wanted, Options(**{**options, "mode": "forward"}), microbatch, progress)
+    check_influence(influence, chunk, leaves, params)
+    taken = take_step(asked, step, params, opt_state, update, lr)
+    first = first_order(asked, params, taken.move.update)
+    found = measure_step(asked, taken.move, first)
+    assert first.along is not None  # forward mode was asked for
+    assert taken.gradient is not None
+    name, main = asked.main
+    c = engine.cotangents(found.evidence.of(main), first.along.scores)
+    gradient_of_f = asked.passes.pull_back(c, params, "E, gradient of F")
+    response = respond(step, params, opt_state, taken.gradient, gradient_of_f, lr, form)
+    prepared = _prepared(step, update)
+    of_update, drawn = _on_update(asked, step, params, prepared, response, taken)
+    matrix: Influence | None = None
+    if influence is not None:
+        matrix = influence_of(
+            asked.passes,
+            step,
+            params,
+            c,
+            prepared,
+            drawn,
+            partial(_carried, step, params, opt_state, taken.gradient, lr, response.form),
+            by=influence,
+            leaves=leaves,
+            chunk=chunk,
+        )
+    if response.form == "jacobian" and form == "auto":
+        asked.said.notes.append("the optimizer has no additive form; tokens of U are attributed by its Jacobian")
+    return Attribution(
+        result=result_of(asked, taken, first, found, update, top_k, keep_update, keep_scores=False),
+        observable=name,
+        form=response.form,
+        leaves=leaf_parts(gradient_of_f, taken.move.update, taken.gradient, response.direction, response.offsets),
+        evaluation=token_parts(c, first.along, asked.passes.evaluation, "evaluation"),
+        update=of_update,
+        influence=matrix,
+        vocabulary=vocabulary_of(tokenizer, (evaluation, update)),
+    )
+
+
+def attribute_evaluation(result: ProbeResult, observable: Observable | None = None) -> TokenParts:
+    """Return the contribution of every token of E to δF₁ of an observable, from the scores that a probe kept.
+
+    No model is run. `observable` is by default the entropy per token; any that the probe's scores have the statistics
+    for will do.
+
+    Raises:
+        InputError: If the result kept no scores, or no tangents.
+        NumericsError: If a contribution is not finite; the message names the sequence.
+    """
+    main = DEFAULT_OBSERVABLE if observable is None else observable
+    evidence = result.evidence
+    if evidence is None:
+        raise InputError(
+            "This result kept no scores, and contributions of tokens are made of them; call probe(..., "
+            "keep_scores=True), or attribute(...), which needs no such option."
+        )
+    if evidence.along is None:
+        raise InputError(
+            "This result was made in reverse mode, which keeps no tangents of tokens; use mode='forward' or 'auto'."
+        )
+    c = engine.cotangents(evidence.of(main), evidence.along.scores)
+    return token_parts(c, evidence.along, evidence.rollouts, "evaluation")
+
+
+def _prepared(step: Step, update: Rollouts) -> Rollouts:
+    """Return U with its advantages; what `prepare` warns of was said when the gradient was taken."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuncprobeWarning)
+        return step.objective.prepare(update)
+
+
+def _on_update(
+    asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, taken: Taken
+) -> tuple[TokenParts, TokenScores]:
+    """Return what the tokens of U did, and the cotangents of the loss there: one forward-mode pass."""
+    passes, what = asked.passes, "U, forward mode"
+    with passes.clock(what):
+        along = engine.directional(
+            step.policy,
+            params,
+            response.direction,
+            prepared,
+            as_training=True,
+            stats={**STATS, **step.objective.stats},
+            microbatch=step.microbatch if step.microbatch is not None else passes.microbatch,
+            progress=passes.progress,
+            what=what,
+        )
+    c = engine.cotangents(lambda s: step.objective(s, prepared)[0], along.scores)
+    predictors = {}
+    if prepared.advantages is not None:
+        predictors = predictions(along.scores, prepared, taken.info["lr"]).tokens
+    return token_parts(c, along, prepared, "update", predictors), c
+
+
+def _carried(
+    step: Step, params: Params, opt_state: OptState, gradient: Params, lr: float | None, form: Form, covector: Params
+) -> Params:
+    """Return one row's ∇F carried back through the step."""
+    return respond(step, params, opt_state, gradient, covector, lr, form).direction

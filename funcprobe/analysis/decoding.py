@@ -1,0 +1,37 @@
+"""Token ids as text, for people: a string an id, so that tables and pages need no tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from funcprobe.types import Rollouts
+
+
+def vocabulary_of(tokenizer: Any, batches: Iterable[Rollouts]) -> dict[int, str] | None:
+    """Return the text of every token id in the batches; None without a tokenizer.
+
+    An id is decoded after itself and the first text cut off, because a token that opens a text loses its leading space
+    under some tokenizers.
+    """
+    if tokenizer is None:
+        return None
+    ids = sorted({int(i) for batch in batches for i in batch.ids[batch.attention_mask].unique().tolist()})
+    return {i: _text(tokenizer, i) for i in ids}
+
+
+def shown(token: int, vocabulary: Mapping[int, str] | None) -> str:
+    """Return what stands for a token: its text, or its id in brackets where no text is known.
+
+    Example:
+        >>> shown(7, {7: " the"}), shown(7, None)
+        (' the', '[7]')
+    """
+    return f"[{token}]" if vocabulary is None or token not in vocabulary else vocabulary[token]
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    once, twice = (
+        tokenizer.decode([token] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False) for n in (1, 2)
+    )
+    return twice[len(once) :] if twice.startswith(once) and len(twice) > len(once) else once

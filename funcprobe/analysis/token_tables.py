@@ -1,0 +1,153 @@
+"""Tables of token contributions as plain columns: by token, sequence, prompt and position; movers and correlations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from funcprobe.analysis.decoding import shown
+from funcprobe.analysis.token_parts import TokenParts
+
+#: Columns by name: what a pandas frame or a parquet file is made of.
+Columns = dict[str, Any]
+
+Vocabulary = Mapping[int, str] | None
+
+
+def completion_ids(parts: TokenParts) -> Tensor:
+    """Return the token id at every completion position, `[B, T]`; 0 past the end of a row."""
+    r = parts.rollouts
+    columns = r.prompt_lengths[:, None] + torch.arange(r.completion_mask.shape[1])
+    inside = columns < r.attention_mask.sum(1, keepdim=True)
+    return torch.where(inside, r.ids.gather(1, columns.clamp(max=r.ids.shape[1] - 1)), 0)
+
+
+def token_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
+    """Return a row for every completion token: where it stands, what it is, what it did and by which way."""
+    r = parts.rollouts
+    row, position = parts.mask.nonzero(as_tuple=True)
+    token = completion_ids(parts)[row, position].tolist()
+    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    cells |= {"logp": parts.scores.logp, "entropy": parts.scores.entropy, **parts.predictors}
+    by_row = {"advantage": r.advantages, "reward": r.rewards}
+    return {
+        "sequence": row.numpy(),
+        "prompt": r.group_ids[row].numpy(),
+        "position": position.numpy(),
+        "token": np.array(token, dtype=np.int64),
+        "text": [shown(t, vocabulary) for t in token],
+        **{name: x[row, position].numpy() for name, x in cells.items()},
+        **{name: x[row].numpy() for name, x in by_row.items() if x is not None},
+    }
+
+
+def sequence_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
+    """Return a row for every sequence: what it did, of which length, advantage and text."""
+    r, mask = parts.rollouts, parts.mask
+    length = mask.sum(1)
+    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    means = {"logp": parts.scores.logp, "entropy": parts.scores.entropy}
+    by_row = {"advantage": r.advantages, "reward": r.rewards}
+    ids = completion_ids(parts)
+    return {
+        "sequence": np.arange(len(r.ids)),
+        "prompt": r.group_ids.numpy(),
+        "length": length.numpy(),
+        **{name: x.sum(1).numpy() for name, x in cells.items()},
+        **{f"mean_{name}": (x.sum(1) / length.clamp(min=1)).numpy() for name, x in means.items()},
+        **{name: x.sum(1).numpy() for name, x in parts.predictors.items()},
+        **{name: x.numpy() for name, x in by_row.items() if x is not None},
+        "text": [_joined(ids[b][mask[b]].tolist(), vocabulary) for b in range(len(r.ids))],
+    }
+
+
+def prompt_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
+    """Return a row for every prompt (group): what its sequences did together."""
+    r = parts.rollouts
+    groups, member = torch.unique(r.group_ids, return_inverse=True)
+    first = [int((member == g).nonzero()[0]) for g in range(len(groups))]
+    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    count = torch.bincount(member, minlength=len(groups))
+
+    def summed(x: Tensor) -> Tensor:
+        return torch.zeros(len(groups), dtype=torch.float64).index_add(0, member, x.double())
+
+    tokens = summed(parts.mask.sum(1))
+    found: Columns = {
+        "prompt": groups.numpy(),
+        "sequences": count.numpy(),
+        "tokens": tokens.long().numpy(),
+        **{name: summed(x.sum(1)).numpy() for name, x in cells.items()},
+        "mean_entropy": (summed(parts.scores.entropy.sum(1)) / tokens.clamp(min=1)).numpy(),
+    }
+    if r.rewards is not None:
+        found["mean_reward"] = (summed(r.rewards) / count).numpy()
+    found["text"] = [_joined(r.ids[b, : int(r.prompt_lengths[b])].tolist(), vocabulary) for b in first]
+    return found
+
+
+def position_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
+    """Return a row for every completion position that holds a token."""
+    tokens = parts.mask.sum(0)
+    held = tokens > 0
+    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    return {
+        "position": held.nonzero().flatten().numpy(),
+        "tokens": tokens[held].numpy(),
+        **{name: x.sum(0)[held].numpy() for name, x in cells.items()},
+        "mean_entropy": (parts.scores.entropy.sum(0)[held] / tokens[held]).numpy(),
+    }
+
+
+#: Every table of a batch by name.
+TOKEN_TABLES = {
+    "tokens": token_columns,
+    "sequences": sequence_columns,
+    "prompts": prompt_columns,
+    "positions": position_columns,
+}
+
+
+def movers(columns: Columns, count: int) -> tuple[Columns, Columns]:
+    """Return the rows that raise most, largest first, and those that lower most, most negative first."""
+    value = np.asarray(columns["contribution"])
+    order = np.argsort(value, kind="stable")
+    down = [k for k in order[:count] if value[k] < 0]
+    up = [k for k in order[::-1][:count] if value[k] > 0]
+    return _rows(columns, up), _rows(columns, down)
+
+
+def correlations(columns: Columns, against: Sequence[str]) -> Columns:
+    """Return Pearson's and Spearman's correlation of contributions with other columns, NaN where one is constant."""
+    from scipy.stats import rankdata
+
+    value = np.asarray(columns["contribution"], dtype=float)
+    names = [name for name in against if name in columns]
+    others = [np.asarray(columns[name], dtype=float) for name in names]
+    return {
+        "with": names,
+        "pearson": [_correlation(value, other) for other in others],
+        "spearman": [_correlation(rankdata(value), rankdata(other)) for other in others],
+        "rows": [len(value)] * len(names),
+    }
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    size = float(np.sqrt((x @ x) * (y @ y)))
+    return float(x @ y) / size if size > 0 else float("nan")
+
+
+def _rows(columns: Columns, index: Sequence[int]) -> Columns:
+    return {
+        name: values[index] if isinstance(values, np.ndarray) else [values[k] for k in index]
+        for name, values in columns.items()
+    }
+
+
+def _joined(tokens: Sequence[int], vocabulary: Vocabulary) -> str:
+    return ("" if vocabulary is not None else " ").join(shown(t, vocabulary) for t in tokens)
