@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ class ProbeComponents:
             tree.same_keys(gradient, found, what="gradient and what the preconditioner returned")
             return tree.scale(-1.0, found), lr
 
-    def _slopes(self, batch: Batch, direction: Params, mb_size_prompts: int) -> _Slopes:
+    def _slopes(self, batch: Batch, direction: Params, mb_size_prompts: int) -> tuple[float, float]:
         """Return DH(θ)[direction] per sequence and per token, from one forward-mode pass where the model has one."""
         pair = from_training(self.model)
         evaluation = DeltaEntropyIS(config=self.config).evaluation_rollouts(batch, self.model)
@@ -184,19 +184,11 @@ class ProbeComponents:
         whole, per_token = (first.value(name, o, evidence, direction) for name, o in observables.items())
         assert whole is not None  # the gradient of every observable that was asked for is there
         assert per_token is not None
-        return _Slopes(whole, per_token)
-
-
-class _Slopes(NamedTuple):
-    """Directional derivatives of H."""
-
-    whole: float  #: nats per sequence
-    per_token: float  #: nats per token
+        return whole, per_token
 
 
 def _check(mb_size_prompts: int, weighting_mode: str, preconditioner: object) -> None:
-    if isinstance(mb_size_prompts, bool) or not isinstance(mb_size_prompts, int) or mb_size_prompts < 1:
-        raise InputError(f"mb_size_prompts is {mb_size_prompts!r}; expected a whole number of at least 1.")
+    settings.whole({"mb_size_prompts": mb_size_prompts}, "mb_size_prompts")
     if weighting_mode != "dr_grpo":
         raise InputError(
             f"weighting_mode is {weighting_mode!r}; expected 'dr_grpo'. δH₁ is the derivative of the measured entropy "

@@ -5,28 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from funcprobe import tree
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring
-from funcprobe.analysis.first_order import first_order
-from funcprobe.analysis.inquiry import Inquiry, Options
-from funcprobe.analysis.measure import Measurement, measure_step
-from funcprobe.analysis.movement import Move
-from funcprobe.analysis.passes import Passes
+from funcprobe.analysis.one_step import probe
+from funcprobe.analysis.result import ProbeResult
 from funcprobe.checkpoints.live import from_training
 from funcprobe.compat import settings
 from funcprobe.compat.batches import Batch, for_the_loss, rows_of_prompts, to_rollouts
 from funcprobe.compat.buffers import unwrapped
 from funcprobe.compat.settings import Importance
-from funcprobe.errors import InputError
+from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.estimators.importance import log_ratios
 from funcprobe.training.step import make_step
-from funcprobe.types import Params, Rollouts, StepResult
+from funcprobe.types import Rollouts
 
 log = logging.getLogger(__name__)
 
@@ -88,44 +85,48 @@ class DeltaEntropyIS:
         module = self.model if model is None else model
         if module is None:
             raise InputError("There is no model; pass the live module that the optimizer belongs to.")
-        taken = self._step(module, E_batch, U_batch, optimizer, importance)
-        for message in (*taken.said.warnings, *taken.found_notes):
-            self.logger.warning(message)
-        return {**self._numbers(taken, importance), "timing": {"total_time": time.perf_counter() - start}}
+        found = self._probed(module, E_batch, U_batch, optimizer, importance)
+        for message in (*found.warnings, *(note for note in found.notes if "path integral" in note)):
+            self.logger.warning(message)  # of the notes, the one that bears on how good a number is
+        return {**self._numbers(found, importance), "timing": {"total_time": time.perf_counter() - start}}
 
     #: The name that an older interface has for it.
     entropy_change_two_batch_rl = entropy_change_two_batch
 
-    def _step(
+    def _probed(
         self,
         module: nn.Module,
         E_batch: Batch,
         U_batch: Batch,
         optimizer: torch.optim.Optimizer,
         importance: Importance,
-    ) -> _Taken:
-        """Take the one step and measure it, on values that share nothing with the pair but storage that is read."""
+    ) -> ProbeResult:
+        """Return a probe of values that share nothing with the pair but storage that is read."""
         pair = from_training(module, optimizer)
         assert pair.optimizer is not None  # one was given
         assert pair.opt_state is not None
         evaluation, update = self._evaluation(E_batch, module, importance), self.update_rollouts(U_batch, module)
-        rows = rows_of_prompts(importance.microbatch, update)
-        pieces = math.ceil(rows / importance.rl_grad_accum)
-        step = make_step(
-            pair.policy, settings.objective(self.config), pair.optimizer, settings.max_grad_norm(self.config), pieces
-        )
+        pieces = math.ceil(rows_of_prompts(importance.microbatch, update) / importance.rl_grad_accum)
+        loss, bound = settings.objective(self.config), settings.max_grad_norm(self.config)
         _check_moves(optimizer, importance.lr_override)
-        said = Messages(quiet=True)
-        with said.recording():
-            result = step(pair.params, pair.opt_state, update, lr=importance.lr_override)
-        move = Move.of(pair.params, result.params, result.update)
-        said.also(before_measuring(evaluation, update, move.size, result.info))
-        observables = settings.entropies(self.config, importance)
-        microbatch = rows_of_prompts(importance.microbatch, evaluation)
-        passes = Passes.over(pair.policy, evaluation, observables, microbatch, None, Clock())
-        asked = Inquiry(passes, observables, Options(bars=None, rounding=False), said, independent=True)
-        found = measure_step(asked, move, first_order(asked, pair.params, result.update))
-        return _Taken(result, found, said)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FuncprobeWarning)  # the result holds them, and they are logged
+            return probe(
+                pair.policy,
+                make_step(pair.policy, loss, pair.optimizer, bound, pieces),
+                pair.params,
+                pair.opt_state,
+                evaluation,
+                update,
+                observables=settings.entropies(self.config, importance),
+                lr=importance.lr_override,
+                bars=None,
+                microbatch=rows_of_prompts(importance.microbatch, evaluation),
+                rounding=False,
+                top_k=SHOWN_LEAVES,
+                keep_update=True,
+                keep_scores=True,
+            )
 
     def _evaluation(self, batch: Batch, module: nn.Module, importance: Importance) -> Rollouts:
         found = self.evaluation_rollouts(batch, module)
@@ -155,12 +156,12 @@ class DeltaEntropyIS:
         """
         return for_the_loss(batch, self.evaluation_rollouts(batch, module))
 
-    def _numbers(self, taken: _Taken, importance: Importance) -> dict[str, Any]:
-        whole, per_token = (taken.found.readings[name] for name in ("sequence", "token"))
-        buffer = portable(taken.result.update)
-        l2, lr = float(tree.norm(buffer)), taken.result.info["lr"]
+    def _numbers(self, found: ProbeResult, importance: Importance) -> dict[str, Any]:
+        whole, per_token = (found.readings[name] for name in ("sequence", "token"))
+        assert found.update is not None  # asked for with keep_update
+        l2 = float(tree.norm(found.update))
         self.logger.info("[GT] H_orig=%.6f, H_upd=%.6f nats per sequence", whole.before, whole.after)
-        largest = ", ".join(f"{name} {norm:.2e}" for name, norm in tree.top_k(buffer, SHOWN_LEAVES))
+        largest = ", ".join(f"{name} {norm:.2e}" for name, norm in found.top)
         self.logger.debug("[GT] ||Δθ||₂=%.4e, largest: %s", l2, largest)
         tokens = {"H_orig_tok": per_token.before, "H_upd_tok": per_token.after, "deltaH_true_tok": per_token.change}
         return {
@@ -168,34 +169,22 @@ class DeltaEntropyIS:
             "H_upd": whole.after,
             "deltaH_true": whole.change,
             **(tokens if importance.report_per_token else {}),
-            "param_update_buf_named": buffer if importance.return_param_update_buf else None,
+            "param_update_buf_named": found.update if importance.return_param_update_buf else None,
             "param_update_l2": l2,
-            "learning_rate_used": lr,
+            "learning_rate_used": found.lr,
             "diagnostics": {
                 "is_mode": importance.is_mode,
                 "training_loss": "rl",
                 "rl_grad_accum": importance.rl_grad_accum,
-                **weight_diagnostics(taken.found, importance),
+                **weight_diagnostics(found, importance),
             },
         }
 
 
-class _Taken(NamedTuple):
-    """One step and what it does."""
-
-    result: StepResult
-    found: Measurement
-    said: Messages
-
-    @property
-    def found_notes(self) -> list[str]:
-        """What was said of a path that did not converge: the one note that bears on how good a number is."""
-        return [note for note in self.said.notes if "path integral" in note]
-
-
-def weight_diagnostics(found: Measurement, importance: Importance) -> dict[str, float | int]:
+def weight_diagnostics(found: ProbeResult, importance: Importance) -> dict[str, float | int]:
     """Return the health of the sequence weights that were used; float64 throughout."""
     evidence = found.evidence
+    assert evidence is not None  # asked for with keep_scores
     log_weight = log_ratios(evidence.after, evidence.anchor, evidence.rollouts).sum(-1)
     used = log_weight.clamp(max=math.log(importance.clip_c)) if importance.is_mode == "clip" else log_weight
     w: Tensor = torch.exp(used - used.max())
@@ -211,11 +200,6 @@ def weight_diagnostics(found: Measurement, importance: Importance) -> dict[str, 
         "w_min": float(w.min()),
         "w_sum_global": float(w.sum()),
     }
-
-
-def portable(update: Params) -> Params:
-    """Return Δθ on the CPU in float32."""
-    return {name: u.detach().to("cpu", torch.float32, copy=True) for name, u in update.items()}
 
 
 def _check_moves(optimizer: torch.optim.Optimizer, lr: float | None) -> None:

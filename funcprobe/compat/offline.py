@@ -17,6 +17,7 @@ from funcprobe.analysis.result import json_safe
 from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
 from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
 from funcprobe.compat import buffers
+from funcprobe.compat.batches import Batch
 from funcprobe.compat.components import Preconditioner, ProbeComponents
 from funcprobe.compat.entropy_is import DeltaEntropyIS
 from funcprobe.compat.sampling import Source
@@ -117,10 +118,7 @@ class OfflineEntropyProbe:
         start = time.perf_counter()
         self._ready(checkpoint_path)
         assert self.model is not None
-        assert self.optimizer is not None
-        assert self.delta_entropy_is is not None
         assert self.probe_components is not None
-        mb_size = self.sections.section("computation_options").get("mb_size_prompts", 2)
         importance = dict(self.sections.section("true_delta_h"))
         enabled = bool(importance.pop("enabled", True))
 
@@ -128,56 +126,58 @@ class OfflineEntropyProbe:
         source = Source(self.sections, *from_module(self.model), self.tokenizer)
         E_batch, U_batch = source.evaluation(), source.update()
         sampled = time.perf_counter()
-
-        truth: dict[str, Any] = {}
-        if enabled:
-            self.logger.info("Phase 1: ground truth ΔH on E, and Δθ, from one step on U")
-            importance.setdefault("return_param_update_buf", True)
-            truth = self.delta_entropy_is.entropy_change_two_batch(
-                self.model, E_batch, U_batch, self.optimizer, importance
-            )
-            self.logger.info(
-                f"[GT] deltaH_true = {truth['deltaH_true']:.10f} (||Δθ||₂={truth['param_update_l2']:.4e}, "
-                f"lr_used={truth['learning_rate_used']})"
-            )
-            if truth["param_update_buf_named"] is None:
-                raise RuntimeError(
-                    "Ground-truth stage did not return param_update_buf_named; set return_param_update_buf=True"
-                )
+        truth = self._ground_truth(E_batch, U_batch, importance) if enabled else {}
         measured = time.perf_counter()
 
         self.logger.info("Phase 2: δH₁ from X on E and %s", "the same Δθ" if enabled else "the preconditioned gradient")
+        asked = {
+            "mb_size_prompts": self.sections.section("computation_options").get("mb_size_prompts", 2),
+            "weighting_mode": self.sections.weighting_mode,
+        }
         predicted = self.probe_components.compute_delta_h1_from_batches(
             E_batch=E_batch,
             U_batch=U_batch,
-            mb_size_prompts=mb_size,
-            weighting_mode=self.sections.weighting_mode,
             adam_preconditioner=self.adam_preconditioner,
             optimizer=self.optimizer,
             param_update_buf=truth.get("param_update_buf_named"),
+            **asked,
         )
         self.logger.info(
             f"[δH1] bars_dot={predicted['bars_dot']:.10f}, deltaH1={predicted['deltaH1']:.10f}"
             + (" (uses same Δθ)" if enabled else "")
         )
-        timing = {
-            "total_time": time.perf_counter() - start,
-            "phase0_sampling": sampled - start,
-            "phase5_importance": measured - sampled,
-            **predicted["timing"],
-        }
         if not self.sections.section("probe_reuse").get("log_param_update_buf", False):
             truth.pop("param_update_buf_named", None)
+        times = {"phase0_sampling": sampled - start, "phase5_importance": measured - sampled, **predicted["timing"]}
         found = {
             **truth,
             **predicted,
+            **asked,
             "B_E": len(E_batch.ids) if isinstance(E_batch, Rollouts) else predicted["B_E"],  # drawn with replacement
-            "mb_size_prompts": mb_size,
-            "weighting_mode": self.sections.weighting_mode,
             "importance_enabled": enabled,
-            "timing": timing,
+            "timing": {"total_time": time.perf_counter() - start, **times},
         }
         self._save(found)
+        return found
+
+    def _ground_truth(self, E_batch: Batch, U_batch: Batch, importance: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the one step on U does to H on E, and the step itself.
+
+        Raises:
+            RuntimeError: If the configuration leaves out Δθ.
+        """
+        assert self.optimizer is not None
+        assert self.delta_entropy_is is not None
+        self.logger.info("Phase 1: ground truth ΔH on E, and Δθ, from one step on U")
+        found = self.delta_entropy_is.entropy_change_two_batch(self.model, E_batch, U_batch, self.optimizer, importance)
+        self.logger.info(
+            f"[GT] deltaH_true = {found['deltaH_true']:.10f} (||Δθ||₂={found['param_update_l2']:.4e}, "
+            f"lr_used={found['learning_rate_used']})"
+        )
+        if found["param_update_buf_named"] is None:
+            raise RuntimeError(
+                "Ground-truth stage did not return param_update_buf_named; set return_param_update_buf=True"
+            )
         return found
 
     def _ready(self, checkpoint_path: str | os.PathLike[str] | None) -> None:

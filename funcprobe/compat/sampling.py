@@ -76,13 +76,13 @@ class Source:
             self.params,
             prompts,
             generator=torch.Generator().manual_seed(self._seed * 10 + seed),
-            max_new_tokens=int(settings.number(generation, "max_new_tokens", 256)),
+            max_new_tokens=settings.whole(generation, "max_new_tokens", 256),
             eos_id=next(iter(end), None),
             temperature=settings.temperature_of(self.sections.config),
             group_size=group_size,
             reward=load_reward(str(reward)) if with_reward else None,
             tokenizer=self.tokenizer,
-            batch_size=int(settings.number(generation, "gen_batch_size", 8)),
+            batch_size=settings.whole(generation, "gen_batch_size", 8),
         )
 
     def _prompts(self) -> tuple[list[list[int]], list[list[int]]]:

@@ -119,10 +119,8 @@ class Sections:
             if isinstance(several, list) and len(several) != 1:
                 raise ConfigError(f"batch_config.B_E_values is {several}; one probe has one size of E, so write B_E.")
             batch["B_E"] = several[0] if isinstance(several, list) else several
-        for key in ("B_E", "B_U", "G"):
-            if isinstance(batch.get(key), bool) or not isinstance(batch.get(key), int) or batch[key] < 1:
-                raise ConfigError(f"batch_config.{key} is {batch.get(key)!r}; expected a whole number of at least 1.")
-        return batch["B_E"], batch["B_U"], batch["G"]
+        b_e, b_u, group_size = (settings.whole(batch, key, section="batch_config.") for key in ("B_E", "B_U", "G"))
+        return b_e, b_u, group_size
 
 
 #: Keys that hold a path; those of MAYBE_PATHS only where there is such a file, otherwise a name.

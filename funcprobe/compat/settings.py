@@ -66,12 +66,12 @@ class Importance:
         _only(given, "snapshot_device", "cpu", "nothing is snapshotted, because nothing is stepped in place")
         _only(given, "training_loss", "rl", "the step is taken on the RL loss")
         found = cls(
-            _whole(given, "importance_microbatch_size", 1),
+            whole(given, "importance_microbatch_size", 1),
             _truth(given, "report_per_token", False),
             _truth(given, "return_param_update_buf", True),
             _one_of(given, "measure", ("p", "q", None), None),
             None if given.get("lr_override") is None else check_lr(given["lr_override"]),
-            _whole(given, "rl_grad_accum", 1),
+            whole(given, "rl_grad_accum", 1),
             _one_of(given, "is_mode", ("snis", "clip"), "snis"),
             number(given, "clip_c", CLIP_C),
         )
@@ -177,10 +177,15 @@ def number(values: Mapping[str, Any], key: str, default: float) -> float:
     return float(found)
 
 
-def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
-    found = values.get(key, default)
+def whole(values: Mapping[str, Any], key: str, default: int | None = None, section: str = "") -> int:
+    """Return a whole number of at least 1; an absent one and none are the default, if there is one.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    found = default if values.get(key) is None else values[key]
     if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ConfigError(f"{key} is {found!r}; expected a whole number of at least 1.")
+        raise ConfigError(f"{section}{key} is {found!r}; expected a whole number of at least 1.")
     return found
 
 
