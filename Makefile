@@ -29,8 +29,8 @@ format: $(STAMP) ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## the engine's costs, as ratios measured side by side
-	$(BIN)/python benchmarks/engine.py
+bench: $(STAMP)  ## every benchmark in turn; BENCH=--quick only shows that they run
+	$(BIN)/python benchmarks/all.py $(BENCH)
 
 notebooks: $(STAMP) ## execute every notebook in place of its stored outputs
 	$(BIN)/python notebooks/execute.py

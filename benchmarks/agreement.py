@@ -40,7 +40,7 @@ from funcprobe.checkpoints.folder import Checkpoint
 from funcprobe.cli.demo import prepare_demo
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, draw_rollouts
-from funcprobe.data.rollouts import take
+from funcprobe.data.rollouts import take, to_device
 from funcprobe.types import Params, Rollouts, StepResult
 
 LR, EACH, BATCHES, STATEFUL = 1.6e-6, 256, 64, 8
@@ -60,29 +60,34 @@ def main() -> None:
     """Measure, print and write."""
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    report = measured()
+    batches, stateful = (2, 1) if options.quick else (BATCHES, STATEFUL)
+    report = measured(batches, stateful, options.device)
     summary = report["summary"]
     rows = [
         [name, f"{s['mean']:+.2e}", f"{s['std']:.2e}", f"{s['largest']:.2e}", str(s["batches"])]
         for name, s in summary.items()
     ]
     comparing.show(f"|E| = {EACH}, η = {LR}: error / |ΔH|", ("what", "mean", "std", "largest", "batches"), rows)
-    asked = {"lr": LR, "rollouts": EACH, "batches": BATCHES, "stateful": STATEFUL, "threads": options.threads}
-    out = Path(__file__).parent / "results" / "agreement-cpu.json"
-    record.write(out, "agreement", asked, describe_environment("cpu"), [report])
+    if options.quick:
+        print("nothing written: --quick shows that it runs, and its numbers are no figures")
+        return
+    asked = {"lr": LR, "rollouts": EACH, "batches": batches, "stateful": stateful, **vars(options)}
+    out = Path(__file__).parent / "results" / f"agreement-{options.device}.json"
+    record.write(out, "agreement", asked, describe_environment(options.device), [report])
 
 
-def measured() -> dict[str, Any]:
-    """Return the summary, the reference, and a row for every E."""
+def measured(several: int, stateful: int, device: str) -> dict[str, Any]:
+    """Return the summary, the reference, and a row for each of several E; the stateful probe runs on the first ones."""
     folder = prepare_demo().parent / "checkpoint"
-    checkpoint = fp.load_checkpoint(folder)
+    checkpoint = fp.load_checkpoint(folder, device=device)
     size, draw = DemoSize(), torch.Generator().manual_seed(2026)
 
     def rollouts(prompts: int) -> Rollouts:
         words = draw_prompts(prompts, size.shortest, size.longest, draw)
-        return draw_rollouts(size, checkpoint.policy, checkpoint.params, checkpoint.tokenizer, words, draw)
+        drawn = draw_rollouts(size, checkpoint.policy, checkpoint.params, checkpoint.tokenizer, words, draw)
+        return to_device(drawn, device)
 
-    prompts = BATCHES * EACH // size.group_size
+    prompts = several * EACH // size.group_size
     update, reference, pool = rollouts(size.update_prompts), rollouts(prompts), rollouts(prompts)
     assert checkpoint.optimizer is not None
     assert checkpoint.opt_state is not None
@@ -92,7 +97,7 @@ def measured() -> dict[str, Any]:
     truth, first = float(apart.exact.change(ENTROPY)), float(apart.exact.first_order(ENTROPY))
     batches = [_batch(of_pool, rows, truth) for rows in _slices(len(pool.ids))]
     probe = StatefulProbe(*_live(folder, checkpoint), objective="grpo", max_grad_norm=MAX_GRAD_NORM)
-    for rows, batch in zip(_slices(STATEFUL * EACH), batches, strict=False):
+    for rows, batch in zip(_slices(stateful * EACH), batches, strict=False):
         old = probe.run(take(pool, rows), update, lr=LR)
         batch["stateful"] = {"change": old.deltaH_true, "first_order": old.deltaH1}
         batch["stateful, same E"] = (old.deltaH1 - old.deltaH_true) / abs(old.deltaH_true)
@@ -153,7 +158,7 @@ def _live(folder: Path, checkpoint: Checkpoint) -> tuple[torch.nn.Module, torch.
     """Return the checkpoint as a live module and a live AdamW with the run's moments."""
     from transformers import AutoModelForCausalLM
 
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(checkpoint.policy.device)
     saved = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"]
     assert checkpoint.opt_state is not None
     kept = ("lr", "betas", "eps", "weight_decay")  # equal in both groups of the demo
@@ -174,7 +179,9 @@ def _summary(values: Sequence[float]) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Agreement of δH₁ and ΔH on one E, and against an independent one.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="two batches; writes nothing")
     return parser
 
 

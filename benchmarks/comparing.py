@@ -27,8 +27,8 @@ from funcprobe.types import Params
 QUICK = {"evaluation": 4, "update": 4, "length": 32, "microbatch": 2, "rounds": 1}
 
 
-def asked(description: str, **defaults: Any) -> argparse.Namespace:
-    """Return the options that every comparison has, as the command line sets them."""
+def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """Return the options that every comparison has."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default="cpu")
@@ -44,6 +44,11 @@ def asked(description: str, **defaults: Any) -> argparse.Namespace:
     add("--json", type=Path, metavar="PATH", help="where the numbers go (default benchmarks/results/)")
     add("--peak", help=argparse.SUPPRESS)  # what a child process is asked for
     parser.set_defaults(**defaults)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return what the command line asks for, with other defaults where it says `--quick`."""
     if parser.parse_args().quick:
         parser.set_defaults(**QUICK)
     return parser.parse_args()

@@ -26,7 +26,7 @@ def runs(pair: Pair) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    options = comparing.asked("One probe, stateful and functional.")
+    options = comparing.parsed(comparing.parser("One probe, stateful and functional."))
     if options.peak:
         comparing.serve_peak(options, runs)
         return
@@ -34,7 +34,7 @@ def main() -> None:
     pair = build(comparing.shape_of(options))
     old, new = pair.stateful(), pair.functional()
     count = {name: comparing.flops(run) for name, run in runs(pair).items()}
-    taken = timing.side_by_side(pair.functional, pair.stateful, options.rounds, options.device)
+    taken = timing.side_by_side(pair.functional, pair.stateful, options.rounds, options.device, warm=True)
     peaks = {name: comparing.peak(options, name) for name in ("stateful", "functional")}
     targets = (0.87, 1.0, 1.0) if options.lora else (0.92, 1.0, None)
     ratios = (count["functional"] / count["stateful"], taken.median, peaks["functional"] / peaks["stateful"])

@@ -38,6 +38,7 @@ from funcprobe import engine, tree
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.evidence import Evidence
 from funcprobe.analysis.expansion import subtraction_error
+from funcprobe.data.rollouts import to_device
 from funcprobe.types import Params, Rollouts
 
 LRS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
@@ -78,7 +79,7 @@ def main() -> None:
     """Measure, print and write."""
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    rows = measured(options.hidden, options.layers)
+    rows = measured(options)
     headings = ("η", "true ΔH", "stateful error", "subtraction", "storage", "of |ΔH|", "functional error", "method")
     shown = ("stateful", "subtraction", "storage", "stateful_of_change", "functional")
     comparing.show(
@@ -86,25 +87,29 @@ def main() -> None:
         headings,
         [[f"{r['lr']:.0e}", f"{r['change']:+.3e}", *(f"{r[name]:.0e}" for name in shown), _method(r)] for r in rows],
     )
-    asked = {"hidden": options.hidden, "layers": options.layers, "lrs": LRS, "threads": options.threads}
-    out = Path(__file__).parent / "results" / "precision-cpu.json"
-    record.write(out, "precision", asked, describe_environment("cpu"), rows)
+    if options.quick:
+        print("nothing written: --quick shows that it runs, and its numbers are no figures")
+        return
+    out = Path(__file__).parent / "results" / f"precision-{options.device}.json"
+    record.write(out, "precision", {**vars(options), "lrs": LRS}, describe_environment(options.device), rows)
 
 
-def measured(hidden: int, layers: int) -> list[dict[str, Any]]:
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for every learning rate."""
-    module, optimizer = _pair(hidden, layers)
+    module, optimizer = _pair(options.hidden, options.layers, options.device)
     wide, wide_params = fp.from_module(copy.deepcopy(module).double())
     live = fp.from_training(module, optimizer)
     draw = torch.Generator().manual_seed(1)
-    prompts = [[7 + k, 3, 11 + 2 * k] for k in range(32)]
-    evaluation, update = (_rollouts(live.policy, live.params, prompts[start::2], draw) for start in (0, 1))
+    prompts = [[7 + k, 3, 11 + 2 * k] for k in range(2 * options.prompts)]
+    evaluation, update = (
+        to_device(_rollouts(live.policy, live.params, prompts[start::2], draw), options.device) for start in (0, 1)
+    )
     step = fp.make_step(live.policy, fp.dr_grpo(), live.optimizer)
     gradient, _ = step.gradient(live.params, update)
     stateful = AlongGradient(module, optimizer, given=gradient)
     truth = Truth(wide, wide_params, evaluation)
     rows = []
-    for lr in LRS:
+    for lr in LRS[:: 3 if options.quick else 1]:
         old = stateful.run(evaluation, update, lr=lr)
         new = fp.probe(
             live.policy,
@@ -150,7 +155,7 @@ def _method(row: dict[str, Any]) -> str:
     return "subtraction" if row["method"] == "difference" else f"path, {row['nodes']}"
 
 
-def _pair(hidden: int, layers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _pair(hidden: int, layers: int, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
@@ -165,9 +170,9 @@ def _pair(hidden: int, layers: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        module: nn.Module = GPT2LMHeadModel(config).float().eval()
+        module: nn.Module = GPT2LMHeadModel(config).float().eval().to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.01)
-    ids = torch.arange(2 * 32).reshape(2, 32)
+    ids = torch.arange(2 * 32, device=device).reshape(2, 32)
     module(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -193,9 +198,12 @@ def _rollouts(policy: fp.Policy, params: Params, prompts: list[list[int]], draw:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="ΔH in float32 against the learning rate, both systems.")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=16, help="of E, and of U, four completions each (default 16)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="three learning rates; writes nothing")
     return parser
 
 

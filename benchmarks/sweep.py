@@ -32,22 +32,25 @@ def runs(pair: Pair, count: int) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    options = comparing.asked("K learning rates, stateful and functional.")
+    parser = comparing.parser("K learning rates, stateful and functional.")
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, metavar="K", help=f"default {COUNTS}")
+    options = comparing.parsed(parser)
     torch.set_num_threads(options.threads)
     pair = build(comparing.shape_of(options))
     targets = {1: (0.87 if options.lora else 0.92, 1.0), 8: (0.29 if options.lora else 0.25, 0.35)}
     rows, report = [], []
-    for count in COUNTS:
+    for count in options.counts:
         both = runs(pair, count)
         counted = {name: comparing.flops(run) for name, run in both.items()}
-        rounds = max(1, options.rounds * 2 // (count + 1))
-        taken = timing.side_by_side(both["functional"], both["stateful"], rounds, options.device)
+        warm = count != options.counts[0]
+        taken = timing.side_by_side(both["functional"], both["stateful"], options.rounds, options.device, warm)
         ratio = counted["functional"] / counted["stateful"]
-        aims = targets.get(count, (None, None))
-        cells = [f"{x:.3f}" + ("" if aim is None else f" (≤ {aim})") for x, aim in zip((ratio, taken.median), aims)]  # noqa: B905
-        rows.append([str(count), *cells, f"{taken.seconds[0]:.2f} / {taken.seconds[1]:.2f} s"])
+        pairs = zip((ratio, taken.median), targets.get(count, (None, None)), strict=True)
+        cells = [f"{found:.3f}" + ("" if target is None else f" (≤ {target})") for found, target in pairs]
+        behind = "{:.2f} / {:.2f} s".format(*taken.seconds)
+        rows.append([str(count), *cells, f"{taken.low:.3f} .. {taken.high:.3f}", behind])
         report.append({"learning_rates": count, "flops": counted, "flops_ratio": ratio, "time": taken._asdict()})
-    comparing.show("functional / stateful", ("learning rates", "FLOPs", "time", "behind it"), rows)
+    comparing.show("functional / stateful", ("learning rates", "FLOPs", "time", "quartiles", "behind it"), rows)
     comparing.write("sweep", options, report, pair.params)
 
 
