@@ -24,6 +24,8 @@ Layers, each importing only from those above it in this table and from `types`, 
 from funcprobe import errors, tree
 from funcprobe.analysis.attribution import attribute, attribute_evaluation
 from funcprobe.analysis.attribution_result import Attribution
+from funcprobe.analysis.compare import Variant, compare
+from funcprobe.analysis.comparison import Comparison
 from funcprobe.analysis.expansion import SecondOrder, second_order
 from funcprobe.analysis.largest_lr import LargestLr, largest_lr
 from funcprobe.analysis.one_step import probe
@@ -45,7 +47,21 @@ from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.policy.module import Policy, from_module
 from funcprobe.policy.sampling import sample
 from funcprobe.policy.scoring import score
-from funcprobe.training.objectives import bnpo, cispo, dapo, dr_grpo, grpo, gspo, reinforce, rloo
+from funcprobe.training.objectives import (
+    bnpo,
+    cispo,
+    clip_cov,
+    dapo,
+    dr_grpo,
+    drop_negatives,
+    entropy_bonus,
+    grpo,
+    gspo,
+    kl_cov,
+    reinforce,
+    rloo,
+    top_entropy_quantile,
+)
 from funcprobe.training.optimizers import adam, adamw, from_torch, sgd
 from funcprobe.training.step import make_step
 from funcprobe.types import Estimate, Rollouts, StepResult, TokenBudget, TokenScores
@@ -54,6 +70,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Attribution",
     "Checkpoint",
+    "Comparison",
     "Estimate",
     "LargestLr",
     "Policy",
@@ -65,6 +82,7 @@ __all__ = [
     "SweepResult",
     "TokenBudget",
     "TokenScores",
+    "Variant",
     "__version__",
     "adam",
     "adamw",
@@ -73,9 +91,13 @@ __all__ = [
     "attribute_evaluation",
     "bnpo",
     "cispo",
+    "clip_cov",
+    "compare",
     "dapo",
     "dr_grpo",
+    "drop_negatives",
     "entropy",
+    "entropy_bonus",
     "entropy_family",
     "errors",
     "expected_reward",
@@ -85,6 +107,7 @@ __all__ = [
     "grpo",
     "gspo",
     "kl",
+    "kl_cov",
     "largest_lr",
     "load_checkpoint",
     "make_step",
@@ -103,6 +126,7 @@ __all__ = [
     "second_order",
     "sgd",
     "sweep",
+    "top_entropy_quantile",
     "tree",
     "write_rollouts",
 ]

@@ -71,17 +71,7 @@ class Family:
         """Return what the step does at one learning rate."""
         said = Messages(quiet=True)
         with _naming(lr):
-            found = measure_step(self.asked._replace(said=said), move, self.first_order(move, lr, said), after)
-        return SweepPoint(
-            lr,
-            move.size.norm,
-            move.size.rounding_ratio,
-            found.readings,
-            found.health,
-            found.sampled,
-            tuple(said.warnings),
-            tuple(note for note in said.notes if "rounding row" not in note),
-        )
+            return point_of(self.asked._replace(said=said), lr, move, self.first_order(move, lr, said), after)
 
     def _taken(self, lr: float) -> StepResult:
         with self.asked.passes.clock("optimizer steps"), _naming(lr):
@@ -106,6 +96,26 @@ class Family:
                 what=f"E at {len(moves)} θ′",
                 order=self.asked.options.order,
             )
+
+
+def point_of(asked: Inquiry, lr: float, move: Move, first: First, after: TokenScores | None = None) -> SweepPoint:
+    """Return what one step does to the observables, with all that was said of it.
+
+    Raises:
+        NumericsError: If a path does not reach the tolerance that was asked for, or a score is not finite.
+        EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below the threshold.
+    """
+    found, said = measure_step(asked, move, first, after), asked.said
+    return SweepPoint(
+        lr,
+        move.size.norm,
+        move.size.rounding_ratio,
+        found.readings,
+        found.health,
+        found.sampled,
+        tuple(said.warnings),
+        tuple(note for note in said.notes if "rounding row" not in note),
+    )
 
 
 def _off(update: Params, reference: Params, c: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from funcprobe.analysis.expansion import curved, second_by_reverse
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.errors import ForwardModeError
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
+
+_MATH_KERNEL = "attention ran in the math kernel on E, because fused kernels have no forward derivative"
 
 
 class First(NamedTuple):
@@ -78,6 +80,30 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
     return _reverse(asked, params)
 
 
+def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> list[First]:
+    """Return the first order along each of several updates: one forward pass with a tangent each, or one ∇F for all.
+
+    Raises:
+        ForwardModeError: As `first_order`.
+    """
+    options = asked.options
+    if len(updates) > 1 and options.order == 1 and options.mode != "reverse":
+        try:
+            several = asked.passes.directional_of_many(params, updates, f"E, forward mode along {len(updates)} steps")
+        except ForwardModeError:
+            pass  # what it means is decided where a single update meets it
+        else:
+            eps, fused_attention = engine.arithmetic(asked.passes.policy, params)
+            asked.said.notes += [_MATH_KERNEL] if fused_attention else []
+            return [First(along.scores, along, {}, eps) for along in several]
+    found: list[First] = []
+    for update in updates:
+        # ∇F does not know along which update it will be asked
+        shared = found and found[0].along is None
+        found.append(found[0] if shared else first_order(asked, params, update))
+    return found
+
+
 def _forward(asked: Inquiry, params: Params, update: Params) -> First:
     passes, seconds = asked.passes, {}
     eps, fused_attention = engine.arithmetic(passes.policy, params)
@@ -91,9 +117,7 @@ def _forward(asked: Inquiry, params: Params, update: Params) -> First:
             )
             seconds = {n: second_by_reverse(passes, params, update, o, along) for n, o in asked.observables.items()}
     if fused_attention:
-        asked.said.notes.append(
-            "attention ran in the math kernel on E, because fused kernels have no forward derivative"
-        )
+        asked.said.notes.append(_MATH_KERNEL)
     return First(along.scores, along, {}, eps, seconds)
 
 

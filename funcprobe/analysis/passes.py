@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from funcprobe import engine
@@ -62,6 +62,11 @@ class Passes(NamedTuple):
             return engine.directional(
                 self.policy, params, direction, self.evaluation, order=order, **self._options(what)
             )
+
+    def directional_of_many(self, params: Params, directions: Sequence[Params], what: str) -> list[engine.Directional]:
+        """Return the scores of E and their tangents along each of several directions, from one pass."""
+        with self.clock(what):
+            return engine.directional_of_many(self.policy, params, directions, self.evaluation, **self._options(what))
 
     def gradient(self, f: engine.ScoresFunction, params: Params, what: str) -> engine.Gradient:
         """Return a function of E's scores and its gradient, by reverse mode."""

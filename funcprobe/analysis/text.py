@@ -38,7 +38,7 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
     ]
 
 
-def with_error(value: float, found: Bar | None) -> str:
+def with_error(value: float, found: Bar | None, digits: int = 6) -> str:
     """Return a number with its standard error, where there is one.
 
     Example:
@@ -46,7 +46,7 @@ def with_error(value: float, found: Bar | None) -> str:
         '-2.500000e-03'
     """
     known = found is not None and math.isfinite(found.error)
-    return f"{value:+.6e}" + (f" ± {found.error:.1e}" if known and found else "")
+    return f"{value:+.{digits}e}" + (f" ± {found.error:.1e}" if known and found else "")
 
 
 def _caveats(result: ProbeResult) -> list[tuple[str, str]]:

@@ -1,0 +1,213 @@
+"""What-if: several steps on one E are each what a probe of it says, and their differences are paired by prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import funcprobe as fp
+from funcprobe.analysis.comparison import Comparison
+from funcprobe.errors import InputError, NumericsError
+from tests.analysis.cases import Case, E, U, prompted
+
+OBSERVABLES = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "kl": fp.kl()}
+
+
+def variants(case: Case) -> dict[str, Any]:
+    """Return steps that differ in objective, clip range, learning rate, optimizer, clip norm and update rollouts."""
+    sgd = fp.sgd(1e-2)
+    return {
+        "grpo": case.step,
+        "a third": fp.Variant(case.step, lr=case.optimizer.lr / 3),
+        "dapo": dataclasses.replace(case.step, objective=fp.dapo(epsilon=0.1)),
+        "entropy bonus": dataclasses.replace(case.step, objective=fp.entropy_bonus(entropy_coef=1.0)),
+        "drop negatives": dataclasses.replace(case.step, objective=fp.drop_negatives()),
+        "unclipped": dataclasses.replace(case.step, max_grad_norm=None),
+        "sgd": fp.Variant(dataclasses.replace(case.step, optimizer=sgd), opt_state=sgd.init(case.params)),
+        "other prompts": fp.Variant(case.step, update=prompted(3, 4, seed=12, first=70)),
+    }
+
+
+def compared(case: Case, steps: Any = None, **options: Any) -> Comparison:
+    steps = variants(case) if steps is None else steps
+    return fp.compare(case.policy, steps, case.params, case.state, E, U, **options)
+
+
+def probed(case: Case, variant: Any, **options: Any) -> fp.ProbeResult:
+    """Probe one variant on its own."""
+    v = variant if isinstance(variant, fp.Variant) else fp.Variant(variant)
+    state = case.state if v.opt_state is None else v.opt_state
+    batch = U if v.update is None else v.update
+    return fp.probe(
+        case.policy, v.step, case.params, state, E, batch, observables=OBSERVABLES, lr=v.lr, rounding=False, **options
+    )
+
+
+@pytest.mark.parametrize("model", ["two lines", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"chunk": 3}, {"order": 2}, {"mode": "reverse"}, {"bars": None}])
+def test_every_step_is_what_a_probe_of_it_says(model: str, options: dict[str, Any]) -> None:
+    case = Case(model)
+    found = compared(case, **options)
+    own = {name: value for name, value in options.items() if name != "chunk"}
+    for name, variant in variants(case).items():
+        alone = probed(case, variant, **own)
+        outcome = found.outcomes[name]
+        assert (outcome.lr, outcome.update_norm) == (alone.lr, alone.update_norm), name
+        for what, reading in alone.readings.items():
+            same = found.reading(name, what)
+            # one pass with several tangents, or one tangent: another order of summation in float64
+            size = max(abs(reading.change), abs(reading.first_order), 1e-6)
+            assert same.change == pytest.approx(reading.change, abs=1e-11 * size), (name, what)
+            assert same.first_order == pytest.approx(reading.first_order, abs=1e-9 * size), (name, what)
+            assert (same.second_order is None) == (reading.second_order is None)
+            assert same.bars.keys() == reading.bars.keys()
+            for quantity, bar in reading.bars.items():
+                if quantity != "ratio" or reading.first_order:
+                    assert same.bars[quantity].error == pytest.approx(bar.error, rel=1e-6, abs=1e-11), (
+                        name,
+                        what,
+                        quantity,
+                    )
+
+
+def test_a_difference_is_paired_by_prompt() -> None:
+    """Against the jackknife by hand: both steps probed again without each prompt in turn, and subtracted."""
+    case = Case("gpt2")
+    steps = {name: variants(case)[name] for name in ("grpo", "a third")}
+    found = compared(case, steps, bars="jackknife")
+    groups = E.group_ids.unique().tolist()
+
+    def gap(evaluation: fp.Rollouts) -> float:
+        changes = [
+            fp.probe(case.policy, case.step, case.params, case.state, evaluation, U, lr=lr, bars=None).change
+            for lr in (case.optimizer.lr / 3, case.optimizer.lr)
+        ]
+        return changes[0] - changes[1]
+
+    left_out = [gap(E._replace(weight=(E.group_ids != g).double())) for g in groups]
+    mean = sum(left_out) / len(groups)
+    error = math.sqrt((len(groups) - 1) / len(groups) * sum((x - mean) ** 2 for x in left_out))
+    difference = found.difference("a third")
+    assert difference.value == pytest.approx(gap(E), rel=1e-9)
+    assert difference.error == pytest.approx(error, rel=1e-6)
+    assert difference.low < difference.value < difference.high
+    # a step of a third moves the same way, so most of the sampling error is common: independent errors would add
+    alone = [found.reading(name).bars["change"].error for name in steps]
+    assert difference.error < math.hypot(*alone)
+
+
+def test_differences_change_sign_with_their_order_and_vanish_against_oneself() -> None:
+    found = compared(Case("two lines"))
+    for quantity in ("change", "first_order"):
+        one = found.difference("dapo", "reward", against="sgd", quantity=quantity)
+        other = found.difference("sgd", "reward", against="dapo", quantity=quantity)
+        assert one.value == -other.value
+        assert one.error == pytest.approx(other.error, rel=1e-12)
+        assert found.difference("dapo", against="dapo", quantity=quantity)[:2] == (0.0, 0.0)
+    assert found.baseline == "grpo"
+    assert found.difference("dapo") == found.difference("dapo", "entropy", against="grpo")
+
+
+def test_bootstrap_differences_are_paired_too() -> None:
+    case = Case("two lines")
+    steps = {"one": case.step, "the same": fp.Variant(case.step, lr=case.optimizer.lr)}
+    found = compared(case, steps, bars="bootstrap", seed=3)
+    assert found.difference("the same").error == 0.0
+
+
+def test_a_difference_without_bars_is_infinitely_wide() -> None:
+    case = Case("two lines")
+    steps = {name: variants(case)[name] for name in ("grpo", "dapo")}
+    for found in (compared(case, steps, bars=None), compared(case, steps, mode="reverse")):
+        assert found.difference("dapo", quantity="first_order").error == math.inf
+    assert compared(case, steps, mode="reverse").difference("dapo").error < math.inf
+
+
+@pytest.mark.parametrize(
+    ("options", "on_e"),
+    [({"chunk": 8}, 1 + 8), ({"chunk": 3}, 3 + 8), ({"mode": "reverse", "observables": {"h": fp.entropy()}}, 2 + 8)],
+)
+def test_what_is_shared_is_taken_once(options: dict[str, Any], on_e: int) -> None:
+    """Eight steps, five gradients: three of them differ in what comes after it. E: forward passes, or ∇F, then θ′."""
+    calls: list[str] = []
+    case = Case("gpt2").watched(calls)
+    found = compared(case, variants(case), microbatch=None, bars=None, **options)
+    assert len(found.outcomes) == 8
+    assert calls.count("E") == on_e
+    # grpo, dapo and another U; the two with modifiers: drop_negatives and entropy_bonus are separable
+    assert calls.count("U") == 5
+
+
+def test_what_an_optimizer_or_a_batch_gives_cause_to_say_is_said_of_its_step() -> None:
+    case = Case("two lines")
+    flat = U._replace(rewards=torch.zeros_like(U.rewards))  # type: ignore[arg-type]
+    found = compared(case, {"grpo": case.step, "nothing to learn": fp.Variant(case.step, update=flat)})
+    assert list(found.warnings) == ["nothing to learn"]
+    assert "All advantages are zero" in found.warnings["nothing to learn"][0]
+    assert "Warning (nothing to learn): All advantages" in found.summary()
+
+
+def test_a_comparison_reads_as_a_table() -> None:
+    found = compared(Case("two lines"))
+    text = found.summary()
+    assert text.splitlines()[0].split() == ["step", "entropy", "ΔF", "δF₁", "reward", "ΔF", "kl", "ΔF"]
+    assert "minus 'grpo'" in text
+    assert f"{found.reading('dapo').change:+.3e} ± {found.reading('dapo').bars['change'].error:.1e}" in text
+    assert "nats per token" in text
+    frame = found.to_frame()
+    assert set(frame["step"]) == set(found.outcomes)
+    row = frame[(frame.step == "sgd") & (frame.observable == "kl") & (frame.quantity == "change")].iloc[0]
+    assert row.value == found.reading("sgd", "kl").change
+    assert row.difference == found.difference("sgd", "kl").value
+    assert "<th>entropy ΔF</th>" in found._repr_html_()
+
+
+def test_a_comparison_is_saved_whole(tmp_path: Path) -> None:
+    found = compared(Case("two lines"), order=2)
+    again = Comparison.load(found.save(tmp_path / "what-if"))
+    assert again.summary() == found.summary()
+    assert again.to_dict() == found.to_dict()
+    assert again.difference("sgd", "kl") == found.difference("sgd", "kl")
+    with pytest.raises(InputError, match="exists already"):
+        found.save(tmp_path / "what-if")
+    (tmp_path / "what-if" / "comparison.json").write_text('{"schema_version": 1}')
+    with pytest.raises(InputError, match="not a whole comparison"):
+        Comparison.load(tmp_path / "what-if")
+    (tmp_path / "what-if" / "comparison.json").write_text('{"schema_version": 99}')
+    with pytest.raises(InputError, match="schema version 99"):
+        Comparison.load(tmp_path / "what-if")
+    with pytest.raises(InputError, match=r"holds no comparison\.json"):
+        Comparison.load(tmp_path)
+
+
+def test_without_rewards_on_e_there_is_no_reward_to_compare() -> None:
+    case = Case("two lines")
+    bare = E._replace(rewards=None)
+    found = fp.compare(case.policy, {"grpo": case.step}, case.params, case.state, bare, U)
+    assert found.observables == ("entropy", "kl")
+
+
+def test_bad_input_names_the_step() -> None:
+    case = Case("two lines")
+    sgd = dataclasses.replace(case.step, optimizer=fp.sgd(1e-2, momentum=0.9))
+    with pytest.raises(InputError, match=r"Step 'sgd'.*written by another optimizer.*Give Variant\(step, opt_state="):
+        compared(case, {"adamw": case.step, "sgd": sgd})
+    with pytest.raises(InputError, match="no steps to compare"):
+        compared(case, {})
+    with pytest.raises(InputError, match=r"'lr' is no step; expected what make_step returns"):
+        compared(case, {"lr": 1e-3})
+    with pytest.raises(InputError, match="chunk is 0"):
+        compared(case, chunk=0)
+    broken = {n: {**s, "exp_avg": s["exp_avg"] * torch.nan} for n, s in case.state.items()}
+    with pytest.raises(NumericsError, match="Step 'broken': The update is not finite"):
+        compared(case, {"broken": fp.Variant(case.step, opt_state=broken)})
+    found = compared(case, {"grpo": case.step})
+    with pytest.raises(InputError, match="no step 'dapo' with observable 'entropy'; the steps are grpo"):
+        found.difference("dapo")
+    with pytest.raises(InputError, match="Unknown quantity 'size'"):
+        found.difference("grpo", quantity="size")  # type: ignore[arg-type]
