@@ -66,6 +66,7 @@ SCRIPTS = (
     Script("agreement", "", ""),
     Script("engine", "", "", f"--quick --only flops --json {os.devnull}"),
     Script("path", quick=None),
+    Script("predictors"),
     Script("length", "", "", None),
     Script("variance", quick=None),
     Script("coverage", quick=None),

@@ -1,0 +1,78 @@
+"""The benchmark scripts as they are called: all of them in turn, and the exact targets of the comparison."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import all as every
+
+ROOT = Path(every.ROOT)
+
+
+def asked(**options: Any) -> Namespace:
+    return Namespace(**{"device": "cpu", "model": None, "only": None, "quick": False, "minutes": None, **options})
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_command_names_a_script_and_options_that_it_has(device: str, quick: bool) -> None:
+    found = every.commands(asked(device=device, quick=quick, model="qwen2.5-0.5b"))
+    for words in found:
+        path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+        source = "".join((ROOT / p).read_text() for p in (path, "benchmarks/comparing.py"))
+        for option in (word for word in words[1:] if word.startswith("--")):
+            assert f'"{option}"' in source, (words, option)
+        assert ("--device" in words) == (device == "cuda"), words
+    compared = [w for w in found if "one_step" in w[0] or "sweep" in w[0]]
+    assert len(compared) == 4
+    assert all(w[-2:] == ["--model", "qwen2.5-0.5b"] for w in compared)
+
+
+def test_the_whole_set_is_the_folder() -> None:
+    """A script that has a main and is not run by `make bench` would be forgotten."""
+    scripts = {p.stem for p in (ROOT / "benchmarks").glob("*.py") if "\ndef main(" in p.read_text()}
+    assert {script.name for script in every.SCRIPTS} == scripts - {"all"}
+
+
+def test_what_takes_too_long_is_stopped_and_named(capfd: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert every._run(["-c", "import time; time.sleep(60)"], start + 0.5) == "stopped"
+    assert time.monotonic() - start < 30
+    assert every._run(["-c", "print('late')"], time.monotonic() - 1) == "not run"
+    assert every._run(["-c", "raise SystemExit(3)"], None) == "failed"
+    assert every._run(["-c", "print('in time')"], time.monotonic() + 60).endswith(" s")
+    said = capfd.readouterr().out
+    assert "in time" in said
+    assert "\nlate" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "targets"),
+    [
+        (["one_step.py"], {1: 0.92}),
+        (["one_step.py", "--lora"], {1: 0.87}),
+        (["sweep.py", "--counts", "8"], {8: 0.25}),
+        (["sweep.py", "--counts", "8", "--lora"], {8: 0.29}),
+    ],
+    ids=["one_step", "one_step --lora", "sweep", "sweep --lora"],
+)
+def test_flops_are_within_their_targets(words: list[str], targets: dict[int, float], tmp_path: Path) -> None:
+    """FLOPs are counted and not timed, so a pass too many fails here."""
+    place = tmp_path / "found.json"
+    command = [sys.executable, ROOT / "benchmarks" / words[0], *words[1:], "--quick", "--threads", "1", "--json", place]
+    subprocess.run(command, check=True, capture_output=True)
+    report = json.loads(place.read_text())
+    assert report["environment"]["parameters"] > 0
+    assert report["environment"]["packages"]["torch"]
+    assert report["options"]["lora"] == ("--lora" in words)
+    rows = {row.get("learning_rates", 1): row["flops"] for row in report["rows"]}
+    for count, target in targets.items():
+        assert rows[count]["functional"] / rows[count]["stateful"] <= target, count
