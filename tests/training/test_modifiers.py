@@ -384,6 +384,16 @@ def test_info_on_numbers_written_by_hand() -> None:
     assert not any(value.requires_grad for value in info.values())
 
 
+def test_a_covariance_has_no_gradient() -> None:
+    case = batch([[True, True], [True, True]], 4, advantages=torch.tensor([1.0, -1.0], dtype=torch.float64))
+    scores = TokenScores(case.scores.logp.clone().requires_grad_(), case.scores.entropy)
+    terms = terms_of(grpo(), case._replace(scores=scores))
+    assert terms.logp.requires_grad
+    assert not covariance(terms).requires_grad
+    same = terms._replace(advantage=torch.full((2, 2), 0.1, dtype=torch.float64))
+    assert not bool(covariance(same).any())
+
+
 def test_every_modifier_tells_itself_apart() -> None:
     found = {objective(name, **own) for name, own in OWN}
     assert len(found) == len({repr(loss) for loss in found}) == len(OWN)

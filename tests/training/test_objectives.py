@@ -209,7 +209,15 @@ def test_every_objective_fills_the_protocol(name: str) -> None:
     assert isinstance(loss, Objective)
     assert (loss.name, loss.separable, dict(loss.stats)) == (name, True, {})
     assert hash(loss) == hash(objective(name))
-    assert "modifiers" not in repr(loss)  # a sweep that was begun without modifiers goes on
+
+
+def test_a_plain_loss_prints_as_it_did_before_there_were_modifiers() -> None:
+    """A sweep knows its own journal by what its objective prints as."""
+    assert repr(objective("dapo", epsilon=0.1)) == (
+        "PolicyGradient(name='dapo', surrogate='clip', aggregation='token_mean', ratio='token', baseline='group', "
+        "scale_rewards='group', epsilon=0.1, epsilon_high=0.28, delta=None, beta=0.0, use_bias_correction_kl=True, "
+        "max_completion_length=None, normaliser=None)"
+    )
 
 
 def test_defaults_are_those_of_the_field() -> None:
