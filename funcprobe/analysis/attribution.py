@@ -24,7 +24,7 @@ from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.measure import measure_step
 from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, Taken, asked_for, inquire, result_of, take_step
 from funcprobe.analysis.parameter_parts import leaf_parts
-from funcprobe.analysis.passes import DEFAULT_MICROBATCH
+from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.predictors import STATS, predictions
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.token_parts import TokenParts, token_parts
@@ -172,7 +172,11 @@ def _prepared(step: Step, update: Rollouts) -> Rollouts:
 def _on_update(
     asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, taken: Taken
 ) -> tuple[TokenParts, TokenScores]:
-    """Return what the tokens of U did, and the cotangents of the loss there: one forward-mode pass."""
+    """Return what the tokens of U did, and the cotangents of the loss there: one forward-mode pass.
+
+    An objective that picks tokens by rank (one that is not separable) is asked at the very scores of the gradient, by
+    a scoring pass more: those of forward mode differ by rounding, and of tokens that tie it would pick others.
+    """
     passes, what = asked.passes, "U, forward mode"
     with passes.clock(what):
         along = engine.directional(
@@ -186,11 +190,21 @@ def _on_update(
             progress=passes.progress,
             what=what,
         )
-    c = engine.cotangents(lambda s: step.objective(s, prepared)[0], along.scores)
+    at = along.scores if step.objective.separable else _scored(passes, step, params, prepared)
+    at = at._replace(extra={**along.scores.extra, **at.extra})
+    c = engine.cotangents(lambda s: step.objective(s, prepared)[0], at)
     predictors = {}
     if prepared.advantages is not None:
         predictors = predictions(along.scores, prepared, taken.info["lr"]).tokens
     return token_parts(c, along, prepared, "update", predictors), c
+
+
+def _scored(passes: Passes, step: Step, params: Params, prepared: Rollouts) -> TokenScores:
+    """Return the scores at which the step took the gradient of its loss, bit for bit."""
+    what = "U, scores"
+    options: dict[str, Any] = {"microbatch": step.microbatch, "progress": passes.progress, "what": what}
+    with passes.clock(what):
+        return engine.scores(step.policy, params, prepared, stats=step.objective.stats, **options)
 
 
 def _carried(
