@@ -99,16 +99,16 @@ def main() -> None:
     """Measure, print and write."""
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    chosen = CHECKPOINTS[:2] if options.quick else CHECKPOINTS
+    chosen, kinds = (CHECKPOINTS[:1], dict.fromkeys(KINDS, 1)) if options.quick else (CHECKPOINTS, KINDS)
     demo = prepared()
-    pairs = [pair for at in checkpoints(demo, chosen) for pair in measured(demo, *at)]
+    pairs = [pair for at in checkpoints(demo, chosen) for pair in measured(demo, kinds, *at)]
     steps = dict.fromkeys(p["step"] for p in pairs)
     summary = {step: ranking.summarised([p for p in pairs if p["step"] == step], NATURAL) for step in steps}
     for step, found in summary.items():
         show(step, found)
     default = None if options.quick else Path(__file__).parent / "results" / "predictors-cpu.json"
     if out := options.json or default:
-        asked = {"seed": SEED, "run": RUN, "checkpoints": chosen, "kinds": KINDS, "sgd_lr": SGD_LR}
+        asked = {"seed": SEED, "run": RUN, "checkpoints": chosen, "kinds": kinds, "sgd_lr": SGD_LR}
         rows = [{"summary": summary, "pairs": pairs}]
         record.write(Path(out), "predictors", asked | {"threads": options.threads}, describe_environment("cpu"), rows)
 
@@ -136,7 +136,9 @@ def checkpoints(demo: Demo, chosen: Sequence[int]) -> Iterator[tuple[int, Params
         params, _, state, *_ = step(params, state, batch)
 
 
-def batches(demo: Demo, params: Params, exclude: Sequence[str]) -> Iterator[tuple[str, Rollouts]]:
+def batches(
+    demo: Demo, kinds: Mapping[str, int], params: Params, exclude: Sequence[str]
+) -> Iterator[tuple[str, Rollouts]]:
     """Yield (kind, update batch)."""
     count = demo.size.update_prompts
 
@@ -144,17 +146,19 @@ def batches(demo: Demo, params: Params, exclude: Sequence[str]) -> Iterator[tupl
         return demo.rollouts(params, demo.prompts(prompts, exclude, digits))
 
     for kind, digits in (("plain", None), ("easy", 4), ("hard", 6)):
-        yield from ((kind, drawn(digits=digits)) for _ in range(KINDS[kind]))
+        yield from ((kind, drawn(digits=digits)) for _ in range(kinds[kind]))
     for kind, change in (("reversed", Tensor.neg), ("shuffled", demo.dealt_anew)):
-        for _ in range(KINDS[kind]):
+        for _ in range(kinds[kind]):
             batch = drawn()
             yield kind, batch._replace(advantages=change(_advantages(batch)))
-    halves = [_halves(drawn(2 * count)) for _ in range(KINDS["positive"])]
+    halves = [_halves(drawn(2 * count)) for _ in range(kinds["positive"])]
     yield from (("positive", high) for high, _ in halves)
     yield from (("negative", low) for _, low in halves)
 
 
-def measured(demo: Demo, number: int, params: Params, state: OptState) -> Iterator[dict[str, Any]]:
+def measured(
+    demo: Demo, kinds: Mapping[str, int], number: int, params: Params, state: OptState
+) -> Iterator[dict[str, Any]]:
     """Yield a row for every update batch and step at one checkpoint."""
     words = demo.prompts(2 * demo.size.evaluation_prompts)
     E, apart = (demo.rollouts(params, words[k::2]) for k in range(2))
@@ -165,11 +169,11 @@ def measured(demo: Demo, number: int, params: Params, state: OptState) -> Iterat
         "adamw, no moments": (fp.make_step(policy, fp.grpo(), running, MAX_GRAD_NORM), running.init(params)),
         "sgd": (fp.make_step(policy, fp.grpo(), plain), plain.init(params)),
     }
-    for order, (kind, batch) in enumerate(batches(demo, params, words)):
+    for order, (kind, batch) in enumerate(batches(demo, kinds, params, words)):
         for name, (step, opt_state) in steps.items():
             row = {"checkpoint": number, "batch": order, "kind": kind, "step": name}
             yield row | one(policy, step, params, opt_state, E, apart, batch)
-        print(f"checkpoint {number}: batch {order + 1} of {sum(KINDS.values())}", flush=True)
+        print(f"checkpoint {number}: batch {order + 1} of {sum(kinds.values())}", flush=True)
 
 
 def one(
@@ -221,9 +225,7 @@ def _advantages(rollouts: Rollouts) -> Tensor:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Published predictors of the entropy change against what is measured.")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--quick", action="store_true", help="two checkpoints, nothing written: only shows that it runs"
-    )
+    parser.add_argument("--quick", action="store_true", help="one checkpoint, a batch of each kind, nothing written")
     parser.add_argument("--json", help="where the numbers go (default results/predictors-cpu.json)")
     return parser
 

@@ -55,13 +55,13 @@ def test_the_scalar_is_fitted_on_one_half_and_judged_on_the_other() -> None:
 
 
 def made_up() -> list[ranking.Pair]:
-    kinds, changes = ["plain", "plain", "odd", "odd"], [-3.0, -1.0, 2.0, 0.1]
+    kinds, changes = ["plain", "plain", "odd", "odd"], [-3.0, -1.0, 2.0, 0.5]
     return [
         {
             "checkpoint": k % 2,
             "kind": kind,
             "same E": {"change": y, "error": 0.3},
-            "independent E": {"change": y - 0.2, "error": 0.3},
+            "independent E": {"change": y - 0.6, "error": 0.3},
             "predicted": {"doubled": 2 * y, "down": -1.0},
         }
         for k, (kind, y) in enumerate(zip(kinds, changes, strict=True))
@@ -88,7 +88,7 @@ def test_rank_within_checkpoints_ignores_what_lies_between_them() -> None:
         pair["predicted"]["levels"] = x
     found = ranking.quality(pairs, "same E", "levels")
     assert found["spearman within a checkpoint"] == pytest.approx(1)
-    assert found["spearman"] == pytest.approx(by_pairs([0.0, 10.0, 1.0, 11.0], [-3.0, -1.0, 2.0, 0.1]))
+    assert found["spearman"] == pytest.approx(by_pairs([0.0, 10.0, 1.0, 11.0], [-3.0, -1.0, 2.0, 0.5]))
 
 
 def test_a_prediction_that_does_not_vary_has_no_rank() -> None:
