@@ -47,7 +47,7 @@ def share(part: float, whole: float) -> str:
         >>> share(-1.0, -4.0), share(1.0, 0.0)
         ('25.0 %', 'of nothing')
     """
-    return f"{part / whole:.1%}".replace("%", " %") if whole else "of nothing"
+    return f"{part / whole + 0.0:.1%}".replace("%", " %") if whole else "of nothing"  # + 0.0: no "-0.0 %"
 
 
 def mover_rows(columns: Columns, label: str, count: int = SHOWN) -> list[tuple[str, float]]:
