@@ -32,9 +32,9 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     pair = build(comparing.shape_of(options))
-    old, new = pair.stateful(), pair.functional()
     count = {name: comparing.flops(run) for name, run in runs(pair).items()}
-    taken = timing.side_by_side(pair.functional, pair.stateful, options.rounds, options.device, warm=True)
+    taken = timing.side_by_side(pair.functional, pair.stateful, options.rounds, options.device)
+    old, new = pair.stateful(), pair.functional()
     peaks = {name: comparing.peak(options, name) for name in ("stateful", "functional")}
     targets = (0.87, 1.0, 1.0) if options.lora else (0.92, 1.0, None)
     ratios = (count["functional"] / count["stateful"], taken.median, peaks["functional"] / peaks["stateful"])
@@ -50,7 +50,17 @@ def main() -> None:
     same = {"ΔH": (old.deltaH_true, new.change), "δH₁": (old.deltaH1, new.first_order)}
     for name, (a, b) in same.items():
         print(f"{name}: stateful {a:+.6e}, functional {b:+.6e}")
-    report = {"flops": count, "seconds": taken._asdict(), "mib": peaks, "ratios": ratios, "same": same}
+    phases = {"stateful": old.timing, "functional": new.timings}
+    for name, seconds in phases.items():
+        print(f"{name}: " + ", ".join(f"{phase} {spent:.2f} s" for phase, spent in seconds.items()))
+    report = {
+        "flops": count,
+        "seconds": taken._asdict(),
+        "mib": peaks,
+        "ratios": ratios,
+        "same": same,
+        "phases": phases,
+    }
     comparing.write("one_step", options, [report], pair.params)
 
 
