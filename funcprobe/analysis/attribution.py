@@ -11,7 +11,8 @@ that each checks the others: `completeness` holds how far they are apart.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -28,7 +29,7 @@ from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.predictors import STATS, predictions
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.token_parts import TokenParts, token_parts
-from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError
 from funcprobe.policy.module import Policy
 from funcprobe.training.response import Form, Response, respond
 from funcprobe.training.step import Step
@@ -96,10 +97,11 @@ def attribute(
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
     """
     wanted = asked_for(observable, observables, evaluation)
-    asked = inquire(policy, evaluation, update, wanted, Options(**{**options, "mode": "forward"}), microbatch, progress)
+    asked = inquire(policy, evaluation, update, wanted, _options(**options), microbatch, progress)
     check_influence(influence, chunk, leaves, params)
     taken = take_step(asked, step, params, opt_state, update, lr)
-    first = first_order(asked, params, taken.move.update)
+    with _no_other_mode():
+        first = first_order(asked, params, taken.move.update)
     found = measure_step(asked, taken.move, first)
     assert first.along is not None  # forward mode was asked for
     assert taken.gradient is not None
@@ -160,6 +162,29 @@ def attribute_evaluation(result: ProbeResult, observable: Observable | None = No
         )
     c = engine.cotangents(evidence.of(main), evidence.along.scores)
     return token_parts(c, evidence.along, evidence.rollouts, "evaluation")
+
+
+def _options(mode: str = "forward", **options: Any) -> Options:
+    if mode not in ("auto", "forward"):
+        raise InputError(
+            f"mode is {mode!r}, and attribution is made of forward-mode passes; leave it out, or take probe(..., "
+            "mode='reverse')."
+        )
+    return Options(mode="forward", **options)
+
+
+@contextmanager
+def _no_other_mode() -> Iterator[None]:
+    """Say where to turn when a model has no forward derivative: another mode of attribution does not exist.
+
+    Raises:
+        ForwardModeError: In place of one that names another mode.
+    """
+    instead = "what tokens did needs one; probe(..., mode='reverse') gives δF₁ alone."
+    try:
+        yield
+    except ForwardModeError as error:
+        raise ForwardModeError(str(error).replace('use mode="reverse".', instead)) from error
 
 
 def _prepared(step: Step, update: Rollouts) -> Rollouts:
