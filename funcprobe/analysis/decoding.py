@@ -9,7 +9,7 @@ from funcprobe.types import Rollouts
 
 
 def vocabulary_of(tokenizer: Any, batches: Iterable[Rollouts]) -> dict[int, str] | None:
-    """Return the text of every token id in the batches; None without a tokenizer.
+    """Return the text of every token id in the batches ("" of an id that it does not know); None without a tokenizer.
 
     An id is decoded after itself and the first text cut off, because a token that opens a text loses its leading space
     under some tokenizers.
@@ -21,17 +21,17 @@ def vocabulary_of(tokenizer: Any, batches: Iterable[Rollouts]) -> dict[int, str]
 
 
 def shown(token: int, vocabulary: Mapping[int, str] | None) -> str:
-    """Return what stands for a token: its text, or its id in brackets where no text is known.
+    """Return what stands for a token: its text, or its id in brackets where it has none.
 
     Example:
         >>> shown(7, {7: " the"}), shown(7, None)
         (' the', '[7]')
     """
-    return f"[{token}]" if vocabulary is None or token not in vocabulary else vocabulary[token]
+    return (vocabulary or {}).get(token) or f"[{token}]"
 
 
 def _text(tokenizer: Any, token: int) -> str:
-    once, twice = (
-        tokenizer.decode([token] * n, skip_special_tokens=False, clean_up_tokenization_spaces=False) for n in (1, 2)
-    )
+    # transformers may tidy spaces away; a tokenizer of the package tokenizers has no such option
+    tidy = {"clean_up_tokenization_spaces": False} if hasattr(tokenizer, "clean_up_tokenization_spaces") else {}
+    once, twice = (tokenizer.decode([token] * n, skip_special_tokens=False, **tidy) for n in (1, 2))
     return twice[len(once) :] if twice.startswith(once) and len(twice) > len(once) else once
