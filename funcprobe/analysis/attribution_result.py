@@ -141,10 +141,13 @@ class Attribution:
         """Return the rows of a table that raise the observable most, and those that lower it most.
 
         Raises:
-            InputError: If there is no such table or batch.
+            InputError: If there is no such table or batch, its rows have no contribution, or count is below 0.
             MissingExtraError: If pandas is not installed.
         """
-        up, down = movers(self.columns(table, of), count)
+        columns = self.columns(table, of)
+        if "contribution" not in columns:
+            raise InputError(f"A row of the table {table!r} has no one contribution to be put in order by.")
+        up, down = movers(columns, count)
         return _frame(up), _frame(down)
 
     def correlations(self, table: str = "tokens", of: Batch = "update") -> DataFrame:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from funcprobe.analysis.decoding import shown
 from funcprobe.analysis.token_parts import TokenParts
+from funcprobe.errors import InputError
 
 #: Columns by name: what a pandas frame or a parquet file is made of.
 Columns = dict[str, Any]
@@ -113,11 +114,18 @@ TOKEN_TABLES = {
 
 
 def movers(columns: Columns, count: int) -> tuple[Columns, Columns]:
-    """Return the rows that raise most, largest first, and those that lower most, most negative first."""
+    """Return the rows that raise most, largest first, and those that lower most, most negative first.
+
+    Of rows that tie the earlier ones come first.
+
+    Raises:
+        InputError: If count is no whole number of at least 0.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+        raise InputError(f"count is {count!r}; expected a whole number of at least 0.")
     value = np.asarray(columns["contribution"])
-    order = np.argsort(value, kind="stable")
-    down = [k for k in order[:count] if value[k] < 0]
-    up = [k for k in order[::-1][:count] if value[k] > 0]
+    down = [k for k in np.argsort(value, kind="stable")[:count] if value[k] < 0]
+    up = [k for k in np.argsort(-value, kind="stable")[:count] if value[k] > 0]
     return _rows(columns, up), _rows(columns, down)
 
 
@@ -137,9 +145,16 @@ def correlations(columns: Columns, against: Sequence[str]) -> Columns:
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    size = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / size if size > 0 else float("nan")
+    if x.min() == x.max() or y.min() == y.max():  # the mean of equal numbers may differ from them by rounding
+        return float("nan")
+    x, y = _centred(x), _centred(y)
+    return float(x @ y) / float(np.sqrt((x @ x) * (y @ y)))
+
+
+def _centred(x: np.ndarray) -> np.ndarray:
+    """Return the distances from the mean as shares of the largest, whose squares neither vanish nor overflow."""
+    x = x - x.mean()
+    return x / np.abs(x).max()
 
 
 def _rows(columns: Columns, index: Sequence[int]) -> Columns:
