@@ -107,7 +107,7 @@ def test_the_two_forms_answer_two_questions(name: str) -> None:
 
 
 def test_a_first_step_of_adam_is_a_sign_and_hardly_answers_to_a_weight() -> None:
-    """With cold moments Δθ = −η g/(|g| + ε): additively all of it is the gradient's; its derivative is ε/|g| of that."""
+    """With cold moments Δθ = −η g/(|g| + ε): additively all of it is the gradient's; its slope is ε/|g| of that."""
     case = Stepped("two lines", "grpo", fp.adamw(LR, weight_decay=0.0), cold=True)
     additive, jacobian = (case.attribute(form=form) for form in ("additive", "jacobian"))
     assert additive.ledger["gradient on U"] == pytest.approx(additive.first_order, rel=1e-12)
