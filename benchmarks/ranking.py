@@ -18,7 +18,8 @@ TRUTHS = ("same E", "independent E")
 def summarised(pairs: Sequence[Pair], natural: Sequence[str]) -> dict[str, Any]:
     """Return, for each truth, how well every prediction did: on all pairs, clear ones, and natural kinds of batches.
 
-    A pair is clear where |ΔH| is above two of its standard errors.
+    A pair is clear where |ΔH| is above two of its standard errors. The median of an even number of values is the lower
+    of the middle two, as torch takes it.
     """
     return {truth: _against(pairs, truth, natural) for truth in TRUTHS}
 
