@@ -43,7 +43,8 @@ def plot_comparison(
     ax.set_yticks(range(len(steps)), [step.replace("$", r"\$") for step in steps])
     ax.set_ylim(len(steps) - 0.5, -0.5)
     what = f"ΔF − that of '{comparison.baseline}'" if differences else "ΔF"
-    ax.set_xlabel(f"{what.replace('$', chr(92) + '$')}, {name}, {reading.unit}")
+    unit = "" if reading.unit == name else f", {reading.unit}"
+    ax.set_xlabel(f"{what}, {name}{unit}".replace("$", r"\$"))
     _legend(ax, comparison, differences)
     return ax
 
