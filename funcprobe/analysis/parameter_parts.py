@@ -47,6 +47,10 @@ _KINDS = (
     ("embedding", re.compile(r"(^|[._])(\w*embed\w*|wte|wpe)($|[.])")),
 )
 _LORA = re.compile(r"\.(lora_embedding_|lora_magnitude_vector|lora_)([AB]?)(?:[.].*)?$")
+#: What peft puts between a module and its own leaf: copies of it under an adapter's name, and retrained tokens.
+_INSIDE = re.compile(
+    r"\.(modules_to_save\.[^.]+|original_module|base_layer|token_adapter\.trainable_tokens_delta)(?=\.)"
+)
 _WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+")
 
 
@@ -65,7 +69,7 @@ def read_name(name: str) -> LeafName:
         adapter = {"lora_embedding_": "embedding ", "lora_magnitude_vector": "magnitude"}.get(found[1], "") + found[2]
         module = path
     else:
-        path = re.sub(r"\.(modules_to_save\.\w+|original_module|base_layer)(?=\.)", "", path)
+        path = _INSIDE.sub("", path)
         module = path.rpartition(".")[0]
     number = re.search(r"\.(\d+)(?=\.|$)", f".{module}")
     kind = next((kind for kind, words in _KINDS if words.search(module)), "other")
@@ -109,7 +113,11 @@ def rolled_up(parts: Iterable[LeafPart], by: Callable[[LeafName], str | None]) -
 
 def layer_label(name: LeafName) -> str:
     """Return the row of a leaf in a table of layers: the number of its block, or its kind outside of blocks."""
-    return f"layer {name.layer}" if name.layer is not None else name.kind if name.kind != "norm" else "final norm"
+    if name.layer is not None:
+        return f"layer {name.layer}"
+    if name.kind == "norm":
+        return "embedding norm" if "embed" in name.module else "final norm"
+    return name.kind
 
 
 def kind_label(name: LeafName) -> str:
