@@ -111,11 +111,11 @@ def _arrays(parts: TokenParts) -> dict[str, Tensor]:
 
 
 def _parts(arrays: Mapping[str, Tensor]) -> TokenParts:
-    scores = _under("scores", arrays)
+    scores, through = _under("scores", arrays), _under("through", arrays)
     return TokenParts(
         Rollouts(**_under("rollouts", arrays)),
         TokenScores(scores["logp"], scores["entropy"], _under("extra", arrays)),
-        _under("through", arrays),
+        {name: through[name] for name in sorted(through, key=lambda name: name != "logp")},  # as they are made
         _under("predictors", arrays),
     )
 
