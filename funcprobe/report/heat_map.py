@@ -1,0 +1,96 @@
+"""A token heat map: one self-contained HTML page on which every completion token is coloured by what it contributed."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from funcprobe.analysis.attribution_result import Attribution, Batch
+from funcprobe.errors import InputError, missing_extra
+from funcprobe.report.heat_map_page import Page, page_of, signed
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+#: So many tokens stand on a page at most; of a larger batch, the sequences that contributed most.
+LIMIT = 300_000
+
+
+def heat_map(
+    attribution: Attribution, path: str | os.PathLike[str], of: Batch = "update", *, limit: int = LIMIT
+) -> Path:
+    """Write a page of the tokens of U, or of E with `of="evaluation"`, and return its path; a file there is replaced.
+
+    Tokens that raise the observable are orange with a line above, those that lower it blue with a line below, in
+    classes of size whose borders the legend names. Hovering, touching or the arrow keys show a token's numbers. The
+    page loads nothing, reads without scripts, prints with its legend, and takes the text of tokens for text alone. Of a
+    batch of more than `limit` tokens it shows the sequences with the largest |contribution|, and says so.
+
+    Raises:
+        InputError: If there is no such batch, the limit is below 1, or there is no folder for the page.
+        MissingExtraError: If jinja2 is not installed.
+    """
+    if of not in ("update", "evaluation"):
+        raise InputError(f"Unknown batch {of!r}; expected 'update' (U) or 'evaluation' (E).")
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise InputError(f"limit is {limit!r}; expected a whole number of tokens, at least 1.")
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: {_obstacle(path)}.")
+    templates = environment()
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(_chunks(templates, page_of(attribution, of, limit)))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def environment() -> Environment:
+    """Return what renders the templates of this package: everything put into them is escaped.
+
+    Raises:
+        MissingExtraError: If jinja2 is not installed.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as error:
+        missing = missing_extra("jinja2", "app", "writing a heat map")
+        raise missing from error
+    return Environment(
+        loader=PackageLoader("funcprobe.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _chunks(templates: Environment, page: Page) -> Iterator[str]:
+    """Yield the page piece by piece; its policy lets a browser run its own script and style, and load nothing."""
+    from markupsafe import Markup
+
+    parts = {kind: _source(templates, f"heat_map.{kind}") for kind in ("css", "js")}
+    policy = f"default-src 'none'; style-src '{_digest(parts['css'])}'; script-src '{_digest(parts['js'])}'"
+    trusted = {kind: Markup(text) for kind, text in parts.items()}  # files of this package, no data
+    yield from templates.get_template("heat_map.html.j2").generate(page=page, signed=signed, policy=policy, **trusted)
+
+
+def _source(templates: Environment, name: str) -> str:
+    assert templates.loader is not None
+    return templates.loader.get_source(templates, name)[0]
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _obstacle(path: Path) -> str:
+    return "it is a folder; give the name of a file" if path.is_dir() else f"there is no folder '{path.parent}'"
