@@ -23,6 +23,7 @@ commands to begin with:
   funcprobe run config.yaml             measure one step of your own checkpoint
   funcprobe run config.yaml --lr 2e-8   the same, with another value of one key
   funcprobe sweep config.yaml --lrs 1e-8:1e-4:9   the same at nine learning rates
+  funcprobe attribute config.yaml       which layers, prompts and tokens did it
   funcprobe run --help                  every key of a configuration"""
 
 RUN = """\
@@ -60,6 +61,28 @@ are not looked at. Results go to OUTPUT-sweep.
   --lrs FIRST:LAST:COUNT   required: the learning rates, or a list with commas
   --chunk N                score N learning rates in one pass: pays with LoRA,
                            takes N times the memory (default: 1)"""
+
+ATTRIBUTE = """\
+Take the step that `run` measures, and say which parameters, prompts and tokens
+moved the entropy: every part in the same unit, summing to the first order. Writes
+tables (parquet), charts (PNG) and two pages (HTML) that colour every token of U
+and of E by what it contributed."""
+
+ATTRIBUTE_EPILOG = """\
+example:
+  funcprobe attribute config.yaml
+  funcprobe attribute config.yaml --influence prompts --lr 2e-7 --output who
+
+The configuration is that of `run`, whose keys may be given here as well (see
+`funcprobe run --help`). Results go to OUTPUT-attribution: open update.html.
+
+  --influence sequences|prompts   also what every update sequence did to every
+                                  evaluation sequence or prompt: a backward pass
+                                  and a forward-mode pass over U for each
+  --form additive|jacobian|auto   additive: the step as offset + scale x gradient,
+                                  so that tokens, momentum and weight decay sum;
+                                  jacobian: what if a token weighed a little less.
+                                  auto (default): additive where there is one"""
 
 SAMPLE = """\
 Draw rollouts of a checkpoint for a file of prompts, and write them with the
@@ -114,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser, required=True)
     _add_run(commands)
     _add_sweep(commands)
+    _add_attribute(commands)
     _add_demo(commands)
     _add_sample(commands)
     return parser
@@ -134,6 +158,16 @@ def _add_sweep(commands: argparse._SubParsersAction[_Parser]) -> None:
     sweep.usage = "funcprobe sweep CONFIG.yaml --lrs FIRST:LAST:COUNT [--chunk N] [--key value ...]"
     sweep.add_argument("config", metavar="CONFIG.yaml", help="the configuration; it comes first")
     sweep.add_argument(
+        "overrides", metavar="--key value", nargs=argparse.REMAINDER, help="values that win over the file"
+    )
+
+
+def _add_attribute(commands: argparse._SubParsersAction[_Parser]) -> None:
+    words = {"description": ATTRIBUTE, "epilog": ATTRIBUTE_EPILOG}
+    found = _new(commands.add_parser, "attribute", help="say which parameters, prompts and tokens did it", **words)
+    found.usage = "funcprobe attribute CONFIG.yaml [--influence ROWS] [--form FORM] [--key value ...]"
+    found.add_argument("config", metavar="CONFIG.yaml", help="the configuration; it comes first")
+    found.add_argument(
         "overrides", metavar="--key value", nargs=argparse.REMAINDER, help="values that win over the file"
     )
 
@@ -179,6 +213,12 @@ def _dispatch(options: argparse.Namespace) -> int:
         from funcprobe.cli.sweep import sweep_config
 
         sweep_config(options.config, options.overrides)
+    elif options.command == "attribute":
+        if {"-h", "--help"} & set(options.overrides):
+            return main(["attribute", "--help"])
+        from funcprobe.cli.attribute import attribute_config
+
+        attribute_config(options.config, options.overrides)
     elif options.command == "sample":
         from funcprobe.cli.sample import sample_command
 
@@ -198,6 +238,7 @@ def _demo(options: argparse.Namespace) -> None:
     # the results of an earlier demo are replaced; whatever else may stand in their place is not touched
     run_config(config, ["--output", str(config.parent / "results"), "--force"])
     print(f"Next:    funcprobe sweep {config} --lrs 1e-8:1e-3:11")
+    print(f"         funcprobe attribute {config}")
 
 
 def _run_epilog() -> str:

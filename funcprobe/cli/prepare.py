@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,12 @@ class Prepared(NamedTuple):
     opt_state: OptState
     evaluation: Rollouts
     update: Rollouts
+    tokenizer: Any  #: of the checkpoint; None where it has none
+
+    @property
+    def given(self) -> tuple[Step, Params, OptState, Rollouts, Rollouts]:
+        """Everything but the tokenizer, in the order in which a probe, a sweep and an attribution take it."""
+        return self.step, self.params, self.opt_state, self.evaluation, self.update
 
 
 def prepared(config: Config, bars: Bars) -> Prepared:
@@ -49,7 +55,7 @@ def prepared(config: Config, bars: Bars) -> Prepared:
     assert checkpoint.opt_state is not None
     policy, objective = checkpoint.policy, config.objective.build()
     step = make_step(policy, objective, checkpoint.optimizer, config.max_grad_norm, config.microbatching)
-    return Prepared(step, checkpoint.params, checkpoint.opt_state, evaluation, update)
+    return Prepared(step, checkpoint.params, checkpoint.opt_state, evaluation, update, checkpoint.tokenizer)
 
 
 def check_output(output: Path, written: Collection[str], *, force: bool) -> None:

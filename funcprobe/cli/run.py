@@ -50,7 +50,7 @@ def run(config: Config, bars: Bars | None = None) -> ProbeResult:
         with memory_advice(config):
             result = probe(
                 ready.step.policy,
-                *ready,
+                *ready.given,
                 observables=config.observables,
                 order=2 if config.order == 2 else 1,
                 rounding=config.rounding,

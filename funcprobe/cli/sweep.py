@@ -57,7 +57,7 @@ def run_sweep(config: Config, lrs: Sequence[float], chunk: int = 1, bars: Bars |
         with memory_advice(config):
             result = sweep(
                 ready.step.policy,
-                *ready,
+                *ready.given,
                 lrs=lrs,
                 observables=config.observables,
                 order=1 if config.order == 1 or config.mode == "reverse" else 2,

@@ -1,0 +1,214 @@
+"""`funcprobe attribute`, from configuration to tables, pictures and pages; whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from funcprobe import __version__
+from funcprobe.analysis.attribution_result import Attribution
+from funcprobe.analysis.result import ProbeResult
+from funcprobe.cli.attribute import WRITTEN
+from funcprobe.cli.main import main
+from funcprobe.report.attribution_table import attribution_text
+from tests.cli.conftest import World
+from tests.report.pages import data, page
+
+Refused = Callable[..., str]
+TOKENS = ("tokens", "sequences", "prompts", "positions")
+
+
+@pytest.fixture(scope="module")
+def done(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One attribution with a matrix; the folder that it wrote."""
+    place = tmp_path_factory.mktemp("attributed")
+    assert main(["attribute", str(world.config(place, also=["reward"])), "--influence", "prompts"]) == 0
+    assert sorted(p.name for p in place.iterdir()) == ["config.yaml", "results-attribution"]
+    return place / "results-attribution"
+
+
+def columns(folder: Path, name: str) -> dict[str, list]:
+    return pq.read_table(folder / f"{name}.parquet").to_pydict()
+
+
+def test_it_writes_everything_that_it_says(done: Path) -> None:
+    assert {p.name for p in done.iterdir()} == WRITTEN - {"update.safetensors"}
+    found = Attribution.load(done)
+    assert found.influence is not None
+    assert found.vocabulary is not None
+    assert (done / "summary.txt").read_text(encoding="utf-8") == attribution_text(found)
+    assert (done / "config.yaml").read_text().startswith(f"# As attributed by funcprobe {__version__};")
+
+
+def test_every_table_sums_to_the_first_order_of_the_result(done: Path) -> None:
+    whole = json.loads((done / "result.json").read_text())["readings"]["entropy"]["first_order"]
+    assert whole == ProbeResult.load(done).first_order != 0
+    for name in ("parameters", "layers", "kinds", *(f"evaluation-{t}" for t in TOKENS)):
+        parts = columns(done, name)["contribution"]
+        assert math.fsum(parts) == pytest.approx(whole, abs=1e-5 * math.fsum(map(abs, parts))), name
+    ledger = json.loads((done / "attribution.json").read_text())["ledger"]
+    assert sum(ledger.values()) == pytest.approx(whole, rel=1e-4)
+    for table in TOKENS:
+        parts = columns(done, f"update-{table}")["contribution"]
+        assert math.fsum(parts) == pytest.approx(ledger["gradient on U"], rel=1e-9), table
+    matrix = columns(done, "influence")
+    assert len(matrix.pop("prompt")) == 6
+    rows = columns(done, "update-sequences")["contribution"]
+    scale = max(map(abs, rows))
+    assert [math.fsum(x) for x in matrix.values()] == pytest.approx(rows, abs=1e-4 * scale)
+
+
+def test_tables_hold_what_they_are_read_for(done: Path, world: World) -> None:
+    tokens = columns(done, "update-tokens")
+    assert len(tokens["token"]) == int(world.update.completion_mask.sum())
+    assert set(tokens) >= {"sequence", "prompt", "position", "text", "logp", "entropy", "advantage", "reward"}
+    assert "<eos>" in tokens["text"]
+    assert "=" in columns(done, "update-prompts")["text"][0]
+    said = pq.read_schema(done / "update-tokens.parquet").metadata
+    assert said[b"unit"] == b"nats per token"
+    assert said[b"observable"] == b"entropy"
+
+
+def test_pages_and_pictures_are_of_this_step(done: Path) -> None:
+    for of in ("update", "evaluation"):
+        document = page(done / f"{of}.html")
+        tokens = columns(done, f"{of}-tokens")
+        assert data(document)["contribution"].tolist() == pytest.approx(tokens["contribution"], rel=1e-6)
+        assert len(document.one("main").all("i")) == len(tokens["token"])
+        assert "<eos>" in document.one("main").text
+    assert all((done / f"{n}.png").read_bytes().startswith(b"\x89PNG") for n in ("layers", "tokens", "influence"))
+
+
+def test_it_attributes_the_step_that_run_measures(done: Path, world: World, tmp_path: Path) -> None:
+    assert main(["run", str(world.config(tmp_path, also=["reward"]))]) == 0
+    one, other = ProbeResult.load(tmp_path / "results"), ProbeResult.load(done)
+    assert other.first_order == pytest.approx(one.first_order, rel=1e-6)
+    assert other.change == pytest.approx(one.change, rel=1e-6)
+    assert list(other.readings) == ["entropy", "reward"]
+
+
+def test_the_summary_is_printed_and_the_last_line_says_where_it_is(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    output = tmp_path / "who"
+    words = ["--form=jacobian", "--output", str(output), "--lr", "2e-5", "--keep-update"]
+    assert main(["attribute", str(world.config(tmp_path)), *words]) == 0
+    out, err = capsys.readouterr()
+    assert out == (output / "summary.txt").read_text(encoding="utf-8") + f"Results: {output}\n"
+    assert max(len(line) for line in out.splitlines()[:-1]) <= 80
+    assert err == ""
+    assert Attribution.load(output).form == "jacobian"
+    assert (output / "update.safetensors").exists()
+    assert not (output / "influence.parquet").exists()
+    as_run = yaml.safe_load((output / "config.yaml").read_text())
+    assert (as_run["lr"], as_run["output"]) == (2e-5, str(output))
+
+
+def test_a_checkpoint_without_a_tokenizer_shows_ids(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.folder / "checkpoint", tmp_path / "checkpoint")
+    for path in (tmp_path / "checkpoint").glob("*token*"):
+        path.unlink()
+    assert main(["attribute", str(world.config(tmp_path, checkpoint="checkpoint"))]) == 0
+    folder = tmp_path / "results-attribution"
+    tokens = columns(folder, "update-tokens")
+    assert tokens["text"] == [f"[{i}]" for i in tokens["token"]]
+    assert f"[{tokens['token'][0]}]" in page(folder / "update.html").one("main").text
+
+
+def test_results_are_replaced_by_force_alone_and_foreign_files_never(
+    world: World, tmp_path: Path, refused: Refused
+) -> None:
+    config = world.config(tmp_path)
+    folder = tmp_path / "results-attribution"
+    folder.mkdir()
+    (folder / "layers.png").write_bytes(b"old")
+    assert "exists already; choose another folder, or replace it with --force." in refused("attribute", config)
+    assert main(["attribute", str(config), "--force"]) == 0
+    assert (folder / "layers.png").read_bytes() != b"old"
+    (folder / "thesis.tex").write_text("years")
+    assert "holds 'thesis.tex', which funcprobe did not write" in refused("attribute", config, "--force")
+    assert (folder / "thesis.tex").read_text() == "years"
+
+
+def test_what_fails_late_leaves_nothing(
+    world: World, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from funcprobe.cli import attribute as command
+    from funcprobe.errors import InputError
+
+    def full(*_: object) -> None:
+        raise InputError("The disk is full.")
+
+    monkeypatch.setattr(command, "heat_map", full)
+    assert "The disk is full." in refused("attribute", world.config(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--influence", "layers"], "--influence: found 'layers', expected sequences or prompts."),
+        (["--influence"], "--influence has no value; write --influence prompts."),
+        (["--influence", "--force"], "--influence has no value"),
+        (["--form", "exact"], "--form: found 'exact', expected auto, additive or jacobian."),
+        (["--form", "auto", "--form=auto"], "--form stands twice; give it once."),
+        (
+            ["--mode", "reverse"],
+            "mode: reverse keeps no tangents of tokens, which contributions are made of; use auto.",
+        ),
+        (["--lrs", "1e-6"], "unknown option '--lrs'"),
+        (["--optimizer", "none"], "optimizer: none leaves no step to measure"),
+    ],
+)
+def test_bad_words_are_one_calm_line(
+    words: list[str], message: str, world: World, tmp_path: Path, refused: Refused
+) -> None:
+    assert message in refused("attribute", world.config(tmp_path), *words)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("package", ["jinja2", "pyarrow.parquet"])
+def test_what_is_missing_is_said_before_anything_is_computed(
+    package: str, world: World, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from funcprobe.cli import attribute as command
+
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(command, "prepared", lambda *_: pytest.fail("the checkpoint was loaded"))
+    monkeypatch.setattr(command, "resolved", lambda config: config)
+    assert f"'{package.partition('.')[0]}', which is not installed" in refused("attribute", world.config(tmp_path))
+
+
+def test_help_teaches_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["attribute", "--help"], ["attribute", "config.yaml", "--lr", "1", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+        out = capsys.readouterr().out
+        assert "funcprobe attribute config.yaml --influence prompts" in out
+        assert max(map(len, out.splitlines())) <= 90
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "funcprobe attribute config.yaml" in capsys.readouterr().out
+
+
+def test_the_demo_says_what_to_run_next(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from funcprobe.cli import demo, run
+
+    monkeypatch.setattr(demo, "prepare_demo", lambda *_, **__: Path("somewhere/config.yaml"))
+    monkeypatch.setattr(run, "run_config", lambda *_: None)
+    assert main(["demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "Next:    funcprobe sweep somewhere/config.yaml --lrs 1e-8:1e-3:11",
+        "         funcprobe attribute somewhere/config.yaml",
+    ]
