@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from funcprobe.training.modifiers import DropNegatives, EntropyBonus
+from funcprobe.training.modifiers import Change, DropNegatives, EntropyBonus, Modifier, TokenTerms
 from funcprobe.training.objectives import PolicyGradient
 from funcprobe.training.token_selection import ClipCov, KlCov, TopEntropyQuantile
-from funcprobe.types import Rollouts
+from funcprobe.types import Rollouts, TokenScores
 from tests.oracles import losses
+from tests.training.cases import Batch
+
+Found = tuple[Tensor, TokenScores]
 
 #: (variant, its own options): shares that pick several tokens of a small batch, bounds that hold some of them.
 OWN: list[tuple[str, dict[str, Any]]] = [
@@ -54,6 +58,29 @@ def loop_loss(loss: PolicyGradient, base: str, rollouts: Rollouts, logp: Tensor,
         max_completion_length=loss.max_completion_length,
         changes=tuple(_changes(loss, rollouts, logp, entropy, advantage)),
     )
+
+
+def value_and_gradient(loss: PolicyGradient, scores: TokenScores, rollouts: Rollouts) -> Found:
+    gradient, value = torch.func.grad_and_value(lambda s: loss(s, rollouts)[0])(scores)
+    return value, gradient
+
+
+def terms_of(loss: PolicyGradient, case: Batch) -> TokenTerms:
+    """The terms that a modifier is shown."""
+    seen: list[TokenTerms] = []
+
+    class Watch(Modifier):
+        name, separable = "watch", True
+
+        def __call__(self, terms: TokenTerms) -> Change:
+            seen.append(terms)
+            return Change()
+
+    value = replace(loss, modifiers=(Watch(),))(case.scores, case.rollouts)
+    plain = loss(case.scores, case.rollouts)
+    assert torch.equal(value[0], plain[0])
+    assert set(value[1]) == set(plain[1])
+    return seen[0]
 
 
 def _changes(
