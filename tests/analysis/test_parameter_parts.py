@@ -198,6 +198,7 @@ def test_names_of_other_wrappers_and_of_plain_modules() -> None:
         "head.weight": "head",
         "head.bias": "head",
     }
+    assert read_name("embed_out.weight").kind == "head"  # as older checkpoints of GPT-NeoX call it
     # a word that holds another word is another word
     assert read_name("transformer.h.0.planner.weight").kind == "other"
     assert read_name("model.header.weight").kind == "other"
