@@ -25,6 +25,7 @@ from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.measure import measure_step
 from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, Taken, asked_for, inquire, result_of, take_step
 from funcprobe.analysis.parameter_parts import leaf_parts
+from funcprobe.analysis.part_bars import PartBars, Pieces, check_bars_of, part_bars
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.analysis.predictors import STATS, predictions
 from funcprobe.analysis.result import ProbeResult
@@ -50,6 +51,7 @@ def attribute(
     form: Form = "auto",
     influence: Literal["sequences", "prompts"] | None = None,
     leaves: Collection[str] | Callable[[str], bool] | None = None,
+    bars_of: Collection[str] = (),
     chunk: int = 8,
     tokenizer: Any = None,
     microbatch: Microbatch = DEFAULT_MICROBATCH,
@@ -82,7 +84,10 @@ def attribute(
         influence: Whether to make the matrix of what every update sequence does to every evaluation sequence, or
             prompt: a backward pass and a forward-mode pass over U for each.
         leaves: The leaves whose influence is looked at, as names or as a predicate; None takes all of them.
-        chunk: How many rows of the influence matrix share a pass; memory of tangents grows with it.
+        bars_of: The tables whose rows get error bars over E's prompts, of ledger, parameters, layers, kinds, modules,
+            pairs, and prompts and sequences of U: two forward passes over E a row (three of the ledger), and for a row
+            of U its gradient.
+        chunk: How many rows of the influence matrix, or of bars, share a pass; memory of tangents grows with it.
         tokenizer: What decodes token ids for tables and pages; without one they show ids.
         microbatch: How E is cut for the model; U is cut as the step cuts it. It changes memory and no result.
         top_k: How many of the most moved leaves the result lists.
@@ -99,6 +104,7 @@ def attribute(
     wanted = asked_for(observable, observables, evaluation)
     asked = inquire(policy, evaluation, update, wanted, _options(**options), microbatch, progress)
     check_influence(influence, chunk, leaves, params)
+    check_bars_of(bars_of, form, asked.options.bars)
     taken = take_step(asked, step, params, opt_state, update, lr)
     with _no_other_mode():
         first = first_order(asked, params, taken.move.update)
@@ -125,6 +131,12 @@ def attribute(
             leaves=leaves,
             chunk=chunk,
         )
+    bars: PartBars = {}
+    if bars_of:
+        check_bars_of(bars_of, response.form, asked.options.bars)
+        given = step, params, opt_state, taken.gradient, taken.move.update, lr
+        pieces = Pieces(*given, prepared, drawn, step.microbatch or asked.passes.microbatch)
+        bars = part_bars(asked, found.evidence, pieces, bars_of, chunk)
     if response.form == "jacobian" and form == "auto":
         asked.said.notes.append("the optimizer has no additive form; tokens of U are attributed by its Jacobian")
     return Attribution(
@@ -136,6 +148,7 @@ def attribute(
         update=of_update,
         influence=matrix,
         vocabulary=vocabulary_of(tokenizer, (evaluation, update)),
+        bars=bars,
     )
 
 
@@ -221,7 +234,8 @@ def _on_update(
     predictors = {}
     if prepared.advantages is not None:
         predictors = predictions(along.scores, prepared, taken.info["lr"]).tokens
-    return token_parts(c, along, prepared, "update", predictors), c
+    own = c._replace(extra={name: c.extra[name] for name in step.objective.stats})
+    return token_parts(c, along, prepared, "update", predictors), own
 
 
 def _scored(passes: Passes, step: Step, params: Params, prepared: Rollouts) -> TokenScores:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from funcprobe.analysis.influence import Influence
 from funcprobe.analysis.parameter_parts import LeafPart
+from funcprobe.analysis.readings import bar_from_dict
 from funcprobe.analysis.result import ProbeResult, json_safe
 from funcprobe.analysis.token_parts import TokenParts
 from funcprobe.data.atomic import fresh_directory
@@ -57,6 +58,9 @@ def write_into(attribution: Attribution, folder: Path) -> None:
         "completeness": attribution.completeness,
         "influence": None if influence is None else {"by": influence.by, "leaves": influence.leaves},
         "vocabulary": None if vocabulary is None else list(vocabulary.items()),
+        "bars": {
+            table: {row: found._asdict() for row, found in rows.items()} for table, rows in attribution.bars.items()
+        },
     }
     (folder / FILES[0]).write_text(
         json.dumps(json_safe(plain), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -95,6 +99,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             **{batch: _parts(_under(batch, arrays)) for batch in _BATCHES},
             "influence": _influence(plain["influence"], arrays),
             "vocabulary": None if plain["vocabulary"] is None else dict(plain["vocabulary"]),
+            "bars": {
+                table: {row: bar_from_dict(found) for row, found in rows.items()}
+                for table, rows in plain["bars"].items()
+            },
         }
     except InputError:
         raise

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from funcprobe.analysis import attribution_file
 from funcprobe.analysis.influence import Influence
-from funcprobe.analysis.parameter_parts import (
-    LeafName,
-    LeafPart,
-    kind_label,
-    layer_label,
-    pair_label,
-    read_name,
-    rolled_up,
-)
+from funcprobe.analysis.parameter_parts import PARAMETER_TABLES, LeafName, LeafPart, read_name, rolled_up
+from funcprobe.analysis.part_bars import PartBars
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.token_parts import TokenParts
 from funcprobe.analysis.token_tables import TOKEN_TABLES, Columns, correlations, movers
@@ -30,15 +23,7 @@ if TYPE_CHECKING:
 
 Batch = Literal["update", "evaluation"]
 
-#: Tables of parameters by name, and what a row of each is.
-_PARAMETER_TABLES = {
-    "layers": layer_label,
-    "kinds": kind_label,
-    "modules": lambda name: name.module,
-    "pairs": pair_label,
-}
-
-TABLES = (*TOKEN_TABLES, "parameters", *_PARAMETER_TABLES, "ledger", "influence")
+TABLES = (*TOKEN_TABLES, "parameters", *PARAMETER_TABLES, "ledger", "influence")
 
 #: What contributions are correlated with, of tokens and of sequences.
 _AGAINST = {
@@ -64,6 +49,7 @@ class Attribution:
     update: TokenParts  #: tokens of U
     influence: Influence | None = None  #: update sequences on evaluation rows, where it was asked for
     vocabulary: dict[int, str] | None = None  #: the text of token ids; None where no tokenizer was given
+    bars: PartBars = field(default_factory=dict)  #: error bars of parts, by table and row, of those asked for
 
     @property
     def unit(self) -> str:
@@ -113,16 +99,30 @@ class Attribution:
         if of not in ("update", "evaluation"):
             raise InputError(f"Unknown batch {of!r}; expected 'update' (U) or 'evaluation' (E).")
         if table in TOKEN_TABLES:
-            return TOKEN_TABLES[table](getattr(self, of), self.vocabulary)
+            found = TOKEN_TABLES[table](getattr(self, of), self.vocabulary)
+            return found if of == "evaluation" else self._barred(table, found, table[:-1])
         if table == "ledger":
-            return {"part": list(self.ledger), "contribution": list(self.ledger.values())}
+            found = {"part": list(self.ledger), "contribution": list(self.ledger.values())}
+            return self._barred(table, found, "part")
         if table == "parameters":
-            return _parameter_columns(self.leaves)
-        if table in _PARAMETER_TABLES:
-            return _rolled_columns(table, self.leaves)
+            return self._barred(table, _parameter_columns(self.leaves), "name")
+        if table in PARAMETER_TABLES:
+            return self._barred(table, _rolled_columns(table, self.leaves), table[:-1])
         if table == "influence":
             return _influence_columns(self.influence)
         raise InputError(f"There is no table {table!r}; the tables are {', '.join(TABLES)}.")
+
+    def _barred(self, table: str, columns: Columns, label: str) -> Columns:
+        """Return the columns with error, low and high beside the contribution, where the table has bars."""
+        if table not in self.bars:
+            return columns
+        rows = [self.bars[table][str(row)] for row in columns[label]]
+        found: Columns = {}
+        for name, values in columns.items():
+            found[name] = values
+            if name == "contribution":
+                found |= {end: [getattr(row, end) for row in rows] for end in ("error", "low", "high")}
+        return found
 
     def to_frame(self, table: str = "tokens", of: Batch = "update") -> DataFrame:
         """Return a table as a pandas frame.
@@ -130,6 +130,7 @@ class Attribution:
         "tokens", "sequences", "prompts" and "positions" are tables of a batch: U, or E with `of="evaluation"`.
         "parameters", "layers", "kinds", "modules" and "pairs" (LoRA factors of one module) are those of the parameters,
         "ledger" is the step in a few rows, and "influence" the matrix, a row for every evaluation sequence or prompt.
+        Tables that `bars_of` named have the standard error of every contribution, and the ends of its interval.
 
         Raises:
             InputError: If there is no such table or batch, or it was not asked for.
@@ -200,7 +201,7 @@ def _parameter_columns(leaves: tuple[LeafPart, ...]) -> Columns:
 
 
 def _rolled_columns(table: str, leaves: tuple[LeafPart, ...]) -> Columns:
-    rows = rolled_up(leaves, _PARAMETER_TABLES[table])
+    rows = rolled_up(leaves, PARAMETER_TABLES[table])
     return {table[:-1]: list(rows), **_leaf_columns(tuple(rows.values()))}
 
 

@@ -17,12 +17,12 @@ SHOWN = 3
 
 def ledger_rows(attribution: Attribution) -> list[tuple[str, str]]:
     """Return the whole and its parts as (what, value) rows."""
-    reading = attribution.result.readings[attribution.observable]
+    reading, bars = attribution.result.readings[attribution.observable], attribution.bars.get("ledger", {})
     return [
         ("measured   ΔF", with_error(reading.change, reading.bars.get("change"))),
         ("predicted  δF₁", with_error(reading.first_order, reading.bars.get("first_order"))),
         *(
-            (f"  by {row}", f"{value:+.6e}  ({share(value, reading.first_order)})")
+            (f"  by {row}", f"{with_error(value, bars.get(row))}  ({share(value, reading.first_order)})")
             for row, value in attribution.ledger.items()
         ),
         ("parts − whole", f"{attribution.completeness_error:.1e} of Σ|parts|"),

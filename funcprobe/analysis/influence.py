@@ -117,5 +117,4 @@ def _members(evaluation: Rollouts, by: str) -> Iterator[tuple[int, Tensor]]:
 
 def _by_sequence(cotangents: TokenScores, along: engine.Directional) -> Tensor:
     """Return [B_U]: the contribution of every update sequence."""
-    shared = TokenScores(cotangents.logp, cotangents.entropy, {n: cotangents.extra[n] for n in along.scores.extra})
-    return engine.fields(engine.each(torch.mul, shared, along.tangents)).sum((0, 2))
+    return engine.fields(engine.each(torch.mul, cotangents, along.tangents)).sum((0, 2))

@@ -130,6 +130,15 @@ def pair_label(name: LeafName) -> str | None:
     return name.module if name.adapter else None
 
 
+#: Tables of parameters by name, and the row of a leaf in each.
+PARAMETER_TABLES: dict[str, Callable[[LeafName], str | None]] = {
+    "layers": layer_label,
+    "kinds": kind_label,
+    "modules": lambda name: name.module,
+    "pairs": pair_label,
+}
+
+
 def _dots(a: Params, b: Params) -> dict[str, float]:
     tree.same_keys(a, b)
     return {name: float(tree.dot({name: x}, {name: b[name]})) for name, x in a.items()}

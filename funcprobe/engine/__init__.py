@@ -17,6 +17,7 @@ from funcprobe.engine.forward import (
     derivative,
     directional,
     directional_of_many,
+    rows_of,
     second_derivative,
 )
 from funcprobe.engine.kernels import Arithmetic, arithmetic, math_attention
@@ -43,6 +44,7 @@ __all__ = [
     "gradient",
     "math_attention",
     "pull_back",
+    "rows_of",
     "scores",
     "scores_of_many",
     "second_derivative",

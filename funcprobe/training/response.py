@@ -68,10 +68,7 @@ def respond(
         raise InputError(
             f"{_name(optimizer)} has no additive form: its step is not offset + scale ⊙ g. Use form='jacobian'."
         )
-    coefficient, norm = 1.0, float(tree.norm(gradient))
-    if step.max_grad_norm is not None:
-        coefficient, norm = clip_by_global_norm(gradient, step.max_grad_norm)
-    clipped = gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)
+    clipped, coefficient, norm = _clipped(step, gradient)
     if isinstance(optimizer, PureOptimizer) and form != "jacobian":
         return _additive(optimizer, params, opt_state, clipped, covector, lr, coefficient)
     if not isinstance(optimizer, Differentiable):
@@ -107,6 +104,35 @@ def _additive(
             offsets[what][name] = offsets[what][name] + (c * offset).sum().cpu()
     direction = {name: torch.cat(found).reshape(params[name].shape) for name, found in parts.items()}
     return Response("additive", direction, {what: {n: float(x) for n, x in of.items()} for what, of in offsets.items()})
+
+
+def offsets_of(
+    step: Step, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None
+) -> dict[str, Params]:
+    """Return what of Δθ is no multiple of the gradient: the trees "momentum" and "weight decay", in float32 or wider.
+
+    Raises:
+        InputError: If the optimizer has no additive form.
+    """
+    if not isinstance(step.optimizer, PureOptimizer):
+        raise InputError(f"{_name(step.optimizer)} has no additive form: its step is not offset + scale ⊙ g.")
+    clipped, _, _ = _clipped(step, gradient)
+    found: dict[str, dict[str, list[Tensor]]] = {what: {n: [] for n in params} for what in ("momentum", "weight decay")}
+    for name, _, terms in step.optimizer.pieces(params, opt_state, clipped, lr):
+        wide = torch.promote_types(params[name].dtype, torch.float32)
+        found["momentum"][name].append(terms.momentum.to(wide))
+        found["weight decay"][name].append(terms.decay.to(wide))
+    return {
+        what: {n: torch.cat(parts).reshape(params[n].shape) for n, parts in of.items()} for what, of in found.items()
+    }
+
+
+def _clipped(step: Step, gradient: Params) -> tuple[Params, float, float]:
+    """Return (gradient as the optimizer gets it, clip factor, norm of the raw one)."""
+    coefficient, norm = 1.0, float(tree.norm(gradient))
+    if step.max_grad_norm is not None:
+        coefficient, norm = clip_by_global_norm(gradient, step.max_grad_norm)
+    return (gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)), coefficient, norm
 
 
 def _through_clip(u: Params, gradient: Params, coefficient: float, norm: float) -> Params:
