@@ -49,8 +49,9 @@ def test_a_bar_is_the_jackknife_of_the_contribution(table: str) -> None:
     groups = E.group_ids.unique().tolist()
     left_out = torch.stack(
         [
-            torch.tensor(
-                attributed(case, E._replace(weight=(E.group_ids != g).double())).columns(table)["contribution"]
+            torch.as_tensor(
+                attributed(case, E._replace(weight=(E.group_ids != g).double())).columns(table)["contribution"],
+                dtype=torch.float64,
             )
             for g in groups
         ]
