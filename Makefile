@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: help demo test check format bench notebooks clean
+.PHONY: help demo test browser check format bench notebooks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -19,6 +19,9 @@ demo: $(STAMP)   ## make a small policy, its rollouts and its optimizer state, a
 
 test: $(STAMP)   ## the whole suite, doctests and coverage included
 	$(BIN)/python -m pytest -q --cov --cov-report=term --durations=10
+
+browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
+	$(BIN)/python -m pytest -q -m browser
 
 check: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .
