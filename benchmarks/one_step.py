@@ -40,7 +40,8 @@ def main() -> None:
     ratios = (count["functional"] / count["stateful"], taken.median, peaks["functional"] / peaks["stateful"])
     behind = (
         "{functional:.3e} / {stateful:.3e}".format(**count),
-        f"{taken.seconds[0]:.2f} / {taken.seconds[1]:.2f} s, quartiles {taken.low:.3f} .. {taken.high:.3f}",
+        f"{taken.seconds[0]:.2f} / {taken.seconds[1]:.2f} s, quartiles {taken.low:.3f} .. {taken.high:.3f}, "
+        f"processor time {taken.cpu:.3f}",
         "{functional:.0f} / {stateful:.0f} MiB".format(**peaks),
     )
     rows = []

@@ -48,9 +48,11 @@ def main() -> None:
         pairs = zip((ratio, taken.median), targets.get(count, (None, None)), strict=True)
         cells = [f"{found:.3f}" + ("" if target is None else f" (≤ {target})") for found, target in pairs]
         behind = "{:.2f} / {:.2f} s".format(*taken.seconds)
-        rows.append([str(count), *cells, f"{taken.low:.3f} .. {taken.high:.3f}", behind])
+        rows.append([str(count), *cells, f"{taken.low:.3f} .. {taken.high:.3f}", f"{taken.cpu:.3f}", behind])
         report.append({"learning_rates": count, "flops": counted, "flops_ratio": ratio, "time": taken._asdict()})
-    comparing.show("functional / stateful", ("learning rates", "FLOPs", "time", "quartiles", "behind it"), rows)
+    comparing.show(
+        "functional / stateful", ("learning rates", "FLOPs", "time", "quartiles", "processor time", "behind it"), rows
+    )
     comparing.write("sweep", options, report, pair.params)
 
 
