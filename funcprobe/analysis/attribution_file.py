@@ -49,6 +49,9 @@ def write_into(attribution: Attribution, folder: Path) -> None:
     """Write an attribution's files, and its result's, into an existing folder."""
     attribution.result.write_into(folder)
     influence, vocabulary = attribution.influence, attribution.vocabulary
+    arrays = {f"{batch}.{name}": x for batch in _BATCHES for name, x in _arrays(getattr(attribution, batch)).items()}
+    if influence is not None:
+        arrays |= {"influence.matrix": influence.matrix, "influence.rows": influence.rows}
     plain = {
         "schema_version": SCHEMA_VERSION,
         "observable": attribution.observable,
@@ -61,13 +64,11 @@ def write_into(attribution: Attribution, folder: Path) -> None:
         "bars": {
             table: {row: found._asdict() for row, found in rows.items()} for table, rows in attribution.bars.items()
         },
+        "arrays": list(arrays),  # in their order, which safetensors does not keep
     }
     (folder / FILES[0]).write_text(
         json.dumps(json_safe(plain), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    arrays = {f"{batch}.{name}": x for batch in _BATCHES for name, x in _arrays(getattr(attribution, batch)).items()}
-    if influence is not None:
-        arrays |= {"influence.matrix": influence.matrix, "influence.rows": influence.rows}
     save_file({name: x.contiguous().clone() for name, x in arrays.items()}, folder / FILES[1])
 
 
@@ -90,13 +91,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise InputError(
                 f"{folder / FILES[0]} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}."
             )
-        arrays = load_file(folder / FILES[1])
+        stored = load_file(folder / FILES[1])
+        arrays = {name: stored[name] for name in plain["arrays"]}
+        parts = {batch: _parts(_under(batch, arrays)) for batch in _BATCHES}
+        whole = result.readings[plain["observable"]].first_order
+        for batch, expected in (("evaluation", whole), ("update", plain["ledger"]["gradient on U"])):
+            _check_sum(folder, batch, parts[batch], expected)
         return {
             "result": result,
             "observable": plain["observable"],
             "form": plain["form"],
             "leaves": tuple(LeafPart(**part) for part in plain["leaves"]),
-            **{batch: _parts(_under(batch, arrays)) for batch in _BATCHES},
+            **parts,
             "influence": _influence(plain["influence"], arrays),
             "vocabulary": None if plain["vocabulary"] is None else dict(plain["vocabulary"]),
             "bars": {
@@ -110,6 +116,19 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{folder} is not a whole attribution ({error}); its files are damaged.") from error
 
 
+def _check_sum(folder: Path, batch: str, parts: TokenParts, expected: float) -> None:
+    """Check that stored parts are those of the stored sum.
+
+    Raises:
+        InputError: If they are another attribution's, or some are missing.
+    """
+    if not abs(parts.sum() - expected) <= 1e-6 * parts.magnitude():
+        raise InputError(
+            f"The {batch} tokens in {folder} sum to {parts.sum():g}, and {expected:g} is stored beside them; its files "
+            "are damaged, or those of two attributions."
+        )
+
+
 def _arrays(parts: TokenParts) -> dict[str, Tensor]:
     found = {f"rollouts.{name}": x for name, x in parts.rollouts._asdict().items() if x is not None}
     found |= {"scores.logp": parts.scores.logp, "scores.entropy": parts.scores.entropy}
@@ -119,11 +138,11 @@ def _arrays(parts: TokenParts) -> dict[str, Tensor]:
 
 
 def _parts(arrays: Mapping[str, Tensor]) -> TokenParts:
-    scores, through = _under("scores", arrays), _under("through", arrays)
+    scores = _under("scores", arrays)
     return TokenParts(
         Rollouts(**_under("rollouts", arrays)),
         TokenScores(scores["logp"], scores["entropy"], _under("extra", arrays)),
-        {name: through[name] for name in sorted(through, key=lambda name: name != "logp")},  # as they are made
+        _under("through", arrays),
         _under("predictors", arrays),
     )
 
