@@ -34,7 +34,7 @@ def from_training(
         CheckpointError: If the optimizer misses trainable leaves or holds tensors that are not in the model, if either
             is sharded, or if the optimizer is one of bitsandbytes, apex, DeepSpeed or torchao.
     """
-    module = _unwrapped(model)
+    module = unwrapped(model)
     policy, params = from_module(module, device=device)
     if optimizer is None:
         return Checkpoint(policy, params, None, None)
@@ -105,7 +105,12 @@ def _check_package(cls: type[torch.optim.Optimizer], state_keys: set[str]) -> No
         )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DDP, DataParallel and torch.compile.
+
+    Raises:
+        CheckpointError: If it is sharded.
+    """
     while True:
         if "FullyShardedDataParallel" in type(model).__name__ or any(
             hasattr(p, "device_mesh") for p in model.parameters()

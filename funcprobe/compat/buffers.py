@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from funcprobe import tree
+from funcprobe.checkpoints.live import unwrapped
 from funcprobe.errors import InputError
 from funcprobe.types import Params
 
@@ -31,17 +32,6 @@ log = logging.getLogger(__name__)
 def leaves(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the trainable leaves by name, as `from_training` names them: those of the module inside any wrapper."""
     return {name: p for name, p in unwrapped(module).named_parameters() if p.requires_grad}
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside DDP and torch.compile."""
-    while True:
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            module = module.module
-        elif isinstance(getattr(module, "_orig_mod", None), nn.Module):
-            module = module._orig_mod  # type: ignore[assignment]
-        else:
-            return module
 
 
 def canonical(name: str) -> str:

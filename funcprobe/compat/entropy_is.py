@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from funcprobe import tree
 from funcprobe.analysis.one_step import probe
 from funcprobe.analysis.result import ProbeResult
-from funcprobe.checkpoints.live import from_training
+from funcprobe.checkpoints.live import from_training, unwrapped
 from funcprobe.compat import settings
 from funcprobe.compat.batches import Batch, for_the_loss, rows_of_prompts, to_rollouts
-from funcprobe.compat.buffers import unwrapped
 from funcprobe.compat.settings import Importance
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.estimators.importance import log_ratios
