@@ -23,10 +23,17 @@ from tests.policy.test_module import same, snapshot
 from tests.training.cases import assert_same, clone
 
 
-@pytest.mark.parametrize("form", ["additive", "jacobian"])
-@pytest.mark.parametrize("model", ["gpt2", "qwen2, lora"])
-def test_nothing_is_touched(model: str, form: str) -> None:
-    case = Stepped(model, "grpo, kl", "adamw, groups", 0.05)
+@pytest.mark.parametrize(
+    ("model", "optimizer", "form"),
+    [
+        ("gpt2", "adamw, groups", "additive"),
+        ("gpt2", "adam, amsgrad", "jacobian"),
+        ("qwen2, lora", "sgd, nesterov", "additive"),
+        ("qwen2, lora", fp.from_torch(torch.optim.RMSprop, lr=LR, momentum=0.9), "auto"),
+    ],
+)
+def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:
+    case = Stepped(model, "grpo, kl", optimizer, 0.05)
     case.module.train()
     for leaf in case.module.parameters():
         leaf.grad = torch.full_like(leaf, 0.5) if leaf.requires_grad else None
