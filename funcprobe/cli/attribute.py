@@ -12,6 +12,7 @@ from funcprobe import __version__
 from funcprobe.analysis import attribution_file
 from funcprobe.analysis.attribution import attribute
 from funcprobe.analysis.attribution_result import Attribution
+from funcprobe.analysis.part_bars import BARRED
 from funcprobe.analysis.token_tables import TOKEN_TABLES, Columns
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.prepare import check_output, collected_warnings, memory_advice, prepared, resolved
@@ -39,11 +40,12 @@ class Asked(NamedTuple):
 
     form: Any = "auto"  #: "auto", "additive" or "jacobian"
     influence: Any = None  #: "sequences", "prompts" or None
+    bars_of: tuple[str, ...] = ()  #: the tables whose rows get error bars
 
 
 DEFAULT = Asked()
 
-_CHOICES = {"form": ("auto", "additive", "jacobian"), "influence": ("sequences", "prompts")}
+_CHOICES = {"form": ("auto", "additive", "jacobian"), "influence": ("sequences", "prompts"), "bars-of": BARRED}
 
 
 def attribute_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Attribution:
@@ -73,6 +75,9 @@ def run_attribution(config: Config, asked: Asked = DEFAULT, bars: Bars | None = 
     bars = bars or Bars()
     if config.mode == "reverse":
         raise ConfigError("mode: reverse keeps no tangents of tokens, which contributions are made of; use auto.")
+    if asked.bars_of and (config.bars is None or asked.form == "jacobian"):
+        what = "bars none" if config.bars is None else "form jacobian, in which parts are no pieces of the step"
+        raise ConfigError(f"--bars-of: can do nothing with {what}; leave one of them out.")
     check_output(config.output, WRITTEN, force=config.force)
     config = resolved(config)
     _check_extras()
@@ -86,6 +91,7 @@ def run_attribution(config: Config, asked: Asked = DEFAULT, bars: Bars | None = 
                 observables=config.observables,
                 form=asked.form,
                 influence=asked.influence,
+                bars_of=asked.bars_of,
                 tokenizer=ready.tokenizer,
                 order=2 if config.order == 2 else 1,
                 rounding=config.rounding,
@@ -109,25 +115,39 @@ def split_options(words: Sequence[str]) -> tuple[Asked, list[str]]:
 
     Example:
         >>> split_options(["--influence", "prompts", "--lr", "1e-6"])
-        (Asked(form='auto', influence='prompts'), ['--lr', '1e-6'])
+        (Asked(form='auto', influence='prompts', bars_of=()), ['--lr', '1e-6'])
     """
-    found: dict[str, str] = {}
+    found: dict[str, Any] = {}
     rest = list(words)
     for name, choices in _CHOICES.items():
-        places = [i for i, word in enumerate(rest) if word == f"--{name}" or word.startswith(f"--{name}=")]
-        if len(places) > 1:
-            raise ConfigError(f"--{name} stands twice; give it once.")
-        for i in places:
-            _, equals, value = rest[i].partition("=")
-            if not equals and (i + 1 == len(rest) or rest[i + 1].startswith("--")):
-                raise ConfigError(f"--{name} has no value; write --{name} {choices[-1]}.")
-            found[name] = value if equals else rest[i + 1]
-            rest[i : i + (1 if equals else 2)] = []
-            if found[name] not in choices:
-                raise ConfigError(
-                    f"--{name}: found '{found[name]}', expected {', '.join(choices[:-1])} or {choices[-1]}."
-                )
+        if (value := _taken_out(rest, name, choices[-1])) is None:
+            continue
+        several = [part.strip() for part in value.split(",")] if name == "bars-of" else [value]
+        if wrong := [part for part in several if part not in choices]:
+            listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            raise ConfigError(f"--{name}: found '{wrong[0]}', expected {listed}.")
+        found[name.replace("-", "_")] = tuple(several) if name == "bars-of" else value
     return Asked(**found), rest
+
+
+def _taken_out(rest: list[str], name: str, example: str) -> str | None:
+    """Return the value of an option, taken out of the words; None where it is not there.
+
+    Raises:
+        ConfigError: If it stands twice or has no value.
+    """
+    places = [i for i, word in enumerate(rest) if word == f"--{name}" or word.startswith(f"--{name}=")]
+    if not places:
+        return None
+    if len(places) > 1:
+        raise ConfigError(f"--{name} stands twice; give it once.")
+    (i,) = places
+    _, equals, value = rest[i].partition("=")
+    if not equals and (i + 1 == len(rest) or rest[i + 1].startswith("--")):
+        raise ConfigError(f"--{name} has no value; write --{name} {example}.")
+    value = value if equals else rest[i + 1]
+    rest[i : i + (1 if equals else 2)] = []
+    return value
 
 
 def tables_of(attribution: Attribution) -> Iterator[tuple[str, Columns]]:

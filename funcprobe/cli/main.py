@@ -82,7 +82,11 @@ The configuration is that of `run`, whose keys may be given here as well (see
   --form additive|jacobian|auto   additive: the step as offset + scale x gradient,
                                   so that tokens, momentum and weight decay sum;
                                   jacobian: what if a token weighed a little less.
-                                  auto (default): additive where there is one"""
+                                  auto (default): additive where there is one
+  --bars-of ledger,layers,...     error bars of every row of these tables: ledger,
+                                  parameters, layers, kinds, modules, pairs,
+                                  prompts, sequences; two forward passes over E
+                                  a row, and for a row of U its gradient"""
 
 SAMPLE = """\
 Draw rollouts of a checkpoint for a file of prompts, and write them with the
@@ -165,7 +169,7 @@ def _add_sweep(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_attribute(commands: argparse._SubParsersAction[_Parser]) -> None:
     words = {"description": ATTRIBUTE, "epilog": ATTRIBUTE_EPILOG}
     found = _new(commands.add_parser, "attribute", help="say which parameters, prompts and tokens did it", **words)
-    found.usage = "funcprobe attribute CONFIG.yaml [--influence ROWS] [--form FORM] [--key value ...]"
+    found.usage = "funcprobe attribute CONFIG.yaml [--influence ROWS] [--key value ...]"
     found.add_argument("config", metavar="CONFIG.yaml", help="the configuration; it comes first")
     found.add_argument(
         "overrides", metavar="--key value", nargs=argparse.REMAINDER, help="values that win over the file"

@@ -41,7 +41,8 @@ _NAMED = 26
 def plot_layers(attribution: Attribution, ax: Axes | None = None) -> Axes:
     """Draw what every layer contributed: what gradient, momentum and decay did, stacked, and their sum as a diamond.
 
-    Parts of opposite sign are stacked on opposite sides of 0. Parameters outside of layers have bars of their own.
+    Parts of opposite sign are stacked on opposite sides of 0. Parameters outside of layers have bars of their own. Sums
+    have their intervals where `bars_of` named the table, as in all figures of an attribution.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -101,8 +102,10 @@ def plot_movers(
     set_families(ax.get_yticklabels())
     ax.invert_yaxis()
     ax.axvline(0, color="0.2", linewidth=0.8)
-    _shares(ax, values, attribution.first_order)
-    _room(ax, values, 0.2, "x")
+    ends: Columns = {n: [*up[n], *reversed(down[n])] for n in ("error", "low", "high") if n in up}
+    reach = _intervals(ax, ends, values, range(len(values)), vertical=False)
+    _shares(ax, values, [*zip(*reach, strict=True)] if reach else [(x, x) for x in values], attribution.first_order)
+    _room(ax, [*values, *np.ravel(reach)], 0.2, "x")
     if not len(values):
         ax.text(0.5, 0.5, "nothing contributes", transform=ax.transAxes, ha="center")
     ax.set_xlabel(f"contribution, {attribution.unit}, and share of δF₁")
@@ -185,7 +188,7 @@ def _name_layers(ax: Axes, names: list[str], places: list[float], numbered: list
 
 def _stack(ax: Axes, attribution: Attribution, columns: Columns, places: Sequence[float], *, vertical: bool) -> None:
     """Stack the parts of every row away from 0, and mark their sum."""
-    total = np.asarray(columns["contribution"])
+    total = [float(x) for x in columns["contribution"]]
     draw, side, line = (ax.bar, "bottom", ax.axhline) if vertical else (ax.barh, "left", ax.axvline)
     ends = {True: np.zeros(len(total)), False: np.zeros(len(total))}
     for name, words, colour, hatch in _PARTS[attribution.form]:
@@ -208,7 +211,26 @@ def _stack(ax: Axes, attribution: Attribution, columns: Columns, places: Sequenc
     size = 5 if len(total) < 40 else 3
     ax.plot(*at, "D", color="white", markeredgecolor="black", markersize=size, linestyle="none", label="sum", zorder=3)
     line(0, color="0.2", linewidth=0.8)
-    _room(ax, [*ends[True], *ends[False], *total], 0.06, "y" if vertical else "x")
+    reach = _intervals(ax, columns, total, places, vertical=vertical)
+    _room(ax, [*ends[True], *ends[False], *total, *np.ravel(reach)], 0.06, "y" if vertical else "x")
+
+
+def _intervals(
+    ax: Axes, columns: Columns, values: Sequence[float], places: Sequence[float], *, vertical: bool
+) -> list[list[float]]:
+    """Draw the intervals over prompts of E where the table has bars, and return their low and high ends.
+
+    An interval without an end, of which nothing can be said, is not drawn.
+    """
+    if "error" not in columns:
+        return []
+    ends = np.array([columns["low"], columns["high"]], dtype=float)
+    ends = np.where(np.isfinite(ends), ends, np.asarray(values))
+    size = np.abs(ends - np.asarray(values))
+    at = (places, values) if vertical else (values, places)
+    shown: dict[str, Any] = {"yerr" if vertical else "xerr": size}
+    ax.errorbar(*at, **shown, fmt="none", ecolor="0.25", elinewidth=1, capsize=2.5, zorder=4, label="interval over E")
+    return ends.tolist()
 
 
 def _room(ax: Axes, values: Sequence[float], margin: float, axis: Literal["x", "y"]) -> None:
@@ -220,13 +242,14 @@ def _room(ax: Axes, values: Sequence[float], margin: float, axis: Literal["x", "
     ax.ticklabel_format(axis=axis, style="sci", scilimits=(-2, 3))
 
 
-def _shares(ax: Axes, values: Sequence[float], whole: float) -> None:
-    """Write at the end of every bar its share of δF₁."""
+def _shares(ax: Axes, values: Sequence[float], ends: Sequence[tuple[float, float]], whole: float) -> None:
+    """Write at the end of every bar, or of its interval, its share of δF₁."""
     for k, x in enumerate(values if whole else ()):
         size = abs(x / whole)
         text = f"{x / whole:.{2 if size < 0.1 else 1 if size < 1 else 0}%}".replace("%", " %").replace("-", "−")
         away: dict[str, Any] = {"xytext": (4 if x > 0 else -4, 0), "ha": "left" if x > 0 else "right"}
-        ax.annotate(text, (x, k), textcoords="offset points", va="center", fontsize=7, **away)
+        tip = max(x, ends[k][1]) if x > 0 else min(x, ends[k][0])
+        ax.annotate(text, (tip, k), textcoords="offset points", va="center", fontsize=7, **away)
 
 
 def _title(ax: Axes, attribution: Attribution, by: str) -> None:

@@ -109,15 +109,18 @@ def _movers(attribution: Attribution, what: str) -> RenderableType:
     up, down = movers(columns, SHOWN)
     table = bare_table(show_header=True)
     table.add_column("contribution", justify="right", no_wrap=True)
+    if barred := "error" in columns:
+        table.add_column("±", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
     table.add_column(
         f"{what}{'' if what == 'layers' else ' of U'} that moved it most", no_wrap=True, overflow="ellipsis"
     )
     for rows in (down, up):
         for k, x in enumerate(rows["contribution"]):
-            table.add_row(f"{x:+.3e}", share(float(x), attribution.first_order), _label(what, rows, k))
+            error = [f"{rows['error'][k]:.1e}"] if barred else []
+            table.add_row(f"{x:+.3e}", *error, share(float(x), attribution.first_order), _label(what, rows, k))
     if not table.row_count:
-        table.add_row("", "", "none")
+        table.add_row("none")
     return table
 
 

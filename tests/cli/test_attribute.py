@@ -113,6 +113,23 @@ def test_the_summary_is_printed_and_the_last_line_says_where_it_is(
     assert (as_run["lr"], as_run["output"]) == (2e-5, str(output))
 
 
+def test_rows_get_error_bars_where_they_are_asked_for(world: World, tmp_path: Path) -> None:
+    words = ["--bars-of", "ledger, layers,prompts", "--bars", "jackknife"]
+    assert main(["attribute", str(world.config(tmp_path)), *words]) == 0
+    folder = tmp_path / "results-attribution"
+    layers, prompts = columns(folder, "layers"), columns(folder, "update-prompts")
+    for table in (layers, prompts):
+        ends = zip(table["low"], table["contribution"], table["high"], table["error"], strict=True)
+        moved = [row for row in ends if row[1]]  # all rewards of a prompt may be equal: then it moves nothing
+        assert len(moved) > 2
+        assert all(low < x < high and error > 0 for low, x, high, error in moved)
+    assert "error" not in columns(folder, "kinds")
+    said = (folder / "summary.txt").read_text(encoding="utf-8")
+    first = next(line for line in said.splitlines() if line.endswith("layer 0"))
+    assert f" {layers['error'][layers['layer'].index('layer 0')]:.1e} " in first
+    assert next(line for line in said.splitlines() if "by momentum" in line).count("±") == 1
+
+
 def test_a_checkpoint_without_a_tokenizer_shows_ids(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.folder / "checkpoint", tmp_path / "checkpoint")
     for path in (tmp_path / "checkpoint").glob("*token*"):
@@ -161,6 +178,12 @@ def test_what_fails_late_leaves_nothing(
         (["--influence", "--force"], "--influence has no value"),
         (["--form", "exact"], "--form: found 'exact', expected auto, additive or jacobian."),
         (["--form", "auto", "--form=auto"], "--form stands twice; give it once."),
+        (
+            ["--bars-of", "layers,tokens"],
+            "--bars-of: found 'tokens', expected ledger, parameters, layers, kinds,",
+        ),
+        (["--bars-of", "ledger", "--bars", "none"], "--bars-of: can do nothing with bars none; leave one of them out."),
+        (["--bars-of", "ledger", "--form", "jacobian"], "--bars-of: can do nothing with form jacobian, in which"),
         (
             ["--mode", "reverse"],
             "mode: reverse keeps no tangents of tokens, which contributions are made of; use auto.",

@@ -13,6 +13,7 @@ from funcprobe.analysis.parameter_parts import LeafPart
 from funcprobe.analysis.result import BatchCounts
 from funcprobe.analysis.token_parts import TokenParts
 from funcprobe.data.rollouts import rollouts_from_lists
+from funcprobe.estimators.uncertainty import Bar
 from funcprobe.types import Rollouts, TokenScores
 from tests.report.cases import result
 
@@ -100,6 +101,7 @@ def attribution(
     hole: bool = False,
     influence: bool = False,
     scale: float = 1e-5,
+    bars: Mapping[str, Mapping[str, Bar]] | None = None,
     **changes: Any,
 ) -> Attribution:
     """Return an attribution of a step that lowers the entropy; with `vocabulary`, ids are text."""
@@ -121,6 +123,7 @@ def attribution(
         "update": update,
         "influence": matrix if influence else None,
         "vocabulary": None if vocabulary is None else dict(vocabulary),
+        "bars": {table: dict(rows) for table, rows in (bars or {}).items()},
     }
     return Attribution(**values)
 
@@ -134,3 +137,13 @@ def words(count: int = 40) -> dict[int, str]:
 def nasty() -> dict[int, str]:
     """Return the hostile vocabulary under the ids 0, 1, ..."""
     return dict(enumerate(NASTY))
+
+
+def with_bars(found: Attribution, error: float, *tables: str) -> Attribution:
+    """Return the attribution with an interval of one error below and two above every row of some tables."""
+    bars = {}
+    for table in tables:
+        columns = found.columns(table)
+        values = zip(columns[table[:-1]], columns["contribution"], strict=True)
+        bars[table] = {str(row): Bar(float(x), error, x - error, x + 2 * error) for row, x in values}
+    return Attribution(**{**{f: getattr(found, f) for f in found.__dataclass_fields__}, "bars": bars})

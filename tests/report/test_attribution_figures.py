@@ -26,7 +26,7 @@ from funcprobe.report.attribution_figures import (
 )
 from funcprobe.report.canvas import new_axes
 from funcprobe.report.figure_text import drawable
-from tests.report.attribution_cases import NASTY, attribution, nasty, words
+from tests.report.attribution_cases import NASTY, attribution, nasty, with_bars, words
 
 FIGURES = [plot_layers, plot_kinds, plot_movers, lambda a: plot_movers(a, "prompts"), plot_influence]
 
@@ -95,6 +95,33 @@ def test_movers_are_drawn_from_what_raises_most_to_what_lowers_most(table: str, 
     assert float(first.removesuffix(" %").replace("−", "-")) == pytest.approx(
         100 * widths[0] / found.first_order, abs=0.51 if abs(widths[0] / found.first_order) >= 1 else 0.051
     )
+
+
+@pytest.mark.parametrize(
+    ("figure", "table", "upright"),
+    [
+        (plot_layers, "layers", True),
+        (plot_kinds, "kinds", False),
+        (lambda a: plot_movers(a, "prompts"), "prompts", False),
+    ],
+)
+def test_intervals_stand_where_a_table_has_bars(figure: Any, table: str, upright: bool) -> None:
+    found = with_bars(attribution((5,) * 12), 3e-5, table)
+    ax = figure(found)
+    (bars,) = [c for c in ax.containers if hasattr(c, "has_yerr")]
+    spans = [s[:, int(upright)] for s in bars.lines[2][0].get_segments()]
+    values = sorted(map(float, found.columns(table)["contribution"]))
+    assert sorted(s.min() + 3e-5 for s in spans) == pytest.approx(values, rel=1e-9)
+    assert [s.max() - s.min() for s in spans] == pytest.approx([9e-5] * len(values), rel=1e-9)
+    low, high = ax.get_ylim() if upright else ax.get_xlim()
+    assert all(low < s.min() < s.max() < high for s in spans)
+    assert not [c for c in figure(attribution((5,) * 12)).containers if hasattr(c, "has_yerr")]
+
+
+def test_an_interval_of_which_nothing_can_be_said_is_not_drawn() -> None:
+    ax = plot_layers(with_bars(attribution(), float("inf"), "layers"))
+    assert np.isfinite(ax.get_ylim()).all()
+    ax.get_figure().canvas.draw()
 
 
 def test_raising_and_lowering_differ_in_grey() -> None:

@@ -10,7 +10,7 @@ import pytest
 from funcprobe.analysis.token_tables import movers
 from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.terminal import headline
-from tests.report.attribution_cases import NASTY, attribution, nasty, words
+from tests.report.attribution_cases import NASTY, attribution, nasty, with_bars, words
 from tests.report.test_terminal import pty
 
 
@@ -48,6 +48,15 @@ def test_the_largest_movers_stand_there_with_their_shares(table: str, label: str
         for x, what in zip(rows["contribution"], rows[label], strict=True):
             line = next(line for line in lines if f"{x:+.3e}  " in line and str(what).strip("\n") in line)
             assert f"{100 * x / found.first_order:.1f} %" in line
+
+
+def test_errors_stand_beside_contributions_where_a_table_has_bars() -> None:
+    text = attribution_text(with_bars(attribution(), 1.5e-7, "layers"))
+    table = text[text.index("layers that moved it most") :].split("\n\n")[0].splitlines()[1:]
+    assert len(table) > 2
+    assert all("  1.5e-07  " in line for line in table)
+    assert text.count("±") == 1
+    assert "±" not in attribution_text(attribution())
 
 
 def test_correlations_are_those_of_the_tables() -> None:
