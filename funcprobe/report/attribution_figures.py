@@ -209,7 +209,7 @@ def _stack(ax: Axes, attribution: Attribution, columns: Columns, places: Sequenc
             end += np.where((values > 0) == sign, values, 0.0)
     at = (places, total) if vertical else (total, places)
     size = 5 if len(total) < 40 else 3
-    ax.plot(*at, "D", color="white", markeredgecolor="black", markersize=size, linestyle="none", label="sum", zorder=3)
+    ax.plot(*at, "D", color="white", markeredgecolor="black", markersize=size, linestyle="none", label="sum", zorder=5)
     line(0, color="0.2", linewidth=0.8)
     reach = _intervals(ax, columns, total, places, vertical=vertical)
     _room(ax, [*ends[True], *ends[False], *total, *np.ravel(reach)], 0.06, "y" if vertical else "x")
@@ -224,12 +224,17 @@ def _intervals(
     """
     if "error" not in columns:
         return []
+    from matplotlib.patheffects import withStroke
+
     ends = np.array([columns["low"], columns["high"]], dtype=float)
     ends = np.where(np.isfinite(ends), ends, np.asarray(values))
     size = np.abs(ends - np.asarray(values))
     at = (places, values) if vertical else (values, places)
     shown: dict[str, Any] = {"yerr" if vertical else "xerr": size}
-    ax.errorbar(*at, **shown, fmt="none", ecolor="0.25", elinewidth=1, capsize=2.5, zorder=4, label="interval over E")
+    label = "interval over\nprompts of E"
+    drawn = ax.errorbar(*at, **shown, fmt="none", ecolor="black", elinewidth=1, capsize=2.5, zorder=4, label=label)
+    for line in (*drawn.lines[1], *drawn.lines[2]):
+        line.set_path_effects([withStroke(linewidth=2.5, foreground="white")])  # it is seen on dark bars
     return ends.tolist()
 
 
@@ -265,11 +270,16 @@ def _token_labels(columns: Columns) -> list[str]:
 
 
 def _sequence_labels(columns: Columns) -> list[str]:
-    return [f"sequence {b}: {drawable(t, _WIDTH)}" for b, t in zip(columns["sequence"], columns["text"], strict=True)]
+    return [
+        f"sequence {b}: {drawable(t.strip(' '), _WIDTH)}"
+        for b, t in zip(columns["sequence"], columns["text"], strict=True)
+    ]
 
 
 def _prompt_labels(columns: Columns) -> list[str]:
-    return [f"prompt {p}: {drawable(t, _WIDTH)}" for p, t in zip(columns["prompt"], columns["text"], strict=True)]
+    return [
+        f"prompt {p}: {drawable(t.strip(' '), _WIDTH)}" for p, t in zip(columns["prompt"], columns["text"], strict=True)
+    ]
 
 
 _LABELS = {"tokens": _token_labels, "sequences": _sequence_labels, "prompts": _prompt_labels}

@@ -82,7 +82,7 @@ def _led(attribution: Attribution) -> str:
     if not whole:
         return "Its parts sum to nothing."
     parts = sorted(((name, x) for name, x in ledger.items() if x), key=lambda pair: -abs(pair[1]))
-    return "Of that " + ", ".join(f"{name} did {share(x, whole)}" for name, x in parts) + "."
+    return "Of δF₁: " + ", ".join(f"{name} {share(x, whole)}" for name, x in parts) + "."
 
 
 def _context(attribution: Attribution) -> str:

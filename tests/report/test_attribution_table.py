@@ -25,8 +25,8 @@ def test_the_answer_comes_first_and_the_parts_of_the_step_next() -> None:
     assert lines[0] == headline(found.result)
     whole = found.first_order
     sizes = sorted(found.ledger.items(), key=lambda item: -abs(item[1]))
-    said = ", ".join(f"{name} did {100 * x / whole:.1f} %" for name, x in sizes)
-    assert lines[1] == f"Of that {said}."
+    said = ", ".join(f"{name} {100 * x / whole:.1f} %" for name, x in sizes)
+    assert lines[1] == f"Of δF₁: {said}."
     for name, x in found.ledger.items():
         assert f"{x:+.6e}  ({100 * x / whole:.1f} %)" in row("\n".join(lines), f"  by {name} ")
 
