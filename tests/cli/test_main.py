@@ -360,8 +360,9 @@ def test_the_demo_is_made_run_and_used_again(
     words = ["demo", "--dir", str(tmp_path / "demo")]
     assert main(words) == 0
     place = tmp_path / "demo" / "results"
-    following = f"Next:    funcprobe sweep {tmp_path / 'demo' / 'config.yaml'} --lrs 1e-8:1e-3:11"
-    assert capsys.readouterr().out.endswith(f"Results: {place}\n{following}\n")
+    config = tmp_path / "demo" / "config.yaml"
+    following = [f"Next:    funcprobe sweep {config} --lrs 1e-8:1e-3:11", f"         funcprobe attribute {config}"]
+    assert capsys.readouterr().out.splitlines()[-3:] == [f"Results: {place}", *following]
     first = ProbeResult.load(place)
     assert list(first.readings) == ["entropy", "reward", "kl"]
     assert first.linear_until_lr is not None
