@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from funcprobe.analysis.influence import Influence
@@ -18,7 +18,7 @@ from funcprobe.analysis.parameter_parts import LeafPart
 from funcprobe.analysis.readings import bar_from_dict
 from funcprobe.analysis.result import ProbeResult, json_safe
 from funcprobe.analysis.token_parts import TokenParts
-from funcprobe.data.atomic import fresh_directory
+from funcprobe.data.atomic import fresh_directory, write_arrays
 from funcprobe.errors import InputError
 from funcprobe.types import Rollouts, TokenScores
 
@@ -69,7 +69,7 @@ def write_into(attribution: Attribution, folder: Path) -> None:
     (folder / FILES[0]).write_text(
         json.dumps(json_safe(plain), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    save_file({name: x.contiguous().clone() for name, x in arrays.items()}, folder / FILES[1])
+    write_arrays({name: x.clone() for name, x in arrays.items()}, folder / FILES[1])
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from funcprobe.analysis.evidence import Evidence
 from funcprobe.analysis.readings import Reading, bar_from_dict
 from funcprobe.analysis.text import rows_of, summary_of
-from funcprobe.data.atomic import fresh_directory
+from funcprobe.data.atomic import fresh_directory, write_arrays
 from funcprobe.errors import InputError
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Bar
@@ -161,7 +161,7 @@ class ProbeResult:
         """Write the result's files into an existing folder."""
         (folder / "result.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
         if self.update is not None:
-            save_file({n: u.contiguous() for n, u in self.update.items()}, folder / "update.safetensors")
+            write_arrays(self.update, folder / "update.safetensors")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeResult:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from funcprobe.errors import InputError
 
@@ -37,6 +40,12 @@ def fresh_directory(path: str | os.PathLike[str], *, overwrite: bool = False) ->
             partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_arrays(arrays: Mapping[str, Tensor], path: Path) -> None:
+    """Write named arrays as safetensors, with the permissions of any other new file: the library's are private."""
+    save_file({name: x.contiguous() for name, x in arrays.items()}, path)
+    path.chmod(0o666 & ~_umask())
 
 
 def check_absent(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

@@ -76,6 +76,8 @@ def test_a_bar_reads_beside_its_contribution_and_is_saved(tmp_path: Path) -> Non
     assert f"{found.ledger['momentum']:+.6e} ± {row.error:.1e}" in found.summary()
     again = fp.Attribution.load(found.save(tmp_path / "parts"))
     assert again.bars == found.bars
+    modes = {file.stat().st_mode for file in (tmp_path / "parts").iterdir()}
+    assert len(modes) == 1, "every file has the permissions of a new file"
     assert again.summary() == found.summary()
     frame = found.to_frame("ledger")
     assert frame.columns.tolist() == ["part", "contribution", "error", "low", "high"]
