@@ -23,17 +23,17 @@ from funcprobe.analysis.first_order import first_order
 from funcprobe.analysis.influence import Influence, check_influence, influence_of
 from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.measure import measure_step
-from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, Taken, asked_for, inquire, result_of, take_step
+from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, asked_for, inquire, result_of, take_step
 from funcprobe.analysis.parameter_parts import leaf_parts
 from funcprobe.analysis.part_bars import PartBars, Pieces, check_bars_of, part_bars
-from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
+from funcprobe.analysis.passes import DEFAULT_MICROBATCH
 from funcprobe.analysis.predictors import STATS, predictions
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.token_parts import TokenParts, token_parts
 from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError
 from funcprobe.policy.module import Policy
-from funcprobe.training.response import Form, Response, respond
-from funcprobe.training.step import Step
+from funcprobe.training.response import Form, Response, check_form, respond
+from funcprobe.training.step import Drawn, Step
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
 
 
@@ -103,6 +103,7 @@ def attribute(
     """
     wanted = asked_for(observable, observables, evaluation)
     asked = inquire(policy, evaluation, update, wanted, _options(**options), microbatch, progress)
+    check_form(step.optimizer, form)
     check_influence(influence, chunk, leaves, params)
     check_bars_of(bars_of, form, asked.options.bars)
     taken = take_step(asked, step, params, opt_state, update, lr)
@@ -110,13 +111,14 @@ def attribute(
         first = first_order(asked, params, taken.move.update)
     found = measure_step(asked, taken.move, first)
     assert first.along is not None  # forward mode was asked for
-    assert taken.gradient is not None
+    assert taken.drawn is not None
+    gradient = taken.drawn.gradient
     name, main = asked.main
     c = engine.cotangents(found.evidence.of(main), first.along.scores)
     gradient_of_f = asked.passes.pull_back(c, params, "E, gradient of F")
-    response = respond(step, params, opt_state, taken.gradient, gradient_of_f, lr, form)
+    response = respond(step, params, opt_state, gradient, gradient_of_f, lr, form)
     prepared = _prepared(step, update)
-    of_update, drawn = _on_update(asked, step, params, prepared, response, taken)
+    of_update, drawn = _on_update(asked, step, params, prepared, response, taken.drawn, taken.info["lr"])
     matrix: Influence | None = None
     if influence is not None:
         matrix = influence_of(
@@ -126,7 +128,7 @@ def attribute(
             c,
             prepared,
             drawn,
-            partial(_carried, step, params, opt_state, taken.gradient, lr, response.form),
+            partial(_carried, step, params, opt_state, gradient, lr, response.form),
             by=influence,
             leaves=leaves,
             chunk=chunk,
@@ -134,7 +136,7 @@ def attribute(
     bars: PartBars = {}
     if bars_of:
         check_bars_of(bars_of, response.form, asked.options.bars)
-        given = step, params, opt_state, taken.gradient, taken.move.update, lr
+        given = step, params, opt_state, gradient, taken.move.update, lr
         pieces = Pieces(*given, prepared, drawn, step.microbatch or asked.passes.microbatch)
         bars = part_bars(asked, found.evidence, pieces, bars_of, chunk)
     if response.form == "jacobian" and form == "auto":
@@ -143,7 +145,7 @@ def attribute(
         result=result_of(asked, taken, first, found, update, top_k, keep_update, keep_scores=False),
         observable=name,
         form=response.form,
-        leaves=leaf_parts(gradient_of_f, taken.move.update, taken.gradient, response.direction, response.offsets),
+        leaves=leaf_parts(gradient_of_f, taken.move.update, gradient, response.direction, response.offsets),
         evaluation=token_parts(c, first.along, asked.passes.evaluation, "evaluation"),
         update=of_update,
         influence=matrix,
@@ -208,12 +210,12 @@ def _prepared(step: Step, update: Rollouts) -> Rollouts:
 
 
 def _on_update(
-    asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, taken: Taken
+    asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, drawn: Drawn, lr: float
 ) -> tuple[TokenParts, TokenScores]:
     """Return what the tokens of U did, and the cotangents of the loss there: one forward-mode pass.
 
-    An objective that picks tokens by rank (one that is not separable) is asked at the very scores of the gradient, by
-    a scoring pass more: those of forward mode differ by rounding, and of tokens that tie it would pick others.
+    The cotangents are those of the gradient, taken at its very scores: those of forward mode differ by rounding, and
+    where the loss picks tokens by rank, or clips them, they would now and then pick others.
     """
     passes, what = asked.passes, "U, forward mode"
     with passes.clock(what):
@@ -228,22 +230,13 @@ def _on_update(
             progress=passes.progress,
             what=what,
         )
-    at = along.scores if step.objective.separable else _scored(passes, step, params, prepared)
-    at = at._replace(extra={**along.scores.extra, **at.extra})
+    at = drawn.scores._replace(extra={**along.scores.extra, **drawn.scores.extra})
     c = engine.cotangents(lambda s: step.objective(s, prepared)[0], at)
     predictors = {}
     if prepared.advantages is not None:
-        predictors = predictions(along.scores, prepared, taken.info["lr"]).tokens
+        predictors = predictions(along.scores, prepared, lr).tokens
     own = c._replace(extra={name: c.extra[name] for name in step.objective.stats})
     return token_parts(c, along, prepared, "update", predictors), own
-
-
-def _scored(passes: Passes, step: Step, params: Params, prepared: Rollouts) -> TokenScores:
-    """Return the scores at which the step took the gradient of its loss, bit for bit."""
-    what = "U, scores"
-    options: dict[str, Any] = {"microbatch": step.microbatch, "progress": passes.progress, "what": what}
-    with passes.clock(what):
-        return engine.scores(step.policy, params, prepared, stats=step.objective.stats, **options)
 
 
 def _carried(

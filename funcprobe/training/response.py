@@ -21,7 +21,7 @@ from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.training.optimizers import PureOptimizer, clip_by_global_norm
 from funcprobe.training.step import Step
-from funcprobe.types import OptState, Params
+from funcprobe.types import Optimizer, OptState, Params
 
 Form = Literal["auto", "additive", "jacobian"]
 
@@ -61,23 +61,33 @@ def respond(
     Raises:
         InputError: If the form is unknown, or the optimizer cannot give it.
     """
+    check_form(step.optimizer, form)
+    optimizer = step.optimizer
+    clipped, coefficient, norm = _clipped(step, gradient)
+    if isinstance(optimizer, PureOptimizer) and form != "jacobian":
+        return _additive(optimizer, params, opt_state, clipped, covector, lr, coefficient)
+    assert isinstance(optimizer, Differentiable)  # checked above
+    u = optimizer.vjp(params, opt_state, clipped, covector, lr)
+    return Response("jacobian", u if coefficient == 1.0 else _through_clip(u, gradient, coefficient, norm), {})
+
+
+def check_form(optimizer: Optimizer, form: str) -> None:
+    """Refuse a form that an optimizer cannot give.
+
+    Raises:
+        InputError: If it cannot, or the form is unknown.
+    """
     if form not in get_args(Form):
         raise InputError(f"Unknown form {form!r}; expected 'auto', 'additive' or 'jacobian'.")
-    optimizer = step.optimizer
     if form == "additive" and not isinstance(optimizer, PureOptimizer):
         raise InputError(
             f"{_name(optimizer)} has no additive form: its step is not offset + scale ⊙ g. Use form='jacobian'."
         )
-    clipped, coefficient, norm = _clipped(step, gradient)
-    if isinstance(optimizer, PureOptimizer) and form != "jacobian":
-        return _additive(optimizer, params, opt_state, clipped, covector, lr, coefficient)
     if not isinstance(optimizer, Differentiable):
         raise InputError(
             f"{_name(optimizer)} has no derivative in the gradient: it needs a method vjp(params, opt_state, gradient, "
             "covector, lr), as sgd, adamw and from_torch(...) have."
         )
-    u = optimizer.vjp(params, opt_state, clipped, covector, lr)
-    return Response("jacobian", u if coefficient == 1.0 else _through_clip(u, gradient, coefficient, norm), {})
 
 
 def _additive(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +14,17 @@ from funcprobe.estimators.importance import sampler_mismatch
 from funcprobe.policy.module import Policy
 from funcprobe.training.groups import check_lr
 from funcprobe.training.optimizers import clip_by_global_norm
-from funcprobe.types import Microbatch, Objective, Optimizer, OptState, Params, Progress, Rollouts, StepResult
+from funcprobe.types import (
+    Microbatch,
+    Objective,
+    Optimizer,
+    OptState,
+    Params,
+    Progress,
+    Rollouts,
+    StepResult,
+    TokenScores,
+)
 
 
 def make_step(
@@ -39,6 +50,14 @@ def make_step(
     if max_grad_norm is not None:
         clip_by_global_norm({}, max_grad_norm)  # refuses a bound that is out of range before any model runs
     return Step(policy, objective, optimizer, max_grad_norm, microbatch)
+
+
+class Drawn(NamedTuple):
+    """The gradient of the loss, and what it was taken at."""
+
+    gradient: Params  #: unclipped
+    info: dict[str, float]  #: loss and what the objective reported
+    scores: TokenScores  #: [B, T] of U, with the objective's statistics
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,16 @@ class Step:
             InputError: If the objective cannot use the rollouts.
             NumericsError: If a score or the gradient is not finite; the message names the sequence or the leaf.
         """
+        found = self.drawn(params, rollouts, progress)
+        return found.gradient, found.info
+
+    def drawn(self, params: Params, rollouts: Rollouts, progress: Progress | None = None) -> Drawn:
+        """Return what `gradient` returns, and the scores `[B, T]` of U at which it was taken.
+
+        Raises:
+            InputError: As `gradient`.
+            NumericsError: As `gradient`.
+        """
         found = engine.gradient(
             self.objective,
             self.policy,
@@ -89,7 +118,7 @@ class Step:
         info = {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
         mismatch = sampler_mismatch(found.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
-        return found.gradient, {**info, **sampler}
+        return Drawn(found.gradient, {**info, **sampler}, found.scores)
 
     def apply(
         self,

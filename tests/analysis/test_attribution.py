@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -76,9 +77,9 @@ def test_every_pass_is_counted() -> None:
     calls, told = counted()
     assert calls == ["U", "E", "E", "E", "U"]
     assert told == ["gradient", "E, forward mode", "E at θ′", "E, gradient of F", "U, forward mode"]
-    # one more of U for a loss that ranks tokens, beside the one that its gradient takes
+    # a loss that ranks tokens takes its gradient in two passes, and is asked at the scores of these
     ranked, _ = counted({"objective": top_entropy_quantile("grpo")})
-    assert sorted(ranked) == ["E"] * 3 + ["U"] * 4
+    assert sorted(ranked) == ["E"] * 3 + ["U"] * 3
     # rows of the matrix share passes over U, and their own passes are over rows of E alone
     calls, told = counted(influence="prompts", chunk=2)
     assert calls == ["U", "E", "E", "E", "U", *["U"] * 3]
@@ -88,6 +89,34 @@ def test_every_pass_is_counted() -> None:
     assert calls == ["U", "E", "E", "E", "U"]
     # cut in two, every pass is two
     assert counted({"microbatch": 6}, microbatch=5)[1] == [what for what in told[:5] for _ in range(2)]
+
+
+class Recording:
+    """An objective that notes the scores it is asked at, by their sum."""
+
+    name, separable, stats = "recording", True, MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.own, self.sums = fp.grpo(), []  # type: ignore[var-annotated]
+
+    def prepare(self, rollouts: fp.Rollouts) -> fp.Rollouts:
+        return self.own.prepare(rollouts)
+
+    def __call__(self, scores: fp.TokenScores, rollouts: fp.Rollouts) -> Any:
+        self.sums.append(float(scores.logp.detach().sum()))
+        return self.own(scores, rollouts)
+
+
+def test_the_loss_is_asked_at_the_scores_of_its_gradient() -> None:
+    """In float32 those of forward mode differ by rounding; a loss that clips or ranks would pick other tokens there."""
+    case, objective = Case(models.gpt2(torch.float32)), Recording()
+    step = dataclasses.replace(case.step, objective=objective)
+    drawn = step.drawn(case.params, U)
+    objective.sums.clear()
+    fp.attribute(case.policy, step, case.params, case.state, E, U, lr=LR)
+    assert objective.sums[-1] == float(drawn.scores.logp.sum())
+    v = models.direction(case.params)
+    assert float(engine.directional(case.policy, case.params, v, U).scores.logp.sum()) != objective.sums[-1]
 
 
 @pytest.mark.parametrize("observable", ["rao_blackwell/per_decision/token", "reward", "collision"])
