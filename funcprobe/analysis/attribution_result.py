@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from funcprobe.analysis import attribution_file
+from funcprobe.analysis.frames import frame_of
 from funcprobe.analysis.influence import Influence
 from funcprobe.analysis.parameter_parts import PARAMETER_TABLES, LeafName, LeafPart, read_name, rolled_up
 from funcprobe.analysis.part_bars import PartBars
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.token_parts import TokenParts
 from funcprobe.analysis.token_tables import TOKEN_TABLES, Columns, correlations, movers
-from funcprobe.errors import InputError, missing_extra
+from funcprobe.errors import InputError
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -124,7 +125,7 @@ class Attribution:
                 found |= {end: [getattr(row, end) for row in rows] for end in ("error", "low", "high")}
         return found
 
-    def to_frame(self, table: str = "tokens", of: Batch = "update") -> DataFrame:
+    def toframe_of(self, table: str = "tokens", of: Batch = "update") -> DataFrame:
         """Return a table as a pandas frame.
 
         "tokens", "sequences", "prompts" and "positions" are tables of a batch: U, or E with `of="evaluation"`.
@@ -136,7 +137,7 @@ class Attribution:
             InputError: If there is no such table or batch, or it was not asked for.
             MissingExtraError: If pandas is not installed.
         """
-        return _frame(self.columns(table, of))
+        return frame_of(self.columns(table, of))
 
     def movers(self, count: int = 10, table: str = "tokens", of: Batch = "update") -> tuple[DataFrame, DataFrame]:
         """Return the rows of a table that raise the observable most, and those that lower it most.
@@ -149,7 +150,7 @@ class Attribution:
         if "contribution" not in columns:
             raise InputError(f"A row of the table {table!r} has no one contribution to be put in order by.")
         up, down = movers(columns, count)
-        return _frame(up), _frame(down)
+        return frame_of(up), frame_of(down)
 
     def correlations(self, table: str = "tokens", of: Batch = "update") -> DataFrame:
         """Return how contributions of tokens or sequences go with log-probability, entropy, advantage, length, ...
@@ -160,7 +161,7 @@ class Attribution:
         """
         if table not in _AGAINST:
             raise InputError(f"Correlations are taken of 'tokens' or 'sequences', and {table!r} was asked for.")
-        return _frame(correlations(self.columns(table, of), _AGAINST[table]))
+        return frame_of(correlations(self.columns(table, of), _AGAINST[table]))
 
     def summary(self) -> str:
         """Return a text that reads in ten seconds: the ledger, the largest movers, and how complete it is."""
@@ -215,12 +216,3 @@ def _influence_columns(influence: Influence | None) -> Columns:
         raise InputError("This attribution has no influence matrix; call attribute(..., influence='prompts').")
     columns: dict[str, Any] = {influence.by[:-1]: influence.rows.numpy()}
     return columns | {f"update {j}": influence.matrix[:, j].numpy() for j in range(influence.matrix.shape[1])}
-
-
-def _frame(columns: Columns) -> DataFrame:
-    try:
-        import pandas
-    except ImportError as error:
-        missing = missing_extra("pandas", "app", "a data frame")
-        raise missing from error
-    return pandas.DataFrame(columns)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from funcprobe.analysis.frames import frame_of
 from funcprobe.analysis.readings import Reading, Sampled
 from funcprobe.analysis.result import BatchCounts, json_safe
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.data.atomic import fresh_directory
-from funcprobe.errors import InputError, missing_extra
+from funcprobe.errors import InputError
 from funcprobe.estimators.uncertainty import Bar, bar
 from funcprobe.types import Json
 
@@ -138,12 +139,7 @@ class Comparison:
         Raises:
             MissingExtraError: If pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            missing = missing_extra("pandas", "app", "a data frame")
-            raise missing from error
-        return pandas.DataFrame(self.rows())
+        return frame_of(self.rows())
 
     def summary(self) -> str:
         """Return a text: what every step does, a line each, and how that differs from the first."""

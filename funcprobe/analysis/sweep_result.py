@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from funcprobe.analysis.frames import frame_of
 from funcprobe.analysis.readings import Reading, Sampled, is_lost
 from funcprobe.analysis.result import BatchCounts, json_safe
 from funcprobe.data.atomic import fresh_directory
-from funcprobe.errors import InputError, missing_extra
+from funcprobe.errors import InputError
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Bar, bar
 from funcprobe.types import Json
@@ -183,12 +184,7 @@ class SweepResult:
         Raises:
             MissingExtraError: If pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            missing = missing_extra("pandas", "app", "a data frame")
-            raise missing from error
-        return pandas.DataFrame(self.rows())
+        return frame_of(self.rows())
 
     def summary(self) -> str:
         """Return a text: how the main observable goes with the learning rate, a line each, and what to know."""
