@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +10,7 @@ import numpy as np
 from funcprobe.analysis.attribution_result import Attribution
 from funcprobe.analysis.attribution_text import SHOWN, ledger_rows, share, ways_rows
 from funcprobe.analysis.token_tables import Columns, correlations, movers
-from funcprobe.report.terminal import bare_table, console, cost_of, headline
+from funcprobe.report.terminal import as_text, bare_table, cost_of, headline, show
 from funcprobe.report.visible_text import visible
 
 if TYPE_CHECKING:
@@ -37,11 +35,7 @@ def print_attribution(attribution: Attribution, file: IO[str] | None = None) -> 
     Raises:
         MissingExtraError: If rich is not installed.
     """
-    file = sys.stdout if file is None else file
-    if file.isatty():
-        console(file).print(rendered(attribution))
-    else:
-        file.write(attribution_text(attribution, int(os.environ.get("COLUMNS") or 80)))
+    show(partial(rendered, attribution), file)
 
 
 def attribution_text(attribution: Attribution, width: int = 80) -> str:
@@ -50,9 +44,7 @@ def attribution_text(attribution: Attribution, width: int = 80) -> str:
     Raises:
         MissingExtraError: If rich is not installed.
     """
-    buffer = io.StringIO()
-    console(buffer, width).print(rendered(attribution))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    return as_text(partial(rendered, attribution), width)
 
 
 def rendered(attribution: Attribution) -> RenderableType:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import os
-import sys
+from functools import partial
 from typing import IO, TYPE_CHECKING
 
 from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.analysis.sweep_text import caption_of, context_of, headline_of, remarks_of, table_of
-from funcprobe.report.terminal import bare_table, console, cost_of
+from funcprobe.report.terminal import as_text, bare_table, cost_of, show
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -21,11 +19,7 @@ def print_sweep(sweep: SweepResult, file: IO[str] | None = None) -> None:
     Raises:
         MissingExtraError: If rich is not installed.
     """
-    file = sys.stdout if file is None else file
-    if file.isatty():
-        console(file).print(rendered(sweep))
-    else:
-        file.write(sweep_text(sweep, int(os.environ.get("COLUMNS") or 80)))
+    show(partial(rendered, sweep), file)
 
 
 def sweep_text(sweep: SweepResult, width: int = 80) -> str:
@@ -34,9 +28,7 @@ def sweep_text(sweep: SweepResult, width: int = 80) -> str:
     Raises:
         MissingExtraError: If rich is not installed.
     """
-    buffer = io.StringIO()
-    console(buffer, width).print(rendered(sweep))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+    return as_text(partial(rendered, sweep), width)
 
 
 def rendered(sweep: SweepResult) -> RenderableType:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 from funcprobe.analysis.result import ProbeResult
@@ -30,11 +32,7 @@ def print_summary(result: ProbeResult, file: IO[str] | None = None) -> None:
     Raises:
         MissingExtraError: If rich is not installed.
     """
-    file = sys.stdout if file is None else file
-    if file.isatty():
-        console(file).print(summary(result))
-    else:
-        file.write(summary_text(result, int(os.environ.get("COLUMNS") or 80)))
+    show(partial(summary, result), file)
 
 
 def summary_text(result: ProbeResult, width: int = 80) -> str:
@@ -43,8 +41,30 @@ def summary_text(result: ProbeResult, width: int = 80) -> str:
     Raises:
         MissingExtraError: If rich is not installed.
     """
+    return as_text(partial(summary, result), width)
+
+
+def show(render: Callable[[], RenderableType], file: IO[str] | None = None) -> None:
+    """Print what `render` returns to a file, standard output by default: colours on a terminal only.
+
+    Raises:
+        MissingExtraError: If rich is not installed.
+    """
+    file = sys.stdout if file is None else file
+    if file.isatty():
+        console(file).print(render())
+    else:
+        file.write(as_text(render, int(os.environ.get("COLUMNS") or 80)))
+
+
+def as_text(render: Callable[[], RenderableType], width: int = 80) -> str:
+    """Return what `render` returns as plain text of at most `width` columns.
+
+    Raises:
+        MissingExtraError: If rich is not installed.
+    """
     buffer = io.StringIO()
-    console(buffer, width).print(summary(result))
+    console(buffer, width).print(render())  # console first: it says what is missing
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
