@@ -33,7 +33,7 @@ from funcprobe.analysis.token_parts import TokenParts, token_parts
 from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError
 from funcprobe.policy.module import Policy
 from funcprobe.training.response import Form, Response, check_form, respond
-from funcprobe.training.step import Drawn, Step
+from funcprobe.training.step import LossGradient, Step
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
 
 
@@ -111,14 +111,14 @@ def attribute(
         first = first_order(asked, params, taken.move.update)
     found = measure_step(asked, taken.move, first)
     assert first.along is not None  # forward mode was asked for
-    assert taken.drawn is not None
-    gradient = taken.drawn.gradient
+    assert taken.loss is not None
+    gradient = taken.loss.gradient
     name, main = asked.main
     c = engine.cotangents(found.evidence.of(main), first.along.scores)
     gradient_of_f = asked.passes.pull_back(c, params, "E, gradient of F")
     response = respond(step, params, opt_state, gradient, gradient_of_f, lr, form)
     prepared = _prepared(step, update)
-    of_update, drawn = _on_update(asked, step, params, prepared, response, taken.drawn, taken.info["lr"])
+    of_update, on_update = _on_update(asked, step, params, prepared, response, taken.loss, taken.info["lr"])
     matrix: Influence | None = None
     if influence is not None:
         matrix = influence_of(
@@ -127,7 +127,7 @@ def attribute(
             params,
             c,
             prepared,
-            drawn,
+            on_update,
             partial(_carried, step, params, opt_state, gradient, lr, response.form),
             by=influence,
             leaves=leaves,
@@ -137,7 +137,7 @@ def attribute(
     if bars_of:
         check_bars_of(bars_of, response.form, asked.options.bars)
         given = step, params, opt_state, gradient, taken.move.update, lr
-        pieces = Pieces(*given, prepared, drawn, step.microbatch or asked.passes.microbatch)
+        pieces = Pieces(*given, prepared, on_update, step.microbatch or asked.passes.microbatch)
         bars = part_bars(asked, found.evidence, pieces, bars_of, chunk)
     if response.form == "jacobian" and form == "auto":
         asked.said.notes.append("the optimizer has no additive form; tokens of U are attributed by its Jacobian")
@@ -210,7 +210,7 @@ def _prepared(step: Step, update: Rollouts) -> Rollouts:
 
 
 def _on_update(
-    asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, drawn: Drawn, lr: float
+    asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, loss: LossGradient, lr: float
 ) -> tuple[TokenParts, TokenScores]:
     """Return what the tokens of U did, and the cotangents of the loss there: one forward-mode pass.
 
@@ -230,7 +230,7 @@ def _on_update(
             progress=passes.progress,
             what=what,
         )
-    at = drawn.scores._replace(extra={**along.scores.extra, **drawn.scores.extra})
+    at = loss.scores._replace(extra={**along.scores.extra, **loss.scores.extra})
     c = engine.cotangents(lambda s: step.objective(s, prepared)[0], at)
     predictors = {}
     if prepared.advantages is not None:

@@ -21,7 +21,7 @@ from funcprobe.errors import InputError
 from funcprobe.estimators.custom import check_observable
 from funcprobe.estimators.observables import entropy
 from funcprobe.policy.module import Policy
-from funcprobe.training.step import Drawn, Step
+from funcprobe.training.step import LossGradient, Step
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
 
 #: Rao–Blackwell, per decision, per token.
@@ -104,7 +104,7 @@ def probe(
     wanted = asked_for(observable, observables, evaluation)
     asked = inquire(policy, evaluation, update, wanted, options, microbatch, progress)
     taken = take_step(asked, step, params, opt_state, update, lr)
-    taken = taken._replace(drawn=None)  # let go before E needs the memory
+    taken = taken._replace(loss=None)  # let go before E needs the memory
     first = first_order(asked, params, taken.move.update)
     found = measure_step(asked, taken.move, first)
     return result_of(asked, taken, first, found, update, top_k, keep_update, keep_scores)
@@ -115,7 +115,7 @@ class Taken(NamedTuple):
 
     move: Move
     info: dict[str, float]  #: loss, grad_norm, clip_coefficient, lr and what the objective reported
-    drawn: Drawn | None  #: the gradient of the loss before clipping, with U's scores; None once it was let go
+    loss: LossGradient | None  #: the gradient of the loss before clipping, with U's scores; None once it was let go
 
 
 def inquire(
@@ -149,10 +149,10 @@ def take_step(
     """
     passes, said = asked.passes, asked.said
     with said.recording(), passes.clock("gradient on U"):
-        drawn = step.drawn(params, update, progress=passes.progress)
+        loss = step.loss_gradient(params, update, progress=passes.progress)
     with passes.clock("optimizer step"):
-        after = step.apply(params, opt_state, drawn.gradient, lr=lr, info=drawn.info)
-        taken = Taken(Move.of(params, after.params, after.update), dict(after.info), drawn)
+        after = step.apply(params, opt_state, loss.gradient, lr=lr, info=loss.info)
+        taken = Taken(Move.of(params, after.params, after.update), dict(after.info), loss)
     said.also(before_measuring(passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
         said.also(unequal_groups(step.optimizer))

@@ -52,7 +52,7 @@ def make_step(
     return Step(policy, objective, optimizer, max_grad_norm, microbatch)
 
 
-class Drawn(NamedTuple):
+class LossGradient(NamedTuple):
     """The gradient of the loss, and what it was taken at."""
 
     gradient: Params  #: unclipped
@@ -93,10 +93,10 @@ class Step:
             InputError: If the objective cannot use the rollouts.
             NumericsError: If a score or the gradient is not finite; the message names the sequence or the leaf.
         """
-        found = self.drawn(params, rollouts, progress)
+        found = self.loss_gradient(params, rollouts, progress)
         return found.gradient, found.info
 
-    def drawn(self, params: Params, rollouts: Rollouts, progress: Progress | None = None) -> Drawn:
+    def loss_gradient(self, params: Params, rollouts: Rollouts, progress: Progress | None = None) -> LossGradient:
         """Return what `gradient` returns, and the scores `[B, T]` of U at which it was taken.
 
         Raises:
@@ -118,7 +118,7 @@ class Step:
         info = {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
         mismatch = sampler_mismatch(found.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
-        return Drawn(found.gradient, {**info, **sampler}, found.scores)
+        return LossGradient(found.gradient, {**info, **sampler}, found.scores)
 
     def apply(
         self,

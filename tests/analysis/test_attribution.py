@@ -111,10 +111,10 @@ def test_the_loss_is_asked_at_the_scores_of_its_gradient() -> None:
     """In float32 those of forward mode differ by rounding; a loss that clips or ranks would pick other tokens there."""
     case, objective = Case(models.gpt2(torch.float32)), Recording()
     step = dataclasses.replace(case.step, objective=objective)
-    drawn = step.drawn(case.params, U)
+    loss = step.loss_gradient(case.params, U)
     objective.sums.clear()
     fp.attribute(case.policy, step, case.params, case.state, E, U, lr=LR)
-    assert objective.sums[-1] == float(drawn.scores.logp.sum())
+    assert objective.sums[-1] == float(loss.scores.logp.sum())
     v = models.direction(case.params)
     assert float(engine.directional(case.policy, case.params, v, U).scores.logp.sum()) != objective.sums[-1]
 
