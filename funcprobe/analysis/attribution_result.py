@@ -125,7 +125,7 @@ class Attribution:
                 found |= {end: [getattr(row, end) for row in rows] for end in ("error", "low", "high")}
         return found
 
-    def toframe_of(self, table: str = "tokens", of: Batch = "update") -> DataFrame:
+    def to_frame(self, table: str = "tokens", of: Batch = "update") -> DataFrame:
         """Return a table as a pandas frame.
 
         "tokens", "sequences", "prompts" and "positions" are tables of a batch: U, or E with `of="evaluation"`.

@@ -28,7 +28,7 @@ class Gradient(NamedTuple):
 
     value: Tensor  #: f(scores), a float64 scalar
     gradient: Params  #: ∂f/∂params, in the dtype of the parameters
-    scores: TokenScores  #: [B, T], the scores of the whole batch
+    scores: TokenScores  #: [B, T], the scores of the whole batch, at which the cotangents were taken
     info: dict[str, Tensor]  #: what f reported on the whole batch
 
 
@@ -72,8 +72,9 @@ def gradient(
 
     options = _Options(as_training, stats, microbatch, progress, what)
     pulled, gathered = _pass(cotangents_at, policy, params, rollouts, options)
-    value, info = f(gathered, rollouts)
-    return Gradient(value, pulled, gathered, info)
+    at = gathered if separable else known  # those that the cotangents were taken at: they differ by rounding
+    value, info = f(at, rollouts)
+    return Gradient(value, pulled, at, info)
 
 
 def pull_back(

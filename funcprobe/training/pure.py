@@ -86,8 +86,13 @@ class PureOptimizer:
         Raises:
             InputError: If names or shapes do not fit.
         """
+        return self._update(params, opt_state, gradient, lr)
+
+    def _update(
+        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, as_stored: bool = True
+    ) -> Params:
         pieces: dict[str, list[Tensor]] = {name: [] for name in params}
-        for name, g, terms in self.pieces(params, opt_state, gradient, lr):
+        for name, g, terms in self.pieces(params, opt_state, gradient, lr, as_stored=as_stored):
             wide = torch.promote_types(params[name].dtype, torch.float32)
             pieces[name].append((terms.scale * g.double() + (terms.momentum + terms.decay)).to(wide))
         return {name: torch.cat(found).reshape(params[name].shape) for name, found in pieces.items()}
@@ -95,15 +100,19 @@ class PureOptimizer:
     def vjp(
         self, params: Params, opt_state: OptState, gradient: Params, covector: Params, lr: float | None = None
     ) -> Params:
-        """Return `(∂Δθ/∂g)ᵀ c` at the gradient: through the denominators too, which `terms` holds.
+        """Return `(∂Δθ/∂g)ᵀ c` at the gradient, float32 or wider: through the denominators too, which `terms` holds.
 
         Raises:
             InputError: If names or shapes do not fit.
         """
-        _, pull = torch.func.vjp(lambda g: self.update(params, opt_state, g, lr), gradient)  # type: ignore[misc]
-        (found,) = pull(
-            {name: c.to(torch.promote_types(params[name].dtype, torch.float32)) for name, c in covector.items()}
-        )
+
+        def wide(x: Tensor, name: str) -> Tensor:
+            return x.to(torch.promote_types(params[name].dtype, torch.float32))
+
+        # the gradient as it is stored, differentiated in a dtype that does not round its derivative
+        at = {name: wide(g.to(params[name].dtype), name) for name, g in gradient.items()}
+        _, pull = torch.func.vjp(lambda g: self._update(params, opt_state, g, lr, as_stored=False), at)  # type: ignore[misc]
+        (found,) = pull({name: wide(c, name) for name, c in covector.items()})
         return found
 
     def affine(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> Affine:
@@ -131,11 +140,18 @@ class PureOptimizer:
         return {name: self._terms(name, params, opt_state, gradient, leaves[name]) for name in params}
 
     def pieces(
-        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None
+        self,
+        params: Params,
+        opt_state: OptState,
+        gradient: Params,
+        lr: float | None = None,
+        *,
+        as_stored: bool = True,
     ) -> Iterator[tuple[str, Tensor, Terms]]:
         """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: what `terms` returns, cut.
 
-        Float64 temporaries then do not grow with a leaf, and an embedding has hundreds of millions of entries.
+        Float64 temporaries then do not grow with a leaf, and an embedding has hundreds of millions of entries. The
+        gradient is rounded to the dtype of its leaf, as an optimizer sees it, unless `as_stored` is false.
 
         Raises:
             InputError: If names or shapes do not fit.
@@ -146,7 +162,7 @@ class PureOptimizer:
             for theta, g, entries in zip(
                 _chunks(leaf), _chunks(gradient[name]), _state_chunks(state, leaf), strict=True
             ):
-                g = g.to(leaf.dtype)
+                g = g.to(leaf.dtype) if as_stored else g
                 yield name, g, self._kernel.terms(theta, g, entries, leaves[name])
 
     @property
