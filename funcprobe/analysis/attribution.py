@@ -4,8 +4,8 @@
         = Σ_it c_it · ṡ_it                                  tokens of E: c = ∂F/∂s, ṡ along Δθ
         = Σ_jt (∂loss/∂s_jt) · ṡ_jt + ⟨∇F, offset⟩           tokens of U: ṡ along ∇F carried back through the step
 
-Three sums of one number, taken by passes that share no derivative (forward over E, reverse over E, forward over U), so
-that each checks the others: `completeness` holds how far they are apart.
+Three sums of one number. Forward over E is held against reverse over E, and the ∇F of that against forward over U, so
+that each pass checks another: `completeness` holds how far the sums are apart.
 """
 
 from __future__ import annotations
@@ -13,28 +13,31 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Literal
+
+import torch
 
 from funcprobe import engine
 from funcprobe.analysis.attribution_result import Attribution
 from funcprobe.analysis.decoding import vocabulary_of
 from funcprobe.analysis.first_order import first_order
-from funcprobe.analysis.influence import Influence, check_influence, influence_of
-from funcprobe.analysis.inquiry import Inquiry, Options
+from funcprobe.analysis.grounds import Grounds
+from funcprobe.analysis.influence import check_influence, influence_of
+from funcprobe.analysis.inquiry import Inquiry, Options, named, options_of
 from funcprobe.analysis.measure import measure_step
-from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, asked_for, inquire, result_of, take_step
+from funcprobe.analysis.one_step import DEFAULT_OBSERVABLE, Taken, asked_for, inquire, result_of, take_step
 from funcprobe.analysis.parameter_parts import leaf_parts
-from funcprobe.analysis.part_bars import PartBars, Pieces, check_bars_of, part_bars
+from funcprobe.analysis.part_bars import check_bars_of, part_bars
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH
-from funcprobe.analysis.predictors import STATS, predictions
+from funcprobe.analysis.predictors import STATS, check_stats, predictions
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.token_parts import TokenParts, token_parts
+from funcprobe.data.rollouts import to_device
 from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError
 from funcprobe.policy.module import Policy
-from funcprobe.training.response import Form, Response, check_form, respond
-from funcprobe.training.step import LossGradient, Step
-from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
+from funcprobe.training.response import Form, Response, form_of
+from funcprobe.training.step import Step
+from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
 
 
 def attribute(
@@ -89,7 +92,7 @@ def attribute(
             of U its gradient.
         chunk: How many rows of the influence matrix, or of bars, share a pass; memory of tangents grows with it.
         tokenizer: What decodes token ids for tables and pages; without one they show ids.
-        microbatch: How E is cut for the model; U is cut as the step cuts it. It changes memory and no result.
+        microbatch: How E is cut for the model, and U where the step does not say. It changes memory and no result.
         top_k: How many of the most moved leaves the result lists.
         keep_update: Whether the result carries Δθ.
         progress: Called as progress(what, done, total).
@@ -101,55 +104,39 @@ def attribute(
         ForwardModeError: If the model has no forward derivative.
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
     """
+    vocabulary = vocabulary_of(tokenizer, (evaluation, update))
     wanted = asked_for(observable, observables, evaluation)
     asked = inquire(policy, evaluation, update, wanted, _options(**options), microbatch, progress)
-    check_form(step.optimizer, form)
+    chosen = form_of(step.optimizer, form)
+    check_stats(step.objective)
     check_influence(influence, chunk, leaves, params)
-    check_bars_of(bars_of, form, asked.options.bars)
+    check_bars_of(bars_of, chosen, asked.options.bars)
     taken = take_step(asked, step, params, opt_state, update, lr)
     with _no_other_mode():
         first = first_order(asked, params, taken.move.update)
     found = measure_step(asked, taken.move, first)
     assert first.along is not None  # forward mode was asked for
-    assert taken.loss is not None
-    gradient = taken.loss.gradient
     name, main = asked.main
     c = engine.cotangents(found.evidence.of(main), first.along.scores)
     gradient_of_f = asked.passes.pull_back(c, params, "E, gradient of F")
-    response = respond(step, params, opt_state, gradient, gradient_of_f, lr, form)
-    prepared = _prepared(step, update)
-    of_update, on_update = _on_update(asked, step, params, prepared, response, taken.loss, taken.info["lr"])
-    matrix: Influence | None = None
-    if influence is not None:
-        matrix = influence_of(
-            asked.passes,
-            step,
-            params,
-            c,
-            prepared,
-            on_update,
-            partial(_carried, step, params, opt_state, gradient, lr, response.form),
-            by=influence,
-            leaves=leaves,
-            chunk=chunk,
-        )
-    bars: PartBars = {}
-    if bars_of:
-        check_bars_of(bars_of, response.form, asked.options.bars)
-        given = step, params, opt_state, gradient, taken.move.update, lr
-        pieces = Pieces(*given, prepared, on_update, step.microbatch or asked.passes.microbatch)
-        bars = part_bars(asked, found.evidence, pieces, bars_of, chunk)
-    if response.form == "jacobian" and form == "auto":
+    grounds = _grounds(asked, step, params, opt_state, update, taken, lr, chosen)
+    response = grounds.carried(gradient_of_f)
+    of_update = _on_update(asked, grounds, response, taken)
+    if form == "auto" and chosen == "jacobian":
         asked.said.notes.append("the optimizer has no additive form; tokens of U are attributed by its Jacobian")
+    matrix = None
+    if influence is not None:
+        matrix = influence_of(asked.passes, c, grounds, by=influence, leaves=leaves, chunk=chunk)
+    bars = part_bars(asked, found.evidence, grounds, bars_of, chunk)
     return Attribution(
         result=result_of(asked, taken, first, found, update, top_k, keep_update, keep_scores=False),
         observable=name,
-        form=response.form,
-        leaves=leaf_parts(gradient_of_f, taken.move.update, gradient, response.direction, response.offsets),
+        form=chosen,
+        leaves=leaf_parts(gradient_of_f, taken.move.update, grounds.gradient, response.direction, response.offsets),
         evaluation=token_parts(c, first.along, asked.passes.evaluation, "evaluation"),
         update=of_update,
         influence=matrix,
-        vocabulary=vocabulary_of(tokenizer, (evaluation, update)),
+        vocabulary=vocabulary,
         bars=bars,
     )
 
@@ -164,7 +151,7 @@ def attribute_evaluation(result: ProbeResult, observable: Observable | None = No
         InputError: If the result kept no scores, or no tangents.
         NumericsError: If a contribution is not finite; the message names the sequence.
     """
-    main = DEFAULT_OBSERVABLE if observable is None else observable
+    main = next(iter(named(DEFAULT_OBSERVABLE if observable is None else observable).values()))
     evidence = result.evidence
     if evidence is None:
         raise InputError(
@@ -174,6 +161,11 @@ def attribute_evaluation(result: ProbeResult, observable: Observable | None = No
     if evidence.along is None:
         raise InputError(
             "This result was made in reverse mode, which keeps no tangents of tokens; use mode='forward' or 'auto'."
+        )
+    if missing := [name for name in main.stats if name not in evidence.anchor.extra]:
+        raise InputError(
+            f"The scores that this probe kept have no statistic '{missing[0]}', which '{main.name}' needs; probe with "
+            "it among the observables."
         )
     c = engine.cotangents(evidence.of(main), evidence.along.scores)
     return token_parts(c, evidence.along, evidence.rollouts, "evaluation")
@@ -185,7 +177,7 @@ def _options(mode: str = "forward", **options: Any) -> Options:
             f"mode is {mode!r}, and attribution is made of forward-mode passes; leave it out, or take probe(..., "
             "mode='reverse')."
         )
-    return Options(mode="forward", **options)
+    return options_of(mode="forward", **options)
 
 
 @contextmanager
@@ -195,52 +187,56 @@ def _no_other_mode() -> Iterator[None]:
     Raises:
         ForwardModeError: In place of one that names another mode.
     """
-    instead = "what tokens did needs one; probe(..., mode='reverse') gives δF₁ alone."
+    instead = "what tokens did needs one; probe(..., mode='reverse') gives δF₁ alone"
     try:
         yield
     except ForwardModeError as error:
-        raise ForwardModeError(str(error).replace('use mode="reverse".', instead)) from error
+        raise ForwardModeError(str(error).replace('use mode="reverse"', instead)) from error
 
 
-def _prepared(step: Step, update: Rollouts) -> Rollouts:
-    """Return U with its advantages; what `prepare` warns of was said when the gradient was taken."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FuncprobeWarning)
-        return step.objective.prepare(update)
+def _grounds(
+    asked: Inquiry,
+    step: Step,
+    params: Params,
+    opt_state: OptState,
+    update: Rollouts,
+    taken: Taken,
+    lr: float | None,
+    form: Literal["additive", "jacobian"],
+) -> Grounds:
+    """Return what the step was made of.
 
-
-def _on_update(
-    asked: Inquiry, step: Step, params: Params, prepared: Rollouts, response: Response, loss: LossGradient, lr: float
-) -> tuple[TokenParts, TokenScores]:
-    """Return what the tokens of U did, and the cotangents of the loss there: one forward-mode pass.
-
-    The cotangents are those of the gradient, taken at its very scores: those of forward mode differ by rounding, and
-    where the loss picks tokens by rank, or clips them, they would now and then pick others.
+    The cotangents of the loss are those of the gradient, taken at its very scores: those of forward mode differ by
+    rounding, and where the loss picks tokens by rank, or clips them, they would now and then pick others.
     """
+    assert taken.loss is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FuncprobeWarning)  # what it warns of was said when the gradient was taken
+        prepared = to_device(step.objective.prepare(update), step.policy.device)
+    on_update = engine.cotangents(lambda s: step.objective(s, prepared)[0], taken.loss.scores)
+    cut = asked.passes.cut_of(step.microbatch)
+    made = step, params, opt_state, taken.loss.gradient, taken.move.update
+    return Grounds(*made, lr, prepared, on_update, cut, form)
+
+
+def _on_update(asked: Inquiry, grounds: Grounds, response: Response, taken: Taken) -> TokenParts:
+    """Return what the tokens of U did: one forward-mode pass, with the predictors' statistics in it."""
     passes, what = asked.passes, "U, forward mode"
     with passes.clock(what):
         along = engine.directional(
-            step.policy,
-            params,
+            grounds.step.policy,
+            grounds.params,
             response.direction,
-            prepared,
+            grounds.prepared,
             as_training=True,
-            stats={**STATS, **step.objective.stats},
-            microbatch=step.microbatch if step.microbatch is not None else passes.microbatch,
+            stats={**STATS, **grounds.step.objective.stats},
+            microbatch=grounds.microbatch,
             progress=passes.progress,
             what=what,
         )
-    at = loss.scores._replace(extra={**along.scores.extra, **loss.scores.extra})
-    c = engine.cotangents(lambda s: step.objective(s, prepared)[0], at)
+    still = {name: torch.zeros_like(along.scores.logp) for name in STATS}  # the loss does not read them
+    c = grounds.on_update._replace(extra={**still, **grounds.on_update.extra})
     predictors = {}
-    if prepared.advantages is not None:
-        predictors = predictions(along.scores, prepared, lr).tokens
-    own = c._replace(extra={name: c.extra[name] for name in step.objective.stats})
-    return token_parts(c, along, prepared, "update", predictors), own
-
-
-def _carried(
-    step: Step, params: Params, opt_state: OptState, gradient: Params, lr: float | None, form: Form, covector: Params
-) -> Params:
-    """Return one row's ∇F carried back through the step."""
-    return respond(step, params, opt_state, gradient, covector, lr, form).direction
+    if grounds.prepared.advantages is not None:
+        predictors = predictions(along.scores, grounds.prepared, taken.info["lr"]).tokens
+    return token_parts(c, along, grounds.prepared, "update", predictors)

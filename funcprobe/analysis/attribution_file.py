@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from funcprobe.analysis.evidence import NOISE
 from funcprobe.analysis.influence import Influence
 from funcprobe.analysis.parameter_parts import LeafPart
 from funcprobe.analysis.readings import bar_from_dict
@@ -94,9 +95,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         stored = load_file(folder / FILES[1])
         arrays = {name: stored[name] for name in plain["arrays"]}
         parts = {batch: _parts(_under(batch, arrays)) for batch in _BATCHES}
-        whole = result.readings[plain["observable"]].first_order
-        for batch, expected in (("evaluation", whole), ("update", plain["ledger"]["gradient on U"])):
-            _check_sum(folder, batch, parts[batch], expected)
+        main = result.readings[plain["observable"]]
+        for batch, expected in (("evaluation", main.first_order), ("update", plain["ledger"]["gradient on U"])):
+            _check_sum(folder, batch, parts[batch], expected, NOISE * abs(main.before))
         return {
             "result": result,
             "observable": plain["observable"],
@@ -116,13 +117,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise InputError(f"{folder} is not a whole attribution ({error}); its files are damaged.") from error
 
 
-def _check_sum(folder: Path, batch: str, parts: TokenParts, expected: float) -> None:
+def _check_sum(folder: Path, batch: str, parts: TokenParts, expected: float, noise: float) -> None:
     """Check that stored parts are those of the stored sum.
 
     Raises:
         InputError: If they are another attribution's, or some are missing.
     """
-    if not abs(parts.sum() - expected) <= 1e-6 * parts.magnitude():
+    if not abs(parts.sum() - expected) <= 1e-6 * parts.magnitude() + noise:
         raise InputError(
             f"The {batch} tokens in {folder} sum to {parts.sum():g}, and {expected:g} is stored beside them; its files "
             "are damaged, or those of two attributions."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from funcprobe.analysis import attribution_file
+from funcprobe.analysis.evidence import NOISE
 from funcprobe.analysis.frames import frame_of
 from funcprobe.analysis.influence import Influence
 from funcprobe.analysis.parameter_parts import PARAMETER_TABLES, LeafName, LeafPart, read_name, rolled_up
@@ -75,7 +76,7 @@ class Attribution:
 
     @cached_property
     def completeness(self) -> dict[str, float]:
-        """How far each sum of parts is from δF₁, relative to Σ|parts|."""
+        """How far each sum of parts is from δF₁, relative to Σ|parts|; 0 where all parts are rounding of F."""
         parts = [part.contribution for part in self.leaves]
         offsets = [value for row, value in self.ledger.items() if row != "gradient on U"]
         sums = {
@@ -84,7 +85,8 @@ class Attribution:
             "update tokens": (sum(self.ledger.values()), self.update.magnitude() + math.fsum(map(abs, offsets))),
         }
         whole = self.first_order
-        return {name: abs(total - whole) / size if size else abs(total - whole) for name, (total, size) in sums.items()}
+        noise = NOISE * abs(self.result.readings[self.observable].before)
+        return {name: abs(total - whole) / size if size > noise else 0.0 for name, (total, size) in sums.items()}
 
     @property
     def completeness_error(self) -> float:

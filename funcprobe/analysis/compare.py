@@ -1,7 +1,8 @@
 """What if: several steps from one θ, measured on one E, with the differences between them paired.
 
 Objectives, clip ranges, token masks, entropy bonuses, optimizers and learning rates are all just steps. What they share
-is taken once: gradients of one objective on one U, the scores of E at θ, and ∇F in reverse mode.
+is taken once: gradients of one objective on one U, ∇F in reverse mode, and in forward mode the scores of E at θ, once
+for every `chunk` of steps.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from funcprobe.analysis.comparison import Comparison
-from funcprobe.analysis.diagnostics import Messages, before_measuring, is_independent
+from funcprobe.analysis.diagnostics import Messages, before_measuring, is_independent, unequal_groups
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.family import point_of
 from funcprobe.analysis.first_order import First, first_orders
-from funcprobe.analysis.inquiry import Inquiry, Options
+from funcprobe.analysis.inquiry import Inquiry, options_of
 from funcprobe.analysis.movement import Move
 from funcprobe.analysis.one_step import asked_for, inquire
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH
@@ -89,7 +90,9 @@ def compare(
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise InputError(f"chunk is {chunk!r}; expected how many steps go together, 1 or more.")
     wanted = asked_for(None, _observables(evaluation) if observables is None else observables, evaluation)
-    asked = inquire(policy, evaluation, update, wanted, Options(**{"rounding": False, **options}), microbatch, progress)
+    if "rounding" in options:
+        raise InputError("rounding can do nothing in a comparison, which shows no such row; leave it out.")
+    asked = inquire(policy, evaluation, update, wanted, options_of(rounding=False, **options), microbatch, progress)
     asked = asked._replace(said=Messages(quiet=True))
     gradients = _Gradients(asked, params, update)
     outcomes: dict[str, SweepPoint] = {}
@@ -106,7 +109,7 @@ def compare(
         else:
             firsts = [shared] * len(together)
         for name, first in zip(together, firsts, strict=True):
-            outcomes[name] = _outcome(asked, name, variants[name].on(update), taken[name], first)
+            outcomes[name] = _outcome(asked, name, variants[name], update, taken[name], first)
             if progress is not None:
                 progress("steps compared", len(outcomes), len(names))
     return Comparison(
@@ -123,7 +126,7 @@ def compare(
 
 
 def _variants(steps: Mapping[str, Step | Variant]) -> dict[str, Variant]:
-    if not steps:
+    if not isinstance(steps, Mapping) or not steps:
         raise InputError("There are no steps to compare; give at least one, such as {'grpo': make_step(...)}.")
     found = {str(name): step if isinstance(step, Variant) else Variant(step) for name, step in steps.items()}
     if wrong := [name for name, variant in found.items() if not isinstance(variant.step, Step)]:
@@ -189,9 +192,11 @@ class _Taken(NamedTuple):
     said: list[str]  #: what was warned of on the way to its gradient
 
 
-def _outcome(asked: Inquiry, name: str, update: Rollouts, taken: _Taken, first: First) -> SweepPoint:
-    evaluation, said = asked.passes.evaluation, Messages(quiet=True)
+def _outcome(asked: Inquiry, name: str, variant: Variant, update: Rollouts, taken: _Taken, first: First) -> SweepPoint:
+    evaluation, update, said = asked.passes.evaluation, variant.on(update), Messages(quiet=True)
     said.also([*taken.said, *before_measuring(evaluation, update, taken.move.size, taken.info)])
+    if variant.lr is not None:
+        said.also(unequal_groups(variant.step.optimizer))
     own = asked._replace(said=said, independent=is_independent(evaluation, update))
     with _naming(name):
         return point_of(own, taken.info["lr"], taken.move, first)

@@ -93,9 +93,12 @@ class Comparison:
         other = self.baseline if against is None else against
         name = self.observables[0] if observable is None else observable
         one, two = self.reading(step, name), self.reading(other, name)
-        value = (getattr(one, quantity) or 0.0) - (getattr(two, quantity) or 0.0)
+        values = getattr(one, quantity), getattr(two, quantity)
+        if None in values:
+            raise InputError("The comparison has no second order; ask compare for it with order=2.")
+        value = values[0] - values[1]
         sampled = self.outcomes[step].sampled, self.outcomes[other].sampled
-        known = quantity in one.bars and quantity in two.bars
+        known = (quantity == "change" or self.mode == "forward") and _has_bar(one) and _has_bar(two)
         if step == other or sampled[0] is None or sampled[1] is None or not known:
             width = 0.0 if step == other else float("inf")
             return Bar(value, width, value - width, value + width, self.level)
@@ -190,3 +193,8 @@ class Comparison:
         from funcprobe.analysis.comparison_text import html_of
 
         return html_of(self)
+
+
+def _has_bar(reading: Reading) -> bool:
+    """Return whether replicates of a reading mean something: it has bars, or it does not move and needs none."""
+    return bool(reading.bars) or reading.change == reading.first_order == 0.0

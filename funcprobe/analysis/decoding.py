@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from funcprobe.errors import InputError
 from funcprobe.types import Rollouts
 
 
@@ -13,9 +14,17 @@ def vocabulary_of(tokenizer: Any, batches: Iterable[Rollouts]) -> dict[int, str]
 
     An id is decoded after itself and the first text cut off, because a token that opens a text loses its leading space
     under some tokenizers.
+
+    Raises:
+        InputError: If it is no tokenizer.
     """
     if tokenizer is None:
         return None
+    if not hasattr(tokenizer, "decode"):
+        raise InputError(
+            f"tokenizer is {tokenizer!r}, which cannot decode; give a tokenizer itself, such as load_checkpoint(...)."
+            "tokenizer."
+        )
     ids = sorted({int(i) for batch in batches for i in batch.ids[batch.attention_mask].unique().tolist()})
     return {i: _text(tokenizer, i) for i in ids}
 

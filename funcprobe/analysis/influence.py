@@ -7,18 +7,18 @@ over U for every i; `chunk` rows share one pass over U.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcprobe import engine, tree
+from funcprobe.analysis.grounds import Grounds
 from funcprobe.analysis.passes import Passes
-from funcprobe.data.rollouts import take
+from funcprobe.data.rollouts import members, take
 from funcprobe.errors import InputError, NumericsError
-from funcprobe.training.step import Step
-from funcprobe.types import Params, Rollouts, TokenScores
+from funcprobe.types import Params, TokenScores
 
 #: Leaves to look at: names, or a predicate on them.
 Chosen = Collection[str] | Callable[[str], bool] | None
@@ -33,7 +33,7 @@ class Influence(NamedTuple):
     leaves: tuple[str, ...] | None = None  #: the leaves that were looked at; None for all
 
     def of_update(self) -> Tensor:
-        """Return the column sums `[B_U]`: what every update sequence contributes in all."""
+        """Return the column sums `[B_U]`: what every update sequence contributes, through the leaves looked at."""
         return self.matrix.sum(0)
 
 
@@ -47,6 +47,8 @@ def check_influence(by: str | None, chunk: int, leaves: Chosen, params: Params) 
         raise InputError(f"Unknown influence {by!r}; expected 'sequences', 'prompts' or None.")
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise InputError(f"chunk is {chunk!r}; expected a whole number of at least 1.")
+    if isinstance(leaves, str):
+        raise InputError(f"leaves is the single string '{leaves}'; expected a list of names, or a predicate.")
     if leaves is not None and by is None:
         raise InputError("leaves can do nothing without influence='sequences' or 'prompts'; leave it out.")
     if leaves is not None and not tree.select(params, leaves):
@@ -54,49 +56,42 @@ def check_influence(by: str | None, chunk: int, leaves: Chosen, params: Params) 
 
 
 def influence_of(
-    passes: Passes,
-    step: Step,
-    params: Params,
-    on_evaluation: TokenScores,
-    prepared: Rollouts,
-    on_update: TokenScores,
-    carried: Callable[[Params], Params],
-    *,
-    by: str,
-    leaves: Chosen,
-    chunk: int,
+    passes: Passes, on_evaluation: TokenScores, grounds: Grounds, *, by: str, leaves: Chosen, chunk: int
 ) -> Influence:
-    """Return the matrix from the cotangents on E and on U; `carried` takes a ∇F_i back through the step.
+    """Return the matrix of a step, from the cotangents of F on E.
 
     Raises:
         NumericsError: If an entry is not finite; the message names the row.
     """
+    params = grounds.params
     moving = None if leaves is None else tuple(tree.select(params, leaves))
     evaluation = passes.evaluation
-    members = list(_members(evaluation, by))
+    each = list(members(evaluation, by))
     found: list[Tensor] = []
-    for start in range(0, len(members), chunk):
+    for start in range(0, len(each), chunk):
         directions = []
-        for _, rows in members[start : start + chunk]:
+        for _, rows in each[start : start + chunk]:
             part = take(evaluation, rows)
             width = part.completion_mask.shape[1]
             c = engine.each(lambda x, rows=rows, width=width: x[rows, :width], on_evaluation)
-            directions.append(carried(passes.over_rows(part).pull_back(c, params, "influence: gradients on E")))
+            directions.append(
+                grounds.carried(passes.over_rows(part).pull_back(c, params, "influence: gradients on E")).direction
+            )
         with passes.clock("influence: U"):
             several = engine.directional_of_many(
-                step.policy,
+                grounds.step.policy,
                 params,
                 directions,
-                prepared,
+                grounds.prepared,
                 as_training=True,
                 leaves=moving,
-                stats=step.objective.stats,
-                microbatch=step.microbatch if step.microbatch is not None else passes.microbatch,
+                stats=grounds.step.objective.stats,
+                microbatch=grounds.microbatch,
             )
-        found += [_by_sequence(on_update, along) for along in several]
+        found += [_by_sequence(grounds.on_update, along) for along in several]
         if passes.progress is not None:
-            passes.progress("influence", min(start + chunk, len(members)), len(members))
-    matrix, labels = torch.stack(found).cpu(), torch.tensor([label for label, _ in members])
+            passes.progress("influence", min(start + chunk, len(each)), len(each))
+    matrix, labels = torch.stack(found).cpu(), torch.tensor([label for label, _ in each])
     if not bool(torch.isfinite(matrix).all()):
         row, column = (~torch.isfinite(matrix)).nonzero()[0].tolist()
         raise NumericsError(
@@ -104,15 +99,6 @@ def influence_of(
             "check the weights of the model, or load it in a wider dtype."
         )
     return Influence(matrix, by, labels, moving)
-
-
-def _members(evaluation: Rollouts, by: str) -> Iterator[tuple[int, Tensor]]:
-    """Yield (label, rows of E) for every row of the matrix."""
-    if by == "sequences":
-        yield from ((i, torch.tensor([i])) for i in range(len(evaluation.ids)))
-        return
-    for group in evaluation.group_ids.unique().tolist():
-        yield group, (evaluation.group_ids == group).nonzero().flatten()
 
 
 def _by_sequence(cotangents: TokenScores, along: engine.Directional) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 from funcprobe.analysis.diagnostics import Messages
@@ -58,6 +58,18 @@ class Options:
         if self.mode == "reverse" and (self.order == 2 or self.method == "path"):
             wanted = "order=2" if self.order == 2 else "method='path'"
             raise InputError(f"{wanted} is made of forward-mode passes; use mode='auto' or 'forward' with it.")
+
+
+def options_of(**given: Any) -> Options:
+    """Return the options of those names.
+
+    Raises:
+        InputError: If there is no option of a name, or as `Options`.
+    """
+    known = [field.name for field in fields(Options)]
+    if unknown := [name for name in given if name not in known]:
+        raise InputError(f"There is no option '{unknown[0]}' here; the options are {', '.join(known)}.")
+    return Options(**given)
 
 
 class Inquiry(NamedTuple):

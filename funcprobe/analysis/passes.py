@@ -78,6 +78,10 @@ class Passes(NamedTuple):
         with self.clock(what):
             return engine.pull_back(fixed, self.policy, params, self.evaluation, **self._options(what))
 
+    def cut_of(self, own: Microbatch) -> Microbatch:
+        """Return how U is cut: as its step cuts it, or as E is where that says nothing."""
+        return self.microbatch if own is None else own
+
     def over_rows(self, part: Rollouts) -> Passes:
         """Return the same passes over some rows of E, without a progress of their own."""
         return self._replace(evaluation=part, progress=None)

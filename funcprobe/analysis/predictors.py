@@ -74,6 +74,20 @@ def sum_p2_logp(log_probs: Tensor, token: Tensor) -> Tensor:
 STATS: Mapping[str, Statistic] = MappingProxyType({"sum_p2": sum_p2, "sum_p2_logp": sum_p2_logp})
 
 
+def check_stats(objective: Objective) -> None:
+    """Refuse an objective that calls a statistic of its own by a name that the predictors use.
+
+    Raises:
+        InputError: If it does.
+    """
+    for name, statistic in objective.stats.items():
+        if STATS.get(name, statistic) is not statistic:
+            raise InputError(
+                f"The objective '{objective.name}' declares a statistic '{name}', which is what the predictors call "
+                "one of theirs; rename it, or use predictors.STATS."
+            )
+
+
 def predict(
     policy: Policy,
     params: Params,

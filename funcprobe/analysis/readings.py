@@ -13,11 +13,14 @@ from funcprobe.analysis.diagnostics import ess_fraction
 from funcprobe.analysis.evidence import Evidence
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.importance import WeightHealth
-from funcprobe.estimators.uncertainty import Bar, Method, Replicates, bar, promise_broken, replicates
-from funcprobe.types import Observable
+from funcprobe.estimators.uncertainty import Bar, Method, Quantities, Replicates, bar, promise_broken, replicates
+from funcprobe.types import Observable, Rollouts
 
 #: A number is lost where its float error is above this fraction of it.
 LOST = 0.1
+
+#: Why an observable whose replicates do not vary has no bar.
+WEIGHTLESS = "the observable does not use rollouts.weight, so it has no error bar"
 
 BarMethod = Method | Literal["auto"]
 
@@ -167,13 +170,32 @@ def sample(
         return torch.stack(found)
 
     cells = evidence.rollouts.completion_mask.numel() * (2 + 2 * second) * len(observables)
+    words = ("change", "first order", "second order")
+    labels = [f"The {what} of '{name}'" for name in observables for what in words]
+    found = resampled(quantities, evidence.rollouts, method, labels, cells, generator)
+    return Sampled(found, {name: 3 * k for k, name in enumerate(observables)})
+
+
+def resampled(
+    quantities: Quantities,
+    rollouts: Rollouts,
+    method: BarMethod,
+    labels: Sequence[str],
+    cells: int,
+    generator: torch.Generator | None = None,
+) -> Replicates:
+    """Return replicates over prompts of some quantities, which errors call by their labels.
+
+    Raises:
+        InputError: If E has fewer than two prompts, or an observable cannot be resampled.
+        NumericsError: If something is not finite without one of the prompts; the message names both.
+        RuntimeError: What an observable raises of its own.
+    """
     try:
-        found = replicates(quantities, evidence.rollouts, method, generator=generator, cells=cells)
+        return replicates(quantities, rollouts, method, generator=generator, cells=cells)
     except NumericsError as error:
         k = int(str(error).split()[1])  # "Quantity 4 is nan without prompt (group) 7, ..."
-        what = ("change", "first order", "second order")[k % 3]
-        said = str(error).replace(f"Quantity {k}", f"The {what} of '{list(observables)[k // 3]}'", 1)
-        raise NumericsError(said) from None
+        raise NumericsError(str(error).replace(f"Quantity {k}", labels[k], 1)) from None
     except RuntimeError as error:
         if "vmap" not in str(error):
             raise
@@ -181,7 +203,6 @@ def sample(
             "An observable looks at the values of its weights (an if, or .item()), so it cannot be resampled; write it "
             "with torch.where, or ask for no bars."
         ) from error
-    return Sampled(found, {name: 3 * k for k, name in enumerate(observables)})
 
 
 def with_bars(
@@ -205,6 +226,6 @@ def with_bars(
         if reading.change == reading.first_order == 0.0:
             bars = {}
         elif bars["change"].error == 0.0 and reading.change != 0.0:
-            bars, broken = {}, ("the observable does not use rollouts.weight, so it has no error bar",)
+            bars, broken = {}, (WEIGHTLESS,)
         done[name] = reading._replace(bars=bars, caveats=broken)
     return done

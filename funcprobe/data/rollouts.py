@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcprobe.data.ragged import Array, Ragged, as_dtype, columns, pad, ragged_from_dense, ragged_from_lists, to_array
-from funcprobe.data.slicing import Overlap, concatenate, microbatches, overlap, split, take, to_device
+from funcprobe.data.slicing import Overlap, concatenate, members, microbatches, overlap, split, take, to_device
 from funcprobe.data.validation import validate
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.types import Rollouts
@@ -23,6 +23,7 @@ from funcprobe.types import Rollouts
 __all__ = [
     "Overlap",
     "concatenate",
+    "members",
     "microbatches",
     "overlap",
     "rollouts_from_lists",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,15 @@ def take(rollouts: Rollouts, index: Tensor | Sequence[int] | slice) -> Rollouts:
     rows = _positions(rollouts, index)
     picked = _map(rollouts, lambda name, value: value[rows])
     return _trim(picked)
+
+
+def members(rollouts: Rollouts, by: str) -> Iterator[tuple[int, Tensor]]:
+    """Yield (label, row indices) of every sequence ("sequences"), or of every prompt ("prompts": its group id)."""
+    if by == "sequences":
+        yield from ((row, torch.tensor([row])) for row in range(len(rollouts.ids)))
+        return
+    for group in rollouts.group_ids.unique().tolist():
+        yield group, (rollouts.group_ids == group).nonzero().flatten()
 
 
 def concatenate(batches: Sequence[Rollouts]) -> Rollouts:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import PureOptimizer, clip_by_global_norm
+from funcprobe.training.optimizers import PureOptimizer
 from funcprobe.training.step import Step
 from funcprobe.types import Optimizer, OptState, Params
 
@@ -61,18 +61,17 @@ def respond(
     Raises:
         InputError: If the form is unknown, or the optimizer cannot give it.
     """
-    check_form(step.optimizer, form)
-    optimizer = step.optimizer
-    clipped, coefficient, norm = _clipped(step, gradient)
-    if isinstance(optimizer, PureOptimizer) and form != "jacobian":
+    optimizer, form = step.optimizer, form_of(step.optimizer, form)
+    clipped, coefficient, norm = step.clipped(gradient)
+    if isinstance(optimizer, PureOptimizer) and form == "additive":
         return _additive(optimizer, params, opt_state, clipped, covector, lr, coefficient)
     assert isinstance(optimizer, Differentiable)  # checked above
     u = optimizer.vjp(params, opt_state, clipped, covector, lr)
     return Response("jacobian", u if coefficient == 1.0 else _through_clip(u, gradient, coefficient, norm), {})
 
 
-def check_form(optimizer: Optimizer, form: str) -> None:
-    """Refuse a form that an optimizer cannot give.
+def form_of(optimizer: Optimizer, form: str) -> Literal["additive", "jacobian"]:
+    """Return the form that is used where `form` is asked for: "auto" is additive where the optimizer has that form.
 
     Raises:
         InputError: If it cannot, or the form is unknown.
@@ -88,6 +87,7 @@ def check_form(optimizer: Optimizer, form: str) -> None:
             f"{_name(optimizer)} has no derivative in the gradient: it needs a method vjp(params, opt_state, gradient, "
             "covector, lr), as sgd, adamw and from_torch(...) have."
         )
+    return "additive" if isinstance(optimizer, PureOptimizer) and form != "jacobian" else "jacobian"
 
 
 def _additive(
@@ -126,7 +126,7 @@ def offsets_of(
     """
     if not isinstance(step.optimizer, PureOptimizer):
         raise InputError(f"{_name(step.optimizer)} has no additive form: its step is not offset + scale ⊙ g.")
-    clipped, _, _ = _clipped(step, gradient)
+    clipped, _, _ = step.clipped(gradient)
     found: dict[str, dict[str, list[Tensor]]] = {what: {n: [] for n in params} for what in ("momentum", "weight decay")}
     for name, _, terms in step.optimizer.pieces(params, opt_state, clipped, lr):
         wide = torch.promote_types(params[name].dtype, torch.float32)
@@ -135,14 +135,6 @@ def offsets_of(
     return {
         what: {n: torch.cat(parts).reshape(params[n].shape) for n, parts in of.items()} for what, of in found.items()
     }
-
-
-def _clipped(step: Step, gradient: Params) -> tuple[Params, float, float]:
-    """Return (gradient as the optimizer gets it, clip factor, norm of the raw one)."""
-    coefficient, norm = 1.0, float(tree.norm(gradient))
-    if step.max_grad_norm is not None:
-        coefficient, norm = clip_by_global_norm(gradient, step.max_grad_norm)
-    return (gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)), coefficient, norm
 
 
 def _through_clip(u: Params, gradient: Params, coefficient: float, norm: float) -> Params:

@@ -141,14 +141,18 @@ class Step:
         _check_finite(gradient, "gradient")
         return self._apply(params, opt_state, {n: g.detach() for n, g in gradient.items()}, lr, info or {})
 
+    def clipped(self, gradient: Params) -> tuple[Params, float, float]:
+        """Return (the gradient as the optimizer gets it, the clip factor, the norm of the raw one)."""
+        if self.max_grad_norm is None:
+            return gradient, 1.0, float(tree.norm(gradient))
+        coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
+        return (gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)), coefficient, norm
+
     def _apply(
         self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, info: Mapping[str, float]
     ) -> StepResult:
         lr = None if lr is None else check_lr(lr)
-        coefficient, norm = 1.0, float(tree.norm(gradient))
-        if self.max_grad_norm is not None:
-            coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
-        clipped = gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)
+        clipped, coefficient, norm = self.clipped(gradient)
         params_after, update, state_after = self.optimizer.apply(params, opt_state, clipped, lr)
         _check_finite(update, "update")
         _check_finite(params_after, "stepped parameter")  # a finite step may still leave the range of float16
