@@ -44,7 +44,7 @@ def wide(seed: int) -> Any:
     """Return a GPT-2 whose vocabulary makes a scoring pass cut its readout."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = {"vocab_size": 50_000, "n_positions": 8, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
+    size = {"vocab_size": 50_000, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
     with models.seeded(seed):
         return GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0))
 
