@@ -1,5 +1,9 @@
 """The few error classes. Every message says what was found, what was expected, and what to do about it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class FuncprobeError(Exception):
     """The base of everything funcprobe raises on purpose."""
@@ -35,6 +39,17 @@ class MissingExtraError(FuncprobeError, ImportError):
 
 class FuncprobeWarning(UserWarning):
     """A result is usable but something about it should be known."""
+
+
+def listed(names: Iterable[object], limit: int = 5) -> str:
+    """Return the first few of several things, and how many more there are.
+
+    Example:
+        >>> listed(range(7))
+        '0, 1, 2, 3, 4 and 2 more'
+    """
+    every = [str(name) for name in names]
+    return ", ".join(every[:limit]) + (f" and {len(every) - limit} more" if len(every) > limit else "")
 
 
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:

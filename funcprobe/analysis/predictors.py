@@ -33,7 +33,7 @@ from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH
-from funcprobe.errors import InputError, NumericsError
+from funcprobe.errors import InputError, NumericsError, listed
 from funcprobe.policy.module import Policy
 from funcprobe.training.groups import check_lr
 from funcprobe.training.objectives import grpo
@@ -226,8 +226,7 @@ def _check_finite(scores: TokenScores, advantage: Tensor, counted: Tensor) -> No
     healthy = torch.isfinite(engine.fields(scores)).all(0) & torch.isfinite(advantage)
     bad = (counted & ~healthy).any(1).nonzero().flatten().tolist()
     if bad:
-        listed = ", ".join(str(b) for b in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NumericsError(
-            f"Scores or advantages are not finite for sequence {listed}; check the weights and the rewards, or load "
-            "the model in a wider dtype."
+            f"Scores or advantages are not finite for sequence {listed(bad)}; check the weights and the rewards, or "
+            "load the model in a wider dtype."
         )

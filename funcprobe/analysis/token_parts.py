@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.data.rollouts import to_device
-from funcprobe.errors import NumericsError
+from funcprobe.errors import NumericsError, listed
 from funcprobe.types import Rollouts, TokenScores
 
 
@@ -66,10 +66,9 @@ def token_parts(
     through |= {name: _portable(x) for name, (c, x) in found.items() if bool(c.any())}
     bad = (~torch.isfinite(torch.stack(list(through.values())))).any(0).any(1).nonzero().flatten().tolist()
     if bad:
-        listed = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NumericsError(
-            f"The contributions of {which} sequence {listed} are not finite; check the weights of the model and the "
-            "optimizer state, or load the model in a wider dtype."
+            f"The contributions of {which} sequence {listed(bad)} are not finite; check the weights of the model and "
+            "the optimizer state, or load the model in a wider dtype."
         )
     scores = engine.each(_portable, along.scores)
     beside = {name: _portable(x) for name, x in (predictors or {}).items()}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import microbatches, take, to_device
 from funcprobe.engine.kernels import forward_arithmetic
-from funcprobe.errors import NumericsError
+from funcprobe.errors import NumericsError, listed
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, Statistic, TokenScores
@@ -129,10 +129,9 @@ def finite(found: TokenScores, rows: Tensor, what: str) -> TokenScores:
     """
     healthy = torch.isfinite(found.logp.detach() + found.entropy.detach()).all(dim=1)
     if not bool(healthy.all()):
-        bad = rows.to(healthy.device)[~healthy].tolist()
-        listed = ", ".join(str(b) for b in sorted(bad)[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        bad = listed(sorted(rows.to(healthy.device)[~healthy].tolist()))
         raise NumericsError(
-            f"The model returned log-probabilities that are not finite for sequence {listed} (in: {what}); check the "
-            "weights, or load the model in a wider dtype."
+            f"The model returned log-probabilities that are not finite for sequence {bad} (in: {what}); check "
+            "the weights, or load the model in a wider dtype."
         )
     return found

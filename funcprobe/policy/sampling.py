@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from funcprobe.data.rollouts import rollouts_from_lists
-from funcprobe.errors import InputError, NumericsError
+from funcprobe.errors import InputError, NumericsError, listed
 from funcprobe.policy.module import Policy
 from funcprobe.policy.rewards import Reward, load_reward, rewards_of
 from funcprobe.types import Params, Progress, Rollouts
@@ -240,8 +240,7 @@ def _check_prompt(policy: Policy, number: int, prompt: Sequence[int], max_new_to
 def _check_finite(drawn: dict[int, _Drawn], group_size: int) -> None:
     bad = sorted({row // group_size for row, one in drawn.items() if any(math.isnan(x) for x in one.logps)})
     if bad:
-        listed = ", ".join(str(number) for number in bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise NumericsError(
-            f"The policy's probabilities are not finite for prompt {listed} (counted from 0); check the weights, or "
-            "load the model in a wider dtype."
+            f"The policy's probabilities are not finite for prompt {listed(bad)} (counted from 0); check the weights, "
+            "or load the model in a wider dtype."
         )
