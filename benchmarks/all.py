@@ -8,9 +8,9 @@ It takes the scripts that have a `--device`, at sizes that should end within ten
 has not been run on a GPU: a forward pass of Qwen2.5-0.5B over 2,048 tokens is 2 TFLOP, a stateful probe of 16 + 16
 sequences of 128 tokens eight of these and one with adapters six. `one_step.py` makes some 30 such probes with and
 without adapters together, `sweep.py` some 240: 3,500 TFLOP, and `attribution.py` adds some 950: 5 minutes at 15 TFLOP/s
-in float32. Four more should do for building the model in a dozen processes, and for the small models of the other scripts, whose kernels are too short to
-keep a GPU busy. `--minutes` holds whatever it takes: what has not ended by then is stopped, and what was not run is
-named.
+in float32. Four more should do for building the model in a dozen processes, and for the small models of the other
+scripts, whose kernels are too short to keep a GPU busy. `--minutes` holds whatever it takes: what has not ended by then
+is stopped, and what was not run is named.
 """
 
 from __future__ import annotations
