@@ -32,7 +32,7 @@ def token_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
     r = parts.rollouts
     row, position = parts.mask.nonzero(as_tuple=True)
     token = completion_ids(parts)[row, position].tolist()
-    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    cells = _contributions(parts)
     cells |= {"logp": parts.scores.logp, "entropy": parts.scores.entropy, **parts.predictors}
     by_row = {"advantage": r.advantages, "reward": r.rewards}
     return {
@@ -50,7 +50,7 @@ def sequence_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Column
     """Return a row for every sequence: what it did, of which length, advantage and text."""
     r, mask = parts.rollouts, parts.mask
     length = mask.sum(1)
-    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    cells = _contributions(parts)
     means = {"logp": parts.scores.logp, "entropy": parts.scores.entropy}
     by_row = {"advantage": r.advantages, "reward": r.rewards}
     ids = completion_ids(parts)
@@ -71,7 +71,7 @@ def prompt_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
     r = parts.rollouts
     groups, member = torch.unique(r.group_ids, return_inverse=True)
     first = [int((member == g).nonzero()[0]) for g in range(len(groups))]
-    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    cells = _contributions(parts)
     count = torch.bincount(member, minlength=len(groups))
 
     def summed(x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def position_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Column
     """Return a row for every completion position that holds a token."""
     tokens = parts.mask.sum(0)
     held = tokens > 0
-    cells = {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
+    cells = _contributions(parts)
     return {
         "position": held.nonzero().flatten().numpy(),
         "tokens": tokens[held].numpy(),
@@ -162,6 +162,11 @@ def _rows(columns: Columns, index: Sequence[int]) -> Columns:
         name: values[index] if isinstance(values, np.ndarray) else [values[k] for k in index]
         for name, values in columns.items()
     }
+
+
+def _contributions(parts: TokenParts) -> dict[str, Tensor]:
+    """Return the columns `[B, T]` that every table of a batch sums: in all, and by the way that they went."""
+    return {"contribution": parts.total, **{f"through_{name}": x for name, x in parts.through.items()}}
 
 
 def _joined(tokens: Sequence[int], vocabulary: Vocabulary) -> str:
