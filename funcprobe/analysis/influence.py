@@ -72,11 +72,9 @@ def influence_of(
         directions = []
         for _, rows in each[start : start + chunk]:
             part = take(evaluation, rows)
-            width = part.completion_mask.shape[1]
-            c = engine.each(lambda x, rows=rows, width=width: x[rows, :width], on_evaluation)
-            directions.append(
-                grounds.carried(passes.over_rows(part).pull_back(c, params, "influence: gradients on E")).direction
-            )
+            c = engine.rows_of(on_evaluation, rows, part)
+            gradient_of_row = passes.over_rows(part).pull_back(c, params, "influence: gradients on E")
+            directions.append(grounds.carried(gradient_of_row).direction)
         with passes.clock("influence: U"):
             several = engine.directional_of_many(
                 grounds.step.policy,

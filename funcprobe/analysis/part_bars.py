@@ -70,7 +70,8 @@ def part_bars(asked: Inquiry, evidence: Evidence, grounds: Grounds, tables: Coll
                 raise
             asked.said.notes.append(f"no error bars of {table}: {error}")
             continue
-        if all(row.error <= NOISE * abs(row.value) for row in bars.values()):
+        moved = [row for row in bars.values() if abs(row.value) > evidence.noise(asked.main[1])]
+        if moved and all(row.error <= NOISE * abs(row.value) for row in moved):
             asked.said.notes.append(f"no error bars of {table}: {WEIGHTLESS}")
             continue
         found[table] = bars

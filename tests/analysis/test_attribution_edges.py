@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.errors import InputError
+from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.training.groups import Group
 from funcprobe.training.response import respond
 from tests import models
@@ -90,6 +90,16 @@ def test_an_observable_without_weights_has_no_bars_of_parts_either() -> None:
     found = attributed(Case("two lines"), observable=plain, bars_of=["ledger", "layers"])
     assert found.bars == {}
     assert any("no error bars of layers: the observable does not use rollouts.weight" in n for n in found.result.notes)
+
+
+def test_what_does_not_move_has_bars_of_nothing() -> None:
+    """A divergence has no first order, and no step moves nothing: that is no lack of weights."""
+    case = Case("two lines")
+    flat = attributed(case, bars_of=["ledger"], observable=fp.kl())
+    with pytest.warns(FuncprobeWarning, match="The step is zero"):
+        still = attributed(case, bars_of=["ledger"], lr=0.0)
+    for found in (flat, still):
+        assert [tuple(row[:2]) for row in found.bars["ledger"].values()] == [(0.0, 0.0)] * 3
 
 
 def test_an_observable_that_looks_at_its_weights_is_told_so() -> None:
