@@ -88,17 +88,12 @@ def run_attribution(config: Config, asked: Asked = DEFAULT, bars: Bars | None = 
             found = attribute(
                 ready.step.policy,
                 *ready.given,
-                observables=config.observables,
                 form=asked.form,
                 influence=asked.influence,
                 bars_of=asked.bars_of,
                 tokenizer=ready.tokenizer,
-                order=2 if config.order == 2 else 1,
-                rounding=config.rounding,
-                top_k=config.top_k,
-                keep_update=config.keep_update,
                 progress=bars,
-                **config.measuring(),
+                **config.probing(),
             )
     warnings = tuple(dict.fromkeys([*said, *found.result.warnings]))
     found = dataclasses.replace(found, result=dataclasses.replace(found.result, warnings=warnings))

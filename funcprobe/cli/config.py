@@ -122,6 +122,12 @@ class Config(Strict):
         names = ("mode", "method", "tolerance", "bars", "level", "seed", "ess_threshold", "on_low_ess")
         return {**{name: getattr(self, name) for name in names}, "microbatch": self.microbatching}
 
+    def probing(self) -> dict[str, Any]:
+        """Return the options that the commands of one step share, by the names of their keywords."""
+        names = ("observables", "rounding", "top_k", "keep_update")
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "order": 2 if self.order == 2 else 1, **self.measuring()}  # "auto" is 1 where there is one step
+
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Return the configuration in a YAML file, with overrides such as `["--objective.name", "dapo", "--lr", "2e-8"]`.

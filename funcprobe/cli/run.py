@@ -51,13 +51,8 @@ def run(config: Config, bars: Bars | None = None) -> ProbeResult:
             result = probe(
                 ready.step.policy,
                 *ready.given,
-                observables=config.observables,
-                order=2 if config.order == 2 else 1,
-                rounding=config.rounding,
-                top_k=config.top_k,
-                keep_update=config.keep_update,
                 progress=bars,
-                **config.measuring(),
+                **config.probing(),
             )
     result = dataclasses.replace(result, warnings=tuple(dict.fromkeys([*said, *result.warnings])))
     bars.phase("writing the results")
