@@ -48,11 +48,11 @@ def test_a_script_that_nobody_named_runs_all_the_same(tmp_path: Path) -> None:
 
 def test_what_takes_too_long_is_stopped_and_named(capfd: pytest.CaptureFixture[str]) -> None:
     start = time.monotonic()
-    assert every._run(["-c", "import time; time.sleep(60)"], start + 0.5) == "stopped"
-    assert time.monotonic() - start < 30
+    assert every._run(["-c", "import time; time.sleep(600)"], start + 0.5) == "stopped"
+    assert time.monotonic() - start < 300  # however busy the machine is
     assert every._run(["-c", "print('late')"], time.monotonic() - 1) == "not run"
     assert every._run(["-c", "raise SystemExit(3)"], None) == "failed"
-    assert every._run(["-c", "print('in time')"], time.monotonic() + 60).endswith(" s")
+    assert every._run(["-c", "print('in time')"], time.monotonic() + 600).endswith(" s")
     said = capfd.readouterr().out
     assert "in time" in said
     assert "\nlate" not in said

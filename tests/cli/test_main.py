@@ -414,7 +414,7 @@ def test_interrupted_it_ends_with_130_without_a_traceback(tmp_path: Path) -> Non
     )
     with pipe.open("w"):  # opens when the command has opened it for reading, and is now waiting for us
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     assert process.returncode == 130
     assert out == ""
     assert err == "funcprobe: interrupted; no results were written.\n"
@@ -428,5 +428,5 @@ def test_a_reader_that_stops_reading_is_no_error(world: World, tmp_path: Path) -
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
     assert (tmp_path / "results" / "result.json").is_file()
