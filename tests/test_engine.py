@@ -139,12 +139,13 @@ def test_neither_the_cut_nor_the_order_of_a_batch_matters(
     whole = engine.gradient(loss, policy, params, loss.prepare(rollouts), separable=True)
     cut = engine.gradient(loss, policy, params, loss.prepare(shuffled), separable=True, microbatch=microbatch)
     assert float(tree.norm(tree.sub(whole.gradient, cut.gradient))) <= 1e-12 * float(tree.norm(whole.gradient))
-    for observable in FAMILY:
+    sides = [
+        (x, engine.directional(policy, params, v, x, microbatch=n))
+        for x, n in ((rollouts, None), (shuffled, microbatch))
+    ]
+    for observable in FAMILY:  # all of them are functions of the same scores
         f = functools.partial(entropy_of, observable)
-        values = []
-        for batch, size in ((rollouts, None), (shuffled, microbatch)):
-            along = engine.directional(policy, params, v, batch, microbatch=size)
-            values.append(torch.stack(engine.derivative(lambda s, b=batch, f=f: f(s, b)[0], along)))
+        values = [torch.stack(engine.derivative(lambda s, b=x, f=f: f(s, b)[0], along)) for x, along in sides]
         torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
 
