@@ -240,12 +240,13 @@ def test_auto_takes_the_path_where_subtraction_fails() -> None:
     assert small.main.nodes >= 1
     assert small.change == pytest.approx(small.first_order, rel=1e-4)
     assert small.main.subtraction is not None
-    assert abs(small.main.subtraction - small.change) > 0.02 * abs(small.change)
     assert small.main.error is not None
     assert small.main.error < 1e-3 * abs(small.change)
     forced = run(lr=1e-8, method="difference")
     assert forced.change == small.main.subtraction
     assert forced.main.error > 1e-3 * abs(forced.change)
+    # how far off one subtraction happens to be is a matter of kernels; that it is within its estimate is not
+    assert abs(forced.change - small.change) <= 1.05 * forced.main.error
     by_path = run(method="path")
     assert by_path.main.subtraction is None
     assert by_path.change == pytest.approx(large.change, rel=1e-3)
