@@ -13,6 +13,7 @@ from funcprobe.types import OptState, Params, Rollouts, TokenScores
 
 #: Laws are about values, not about how busy the machine is: no deadline.
 law = settings(deadline=None, max_examples=30)
+law_of_a_table = settings(deadline=None, max_examples=12)  # each of dozens of rows that share their terms
 
 
 class Batch(NamedTuple):
