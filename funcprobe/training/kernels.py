@@ -18,6 +18,26 @@ State = dict[str, Tensor]
 Hyper = Mapping[str, Any]
 
 
+def dense(x: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Return a contiguous copy without a graph, whatever the strides of x are.
+
+    Kernels pair the entries of parameter, gradient and state: torch's fused ones by their place in memory, and
+    reductions over entries (Adafactor, Muon) in the order of memory. One layout for all makes a step a function of
+    values alone.
+    """
+    moved = x.detach().to(device=device or x.device, dtype=dtype or x.dtype)
+    return moved.clone(memory_format=torch.contiguous_format)
+
+
+def laid_out_as(x: Tensor, leaf: Tensor) -> Tensor:
+    """Return contiguous x in the memory order of a leaf (transposed, channels_last), without gaps or overlaps.
+
+    A stepped parameter then goes through the same matrix kernels as the parameter did, and differs by the step alone.
+    """
+    like = torch.empty_like(leaf.detach(), dtype=x.dtype)
+    return x if like.stride() == x.stride() else like.copy_(x)
+
+
 class Terms(NamedTuple):
     """One leaf's step in float64: `Δθ = scale ⊙ g + momentum + decay`."""
 
@@ -77,7 +97,8 @@ def _adam_init(leaf: Tensor, hyper: Hyper) -> State:
     step = torch.zeros(
         (), dtype=torch.float64 if wide else torch.float32, device=leaf.device if on_device else torch.device("cpu")
     )
-    return {"step": step} | {key: torch.zeros_like(leaf) for key in _adam_keys(hyper) if key != "step"}
+    moments = (key for key in _adam_keys(hyper) if key != "step")
+    return {"step": step} | {k: torch.zeros_like(leaf, memory_format=torch.contiguous_format) for k in moments}
 
 
 def _adam_keys(hyper: Hyper) -> tuple[str, ...]:

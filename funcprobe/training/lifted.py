@@ -13,6 +13,7 @@ from torch import Tensor
 
 from funcprobe.errors import InputError
 from funcprobe.training.groups import Group, assignments, check_gradient
+from funcprobe.training.kernels import dense, laid_out_as
 from funcprobe.training.state import as_tensor, check_state
 from funcprobe.types import OptimizerResult, OptState, Params
 
@@ -69,7 +70,7 @@ class LiftedOptimizer:
             InputError: If names, shapes or the learning rate do not fit, or the step cuts the graph.
         """
         check_gradient(params, gradient)
-        leaves = {n: _copy(g.to(params[n].dtype), torch.float64).requires_grad_() for n, g in gradient.items()}
+        leaves = {n: dense(g.to(params[n].dtype), torch.float64).requires_grad_() for n, g in gradient.items()}
         instance, copies = self._instance(params, opt_state, leaves, lr, wide=True, graph=True)
         # in-place arithmetic overwrites what a backward pass needs; torch keeps copies of it here
         with _generators_kept(params), torch.autograd.graph.allow_mutation_on_saved_tensors(), torch.enable_grad():
@@ -91,13 +92,13 @@ class LiftedOptimizer:
     ) -> tuple[Params, OptState]:
         """Step a fresh instance on copies, in float64 if `wide`; the global generators are put back afterwards."""
         wanted = {
-            name: _copy(g.to(params[name].dtype), torch.float64 if wide else params[name].dtype)
+            name: dense(g.to(params[name].dtype), torch.float64 if wide else params[name].dtype)
             for name, g in gradient.items()
         }
         instance, copies = self._instance(params, opt_state, wanted, lr, wide)
         with _generators_kept(params):
             instance.step()
-        after = {name: copy.detach() for name, copy in copies.items()}
+        after = {name: laid_out_as(copy.detach(), params[name]) for name, copy in copies.items()}
         return after, {name: _stored(name, instance.state.get(copy, {})) for name, copy in copies.items()}
 
     def _instance(
@@ -110,7 +111,7 @@ class LiftedOptimizer:
         graph: bool = False,
     ) -> tuple[torch.optim.Optimizer, Params]:
         """Return a fresh instance of the class over copies of the leaves, which carry that gradient."""
-        copies = {name: _copy(p, torch.float64 if wide else p.dtype) for name, p in params.items()}
+        copies = {name: dense(p, torch.float64 if wide else p.dtype) for name, p in params.items()}
         for name, copy in copies.items():
             copy.grad = gradient[name]
         groups: list[dict[str, Any]] = []
@@ -162,15 +163,11 @@ def _generators_kept(params: Params) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=devices)
 
 
-def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype=dtype, copy=True)
-
-
 def _loaded(value: Tensor, wide: bool) -> Any:
     """Return a state entry for the class to change: an int64 scalar stands for a Python int, as many classes keep."""
     if value.dim() == 0 and value.dtype == torch.int64:
         return int(value)
-    return _copy(value, torch.float64 if wide and value.is_floating_point() else value.dtype)
+    return dense(value, torch.float64 if wide and value.is_floating_point() else value.dtype)
 
 
 def _stored(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from funcprobe.training import kernels
 from funcprobe.training.groups import Group, assignments, check_gradient
-from funcprobe.training.kernels import Kernel, State, Terms
+from funcprobe.training.kernels import Kernel, State, Terms, dense, laid_out_as
 from funcprobe.training.state import check_state
 from funcprobe.types import OptimizerResult, OptState, Params
 
@@ -67,12 +67,13 @@ class PureOptimizer:
         after: Params = {}
         state_after: OptState = {}
         for names, hyper in assignments(self.groups, params, lr):
-            leaves = [params[name].detach().clone() for name in names]
-            grads = [gradient[name].to(params[name], copy=True) for name in names]  # foreach kernels write on them
+            leaves = [dense(params[name]) for name in names]
+            # copies of gradients too: foreach kernels write on them
+            grads = [dense(gradient[n], params[n].dtype, params[n].device) for n in names]
             states = [self._state(name, params, opt_state, hyper, copy=True) for name in names]
             with torch.no_grad():
                 self._kernel.run(leaves, grads, states, hyper)
-            after |= dict(zip(names, leaves, strict=True))
+            after |= {name: laid_out_as(leaf, params[name]) for name, leaf in zip(names, leaves, strict=True)}
             state_after |= dict(zip(names, states, strict=True))
         return OptimizerResult(
             {name: after[name] for name in params}, update, {name: state_after[name] for name in params}
@@ -189,7 +190,7 @@ class PureOptimizer:
             key: value.detach().to(device=leaf.device, dtype=leaf.dtype) if key != "step" else value.detach()
             for key, value in state.items()
         }
-        return {key: value.clone() for key, value in placed.items()} if copy else placed
+        return {key: dense(value) for key, value in placed.items()} if copy else placed
 
 
 def _chunks(leaf: Tensor) -> tuple[Tensor, ...]:
