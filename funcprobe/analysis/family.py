@@ -15,7 +15,7 @@ from funcprobe.analysis.movement import Move
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
 from funcprobe.training.step import Step
-from funcprobe.types import OptState, Params, StepResult, TokenScores
+from funcprobe.types import Gradients, OptState, Params, StepResult, TokenScores
 
 #: Two updates are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
 PROPORTIONAL = 1e-5
@@ -30,7 +30,7 @@ class Family:
         step: Step,
         params: Params,
         opt_state: OptState,
-        gradient: Params,
+        gradient: Gradients,
         info: dict[str, float],
         reference_lr: float,
     ) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from funcprobe.errors import InputError
+from funcprobe.training.unreached import check_reached
 from funcprobe.tree import same_keys
-from funcprobe.types import Params
+from funcprobe.types import Gradients, Params
 
 #: Keys that choose an implementation or a variant. Older torch versions do not store them, and torch itself fills them
 #: in when it loads such a file; every other hyperparameter has to be found in a stored group.
@@ -133,13 +134,15 @@ def assignments(
         yield list(present if group.names is None else group.names), {**group.hyperparameters, **override}
 
 
-def check_gradient(params: Params, gradient: Params) -> None:
-    """Check that a gradient fits the parameters, and that both are floating point.
+def check_gradient(params: Params, gradient: Gradients) -> None:
+    """Check that a gradient fits the parameters, and that both are floating point; None fits any leaf, but not all.
 
     Raises:
-        InputError: If names or shapes differ, or a leaf is not real floating point.
+        InputError: If names or shapes differ, no leaf has a gradient, or a leaf is not real floating point.
     """
-    same_keys(params, gradient, what="parameters and the gradient")
+    stand_in = {name: params.get(name) if g is None else g for name, g in gradient.items()}
+    same_keys(params, stand_in, what="parameters and the gradient")  # type: ignore[arg-type]
+    check_reached(gradient)
     for name, p in params.items():
         if not p.is_floating_point():
             raise InputError(f"The parameter '{name}' is {p.dtype}; only real floating-point leaves can be stepped.")

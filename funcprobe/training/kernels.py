@@ -46,6 +46,12 @@ class Terms(NamedTuple):
     decay: Tensor  #: the part that comes from weight decay
 
 
+def still(leaf: Tensor) -> Terms:
+    """Return the terms of a leaf that does not step."""
+    zero = torch.zeros_like(leaf, dtype=torch.float64)
+    return Terms(zero, zero, zero)
+
+
 class Kernel(NamedTuple):
     """What a built-in optimizer is made of."""
 

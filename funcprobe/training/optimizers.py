@@ -18,7 +18,8 @@ from funcprobe.training.groups import Group, build_groups, stored_groups
 from funcprobe.training.lifted import LiftedOptimizer, refuse
 from funcprobe.training.pure import KERNELS, Affine, PureOptimizer
 from funcprobe.training.state import state_from_torch, state_to_torch
-from funcprobe.types import Params
+from funcprobe.training.unreached import reached
+from funcprobe.types import Gradients
 
 __all__ = [
     "Affine",
@@ -152,10 +153,11 @@ def from_param_groups(
     return from_torch(cls, groups=stored_groups(cls, param_groups, names))
 
 
-def clip_by_global_norm(gradient: Params, max_norm: float) -> tuple[float, float]:
+def clip_by_global_norm(gradient: Gradients, max_norm: float) -> tuple[float, float]:
     """Return (coefficient, norm) of clipping by the global norm, in float64: `min(1, max_norm / (norm + 1e-6))`.
 
-    torch.nn.utils.clip_grad_norm_ multiplies the gradient by that coefficient.
+    torch.nn.utils.clip_grad_norm_ multiplies the gradient by that coefficient. The norm is that of the leaves which
+    have a gradient.
 
     Raises:
         InputError: If max_norm is not above 0.
@@ -166,7 +168,7 @@ def clip_by_global_norm(gradient: Params, max_norm: float) -> tuple[float, float
     """
     if not max_norm > 0:
         raise InputError(f"max_grad_norm is {max_norm}; it must be above 0, or None to leave the gradient unclipped.")
-    norm = float(tree.norm(gradient))
+    norm = float(tree.norm(reached(gradient)))
     return min(1.0, max_norm / (norm + 1e-6)), norm
 
 
