@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, left_alone, unequal_groups
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, unequal_groups
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.family import Family
 from funcprobe.analysis.identity import identity_of
@@ -103,7 +103,6 @@ def sweep(
     said, clock = Messages(), Clock()
     with said.recording(), clock("gradient on U"):
         gradient, info = step.gradient(params, update, progress=progress)
-    said.notes += left_alone(gradient)
     kept.begin(gradient)
     passes = Passes.over(policy, evaluation, wanted, microbatch, progress, clock)
     asked = Inquiry(passes, wanted, options, said, is_independent(evaluation, update))

@@ -25,8 +25,10 @@ def dense(x: Tensor, dtype: torch.dtype | None = None, device: torch.device | No
     reductions over entries (Adafactor, Muon) in the order of memory. One layout for all makes a step a function of
     values alone.
     """
-    moved = x.detach().to(device=device or x.device, dtype=dtype or x.dtype)
-    return moved.clone(memory_format=torch.contiguous_format)
+    source = x.detach()
+    moved = source.to(device=device or x.device, dtype=dtype or x.dtype)
+    fresh = moved is not source and moved.is_contiguous()  # a copy already
+    return moved if fresh else moved.clone(memory_format=torch.contiguous_format)
 
 
 def laid_out_as(x: Tensor, leaf: Tensor) -> Tensor:
@@ -96,13 +98,16 @@ def _sgd_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Te
     return Terms(torch.full_like(theta, -eta * c_d * sign), momentum, theta * (-eta * c_d * hyper["weight_decay"]))
 
 
+def step_dtype(hyper: Hyper) -> torch.dtype:
+    """Return the dtype in which torch counts steps."""
+    wide = torch.get_default_dtype() == torch.float64 and not hyper.get("fused")
+    return torch.float64 if wide else torch.float32
+
+
 def _adam_init(leaf: Tensor, hyper: Hyper) -> State:
     """Return zero moments and a zero step count, typed and placed as torch does."""
-    wide = torch.get_default_dtype() == torch.float64 and not hyper["fused"]
     on_device = hyper["fused"] or hyper["capturable"]
-    step = torch.zeros(
-        (), dtype=torch.float64 if wide else torch.float32, device=leaf.device if on_device else torch.device("cpu")
-    )
+    step = torch.zeros((), dtype=step_dtype(hyper), device=leaf.device if on_device else torch.device("cpu"))
     moments = (key for key in _adam_keys(hyper) if key != "step")
     return {"step": step} | {k: torch.zeros_like(leaf, memory_format=torch.contiguous_format) for k in moments}
 

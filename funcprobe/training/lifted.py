@@ -139,6 +139,9 @@ class LiftedOptimizer:
         for name, copy in copies.items():
             if state := check_state(name, params[name], opt_state):
                 instance.state[copy] = {key: _loaded(value, wide) for key, value in state.items()}
+        if any("step" in state and not isinstance(state["step"], Tensor) for state in instance.state.values()):
+            # as load_state_dict does: torch's classes make a tensor of a step count that old versions kept as an int
+            instance.__setstate__({"state": instance.state, "param_groups": instance.param_groups})
         return instance, copies
 
 

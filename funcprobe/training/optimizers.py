@@ -7,6 +7,7 @@ float64 arithmetic, kept in float32 (float64 for float64 leaves), so that it car
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.training.groups import Group, build_groups, stored_groups
+from funcprobe.training.groups import Group, build_groups, keys_of_its_own, stored_groups
 from funcprobe.training.lifted import LiftedOptimizer, refuse
 from funcprobe.training.pure import KERNELS, Affine, PureOptimizer
 from funcprobe.training.state import state_from_torch, state_to_torch
@@ -135,7 +136,8 @@ def from_param_groups(
 
     Hyperparameters are read from every group and never from defaults; a learning rate that is a tensor becomes a
     float. Only implementation flags that older torch versions did not store (`foreach`, `fused`, `maximize`, ...) are
-    completed, as torch itself completes them on loading.
+    completed, as torch itself completes them on loading. Keys that a class of torch.optim does not read are left out,
+    with a warning; a class from elsewhere keeps them.
 
     Args:
         cls: The class, or the name of one in torch.optim ("AdamW").
@@ -150,7 +152,8 @@ def from_param_groups(
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise InputError(f"torch.optim has no optimizer named '{cls}'; name one of its classes, such as 'AdamW'.")
         cls = found
-    return from_torch(cls, groups=stored_groups(cls, param_groups, names))
+    made = from_torch(cls, groups=stored_groups(cls, param_groups, names))
+    return dataclasses.replace(made, groups=keys_of_its_own(cls, made.groups, param_groups))
 
 
 def clip_by_global_norm(gradient: Gradients, max_norm: float) -> tuple[float, float]:

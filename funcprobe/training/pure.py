@@ -207,10 +207,11 @@ class PureOptimizer:
         leaf, state = params[name].detach(), check_state(name, params[name], opt_state, self._kernel.keys(hyper))
         if not state:
             return self._kernel.init(leaf, hyper)
-        placed = {
-            key: value.detach().to(device=leaf.device, dtype=leaf.dtype) if key != "step" else value.detach()
-            for key, value in state.items()
-        }
+        placed = {k: v.detach().to(leaf.device, leaf.dtype) for k, v in state.items() if k != "step"}
+        if "step" in state:
+            step = state["step"].detach()
+            placed["step"] = step if step.is_floating_point() else step.to(kernels.step_dtype(hyper))
+        placed = {key: placed[key] for key in state}
         return {key: dense(value) for key, value in placed.items()} if copy else placed
 
 

@@ -144,9 +144,10 @@ class Step:
         None, their number: `leaves_without_gradient`.
 
         Raises:
-            InputError: If names, shapes or the learning rate do not fit.
+            InputError: If names, shapes or the learning rate do not fit, or no leaf has a gradient.
             NumericsError: If the gradient, the step or a stepped parameter is not finite; the message names the leaf.
         """
+        check_reached(gradient)
         _check_finite(reached(gradient), "gradient")
         detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
         return self._apply(params, opt_state, detached, lr, info or {})
