@@ -148,17 +148,22 @@ def sampler_mismatch(scores: TokenScores, rollouts: Rollouts) -> SamplerMismatch
 def pareto_khat(log_weights: Tensor) -> float | None:
     """Return the Pareto k̂ of the upper tail of `exp(log_weights)`, by arviz-stats.
 
-    Below .7 the sample carries the estimate (Vehtari et al., arXiv 1507.02646). None where fewer than 25 rows or no
-    spread leave nothing to fit.
+    Below .7 the sample carries the estimate (Vehtari et al., arXiv 1507.02646). None where fewer than 25 rows, no
+    spread, a log-weight that is not finite, or a tail that the library cannot fit (all of it one value, as when a
+    policy repeats itself) leave nothing to say: a diagnostic is never what ends a measurement.
     """
     values = log_weights.detach().cpu().double().numpy()
-    if values.size < FEWEST_FOR_KHAT or np.ptp(values) == 0.0:
+    if values.size < FEWEST_FOR_KHAT or not np.isfinite(values).all() or values.max() == values.min():
         return None
     from arviz_stats.base import array_stats
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    silent = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
+    with warnings.catch_warnings(), silent[0], silent[1], np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the number itself says what the warning would
-        _, khat = array_stats.psislw(-values)  # psislw wants the negated log-weights
+        try:
+            _, khat = array_stats.psislw(-values)  # psislw wants the negated log-weights
+        except Exception:
+            return None
     return float(khat) if np.isfinite(khat) else None
 
 
