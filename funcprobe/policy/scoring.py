@@ -28,8 +28,8 @@ LOGITS_BUDGET = 2**25
 #: tokens in such a chunk: 8 MiB stay near the cache, and 128 rows keep the product with the head efficient.
 CHUNK_ENTRIES, CHUNK_TOKENS = 2**21, 128
 
-#: Nats by which an entry is taken to lie below the largest where a model bans it, whether by −inf or by the least number
-#: of its dtype: its probability is 0 in every dtype, and the third power of this is still a float32.
+#: Nats by which an entry is taken to lie below the largest where a model bans it, by −inf or by the least number of a
+#: dtype: its probability is 0 in every dtype, and the third power of this is still a float32.
 IMPOSSIBLE = -1e9
 
 
@@ -48,8 +48,9 @@ def score(
     `entropy = −Σ_v p_v log p_v` with `p = softmax(z/τ)`. `stats` maps names to functions
     `(log_probs [n, V], token [n]) -> [n]`, whose values come back in `extra`; an entry of probability 0 stands in
     `log_probs` near `IMPOSSIBLE` and not as −inf, so that products with its probability, and their derivatives, are 0.
-    A token drawn of probability 0 has logp −inf. Differentiable in `params` under `torch.func` transforms and their compositions; with `rematerialise`, under one reverse pass and vmap of values.
-    `constant_entropy` leaves the entropy out of the graph, which saves time where its cotangent is known to be zero.
+    A token drawn of probability 0 has logp −inf. Differentiable in `params` under `torch.func` transforms and their
+    compositions; with `rematerialise`, under one reverse pass and vmap of values. `constant_entropy` leaves the entropy
+    out of the graph, which saves time where its cotangent is known to be zero.
 
     Raises:
         InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary.

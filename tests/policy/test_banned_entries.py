@@ -152,7 +152,9 @@ def test_a_statistic_of_the_users_own_may_multiply_by_log_probabilities() -> Non
     def expected(p: Params) -> Tensor:
         rows = []
         for row, t in rollouts.completion_mask.nonzero().tolist():
-            hidden = torch.tanh(p["inner.embed.weight"][int(rollouts.ids[row, int(rollouts.prompt_lengths[row]) + t - 1])])
+            hidden = torch.tanh(
+                p["inner.embed.weight"][int(rollouts.ids[row, int(rollouts.prompt_lengths[row]) + t - 1])]
+            )
             logits = (hidden @ p["inner.head.weight"].T + p["inner.head.bias"])[ALLOWED]
             q = (logits / rollouts.temperature[row]).log_softmax(-1)
             rows.append((q.exp() * q**2).sum())
@@ -169,7 +171,9 @@ def test_a_statistic_of_the_users_own_may_multiply_by_log_probabilities() -> Non
 @pytest.mark.parametrize("how", ["added", "filled", "float64", "float32"])
 def test_a_token_drawn_of_probability_0_is_an_error_that_names_its_sequence(how: str) -> None:
     policy, params = fp.from_module(Banning(how))
-    rollouts = fp.rollouts_from_lists([[1]] * 3, [[1, 2], [4, BANNED[1]], [5]], temperature=1.0, rewards=[1.0, 0.0, 0.5])
+    rollouts = fp.rollouts_from_lists(
+        [[1]] * 3, [[1, 2], [4, BANNED[1]], [5]], temperature=1.0, rewards=[1.0, 0.0, 0.5]
+    )
     with pytest.raises(NumericsError, match="not finite for sequence 1 "):
         fp.make_step(policy, fp.grpo(), fp.sgd(0.1)).gradient(params, rollouts)
     with pytest.raises(NumericsError, match="not finite for sequence 1 "):
