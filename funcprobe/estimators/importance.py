@@ -24,6 +24,9 @@ Weighting = Literal["per_decision", "sequence"]
 #: Rollouts below which a Pareto tail cannot be fitted.
 FEWEST_FOR_KHAT = 25
 
+#: Nats at which a token's ratio is cut off where it is only reported: a mean of any number of e^600 is finite.
+LARGEST_REPORTED = 600.0
+
 
 def log_ratios(scores: TokenScores, anchor: TokenScores, rollouts: Rollouts, proposal: Proposal = "anchor") -> Tensor:
     """Return `d[b, t] = logp(θ′) − log q`, with q the anchor policy or the engine that sampled, 0 where masked.
@@ -133,7 +136,9 @@ class SamplerMismatch(NamedTuple):
     """How far the log-probabilities that a sampling engine reported are from the recomputed ones."""
 
     gap: float  #: mean |recomputed − reported|, nats per token
-    ratio: float  #: mean exp(recomputed − reported): 1 where they agree, about .9 under a nucleus of .9
+    ratio: (
+        float  #: mean exp(recomputed − reported), of at most e^600: 1 where they agree, about .9 under a nucleus of .9
+    )
 
 
 def sampler_mismatch(scores: TokenScores, rollouts: Rollouts) -> SamplerMismatch | None:
@@ -142,7 +147,7 @@ def sampler_mismatch(scores: TokenScores, rollouts: Rollouts) -> SamplerMismatch
         return None
     mask = rollouts.completion_mask.to(scores.logp.device)
     off = (scores.logp - rollouts.sampling_logps.to(scores.logp.device))[mask]
-    return SamplerMismatch(float(off.abs().mean()), float(off.exp().mean()))
+    return SamplerMismatch(float(off.abs().mean()), float(off.clamp(max=LARGEST_REPORTED).exp().mean()))
 
 
 def pareto_khat(log_weights: Tensor) -> float | None:
