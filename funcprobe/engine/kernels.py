@@ -41,7 +41,7 @@ def differentiable_attention(policy: Policy) -> Iterator[None]:
 
     The kernel makes the attention matrices, of the square of the length; here it does so a block of queries at a time.
     """
-    with policy.plain_kernels(), math_attention(), _QueryBlocks(), EveryRow(), _Unchanged():
+    with policy.plain_kernels(), math_attention(), _QueryBlocks(), EveryRow():
         yield
 
 
@@ -61,24 +61,6 @@ class EveryRow(TorchFunctionMode):
             args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
             kwargs = {name: value for name, value in kwargs.items() if name != "padding_idx"}
         return func(*args, **kwargs)
-
-
-class _Unchanged(TorchFunctionMode):
-    """A context in which setting a tensor to itself, or a flag to the value that it has, does nothing.
-
-    peft registers a parametrization for the time of a pass (LoRA on the experts of a mixture), which begins with both;
-    function transforms refuse either on a tensor that they have captured.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call `func`, unless it changes nothing."""
-        if func is Tensor.set_ and len(args) == 2 and args[0] is args[1]:
-            return args[0]
-        if func is Tensor.requires_grad_ and args[0].requires_grad == (args[1] if len(args) > 1 else True):
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class Undetached(TorchFunctionMode):
