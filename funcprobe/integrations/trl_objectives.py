@@ -76,7 +76,7 @@ def objective_from_config(args: Any, inputs: Inputs | Sequence[Inputs] | None = 
         InputError: If a field is missing, if the loss is not expressible, or if it needs inputs and there are none.
     """
     if not hasattr(args, "loss_type") and hasattr(args, "normalize_advantages"):
-        return rloo(epsilon=_field(args, "epsilon"), epsilon_high=_field(args, "epsilon_high"))
+        return rloo(**_epsilons(args))
     _check_expressible(args)
     base = _policy_gradient(args)
     batches = None if inputs is None else micro_batches(inputs)
@@ -94,7 +94,6 @@ def objective_from_config(args: Any, inputs: Inputs | Sequence[Inputs] | None = 
 def _policy_gradient(args: Any) -> PolicyGradient:
     """Return the loss of one batch with the normaliser that it has by itself."""
     loss_type, level = args.loss_type, _field(args, "importance_sampling_level")
-    epsilon, high = _field(args, "epsilon"), _field(args, "epsilon_high")
     capped = loss_type == "cispo"
     scale = _field(args, "scale_rewards")
     return PolicyGradient(
@@ -103,14 +102,19 @@ def _policy_gradient(args: Any) -> PolicyGradient:
         AGGREGATION[loss_type],
         ratio="sequence_mean" if level == "sequence" else "token",
         scale_rewards={True: "group", False: "none"}.get(scale, scale),
-        epsilon=epsilon,
-        epsilon_high=epsilon if high is None else high,
+        **_epsilons(args),
         delta=None if capped else _field(args, "delta"),
         beta=_field(args, "beta"),
         use_bias_correction_kl=_field(args, "use_bias_correction_kl"),
         max_completion_length=_field(args, "max_completion_length") if loss_type == "dr_grpo" else None,
         modifiers=_modifiers(args),
     )
+
+
+def _epsilons(args: Any) -> dict[str, float]:
+    """Return both ends of the clip range: an upper one of None is the lower one, in every loss of TRL."""
+    epsilon, high = _field(args, "epsilon"), _field(args, "epsilon_high")
+    return {"epsilon": epsilon, "epsilon_high": epsilon if high is None else high}
 
 
 def _name(loss_type: str, level: str) -> str:

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import copy
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import funcprobe as fp
-from tests.integrations.cases import arguments, distance, our_step, qwen2, third_party, train
+from funcprobe import ProbeResult
+from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
+from tests.integrations.cases import (
+    arguments,
+    distance,
+    leaves,
+    our_step,
+    prompts,
+    qwen2,
+    third_party,
+    train,
+    trainables,
+    unpatched,
+)
 
-# Parameters of size .3 are stored to 3e-8 and move by about 1e-3: differences of stored ones are off by 3e-5 of an entry
-# at worst and by 1e-5 on average over entries, of which rounding of the arithmetic that both share makes a third.
+# Parameters of size .3 are stored to 1.5e-8 and move by about 1e-3: the difference of two stored ones is good to 2e-5
+# at worst and, in the norm over entries of all sizes, to a fifth of that; 2e-6 to 5e-6 was seen.
 SAME_STEP = 1e-5
 # Sums of some thousand float32 products, in another order.
 SAME_NUMBER = 1e-5
@@ -78,3 +95,114 @@ def assert_same_step(run: Any) -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_our_step_is_the_trainers(folder: Path, setting: str) -> None:
     assert_same_step(grpo(folder, **SETTINGS[setting]))
+
+
+def test_the_settings_are_what_they_say(folder: Path) -> None:
+    off_policy = grpo(folder, at=(2,), num_iterations=3).steps[2]
+    assert off_policy.ours.info["clip_fraction"] > 0.05
+    (inputs,) = grpo(folder, None, at=(2,), mask_truncated_completions=True).steps[2].inputs
+    assert 0 < int((inputs["completion_mask"].sum(1) == 0).sum()) < len(inputs["completion_mask"])
+    halves = grpo(folder, None, at=(2,), gradient_accumulation_steps=2).steps[2].inputs
+    assert len({int(half["completion_mask"].sum()) for half in halves}) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0])
+def test_our_step_is_the_trainers_under_lora(folder: Path, dropout: float) -> None:
+    with third_party():
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=dropout)
+    run = grpo(folder, lora=lora, beta=0.1)
+    assert any("lora_A" in name for name in run.steps[1].before)
+    assert_same_step(run)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_iterations": 3}, {"gradient_accumulation_steps": 2, "normalize_advantages": True}],
+    ids=["defaults", "off-policy", "accumulated"],
+)
+def test_our_step_is_that_of_rloo(folder: Path, options: dict[str, Any]) -> None:
+    with third_party():
+        from trl import RLOOConfig, RLOOTrainer
+
+        config = RLOOConfig(**arguments(folder / "run", **options))
+        run = train(RLOOTrainer, config, qwen2(folder / "base"), our_step, (1, 2))
+    assert "old_logps" in run.steps[1].inputs[0]
+    assert_same_step(run)
+
+
+def looked_at(trainer: Any, model: nn.Module, optimizer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
+    """Probe the live pair: sample E, take the step, measure."""
+    with unpatched(model):
+        pair = fp.from_training(model, optimizer)
+    return probed(pair, trainer, inputs)
+
+
+def probed(pair: fp.Checkpoint, trainer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
+    options = {"temperature": trainer.args.temperature, "max_new_tokens": 8, "eos_id": 1, "group_size": 4}
+    given = [trainer.processing_class(text)["input_ids"] for text in prompts()[:6]]
+    g = torch.Generator().manual_seed(0)
+    evaluation = fp.sample(pair.policy, pair.params, given, generator=g, **options)
+    objective = objective_from_config(trainer.args, inputs)
+    step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=trainer.args.max_grad_norm)
+    batch = rollouts_from_trl(inputs, temperature=trainer.args.temperature)
+    return fp.probe(pair.policy, step, pair.params, pair.opt_state, evaluation, batch)
+
+
+def test_a_probe_of_the_live_model_is_that_of_a_plain_copy(folder: Path) -> None:
+    def look(trainer: Any, model: nn.Module, optimizer: Any, inputs: list[dict[str, Any]]) -> Any:
+        assert "forward" in vars(model), "TRL sets its fused head on the instance"
+        assert model.is_gradient_checkpointing
+        live = fp.from_training(model, optimizer)
+        plain = copy.deepcopy(model)
+        del plain.forward
+        policy, params = fp.from_module(plain.eval())
+        alone = live._replace(policy=policy, params=params)
+        return probed(live, trainer, inputs), probed(alone, trainer, inputs)
+
+    live, alone = grpo(folder, look, at=(2,), gradient_accumulation_steps=2).steps[2].ours
+    assert abs(live.change) > 1e-4
+    assert live.change == alone.change
+    assert live.first_order == alone.first_order
+    assert abs(live.first_order / live.change - 1) < 0.5
+
+
+def left_behind(run: Any) -> dict[str, Any]:
+    """Return everything that a look at a run could have changed."""
+    state = run.trainer.optimizer.state
+    timed = ("time", "runtime", "per_second")
+    return {
+        "parameters": leaves(run.trainer.model),
+        "moments": {n: dict(state[p]) for n, p in trainables(run.trainer.model)},
+        "generators": (torch.random.get_rng_state(), np.random.get_state(), random.getstate()),  # noqa: NPY002
+        "log": [{k: v for k, v in e.items() if not any(t in k for t in timed)} for e in run.trainer.state.log_history],
+        "modes": [(name, part.training) for name, part in run.trainer.model.named_modules()],
+    }
+
+
+def assert_same(a: Any, b: Any) -> None:
+    if isinstance(a, torch.Tensor | np.ndarray):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "LoRA with dropout"])
+def test_a_probe_leaves_the_run_as_it_was(folder: Path, adapter: bool) -> None:
+    with third_party():
+        from peft import LoraConfig
+
+    def run(look: Any) -> Any:
+        lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
+        return left_behind(grpo(folder, look, at=(0, 1, 2), num_iterations=2, lora=lora if adapter else None))
+
+    assert_same(run(looked_at), run(None))
