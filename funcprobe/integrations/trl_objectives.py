@@ -76,18 +76,20 @@ def objective_from_config(args: Any, inputs: Inputs | Sequence[Inputs] | None = 
         InputError: If a field is missing, if the loss is not expressible, or if it needs inputs and there are none.
     """
     if not hasattr(args, "loss_type") and hasattr(args, "normalize_advantages"):
-        return rloo(**_epsilons(args))
+        low, high = _epsilons(args)
+        return rloo(epsilon=low, epsilon_high=high)
     _check_expressible(args)
     base = _policy_gradient(args)
     batches = None if inputs is None else micro_batches(inputs)
-    divisors = _natural(args) if batches is None else _divisors(args, batches)
-    _check_bonus(args, batches, divisors)
-    if batches is None or len(batches) == 1:
-        return base if divisors is None else replace(base, normaliser=divisors[0])
-    if divisors is not None and len(set(divisors)) == 1 and base.separable:
-        return replace(base, normaliser=divisors[0])
-    if divisors is None and base.separable:
+    if batches is None:
+        _check_by_itself(args)
         return base
+    divisors = _divisors(args, batches)
+    if base.modifiers:
+        _check_bonus(args, divisors == _means(batches))
+    one_loss = len(batches) == 1 or (base.separable and len(set(divisors or [0])) == 1)
+    if one_loss:
+        return base if divisors is None else replace(base, normaliser=divisors[0])
     return Accumulated(base, tuple(len(batch["prompt_ids"]) for batch in batches), divisors)
 
 
@@ -95,14 +97,15 @@ def _policy_gradient(args: Any) -> PolicyGradient:
     """Return the loss of one batch with the normaliser that it has by itself."""
     loss_type, level = args.loss_type, _field(args, "importance_sampling_level")
     capped = loss_type == "cispo"
-    scale = _field(args, "scale_rewards")
+    scale, (low, high) = _field(args, "scale_rewards"), _epsilons(args)
     return PolicyGradient(
         _name(loss_type, level),
         "capped" if capped else "clip",
         AGGREGATION[loss_type],
         ratio="sequence_mean" if level == "sequence" else "token",
         scale_rewards={True: "group", False: "none"}.get(scale, scale),
-        **_epsilons(args),
+        epsilon=low,
+        epsilon_high=high,
         delta=None if capped else _field(args, "delta"),
         beta=_field(args, "beta"),
         use_bias_correction_kl=_field(args, "use_bias_correction_kl"),
@@ -111,10 +114,10 @@ def _policy_gradient(args: Any) -> PolicyGradient:
     )
 
 
-def _epsilons(args: Any) -> dict[str, float]:
+def _epsilons(args: Any) -> tuple[float, float]:
     """Return both ends of the clip range: an upper one of None is the lower one, in every loss of TRL."""
     epsilon, high = _field(args, "epsilon"), _field(args, "epsilon_high")
-    return {"epsilon": epsilon, "epsilon_high": epsilon if high is None else high}
+    return epsilon, epsilon if high is None else high
 
 
 def _name(loss_type: str, level: str) -> str:
@@ -140,7 +143,7 @@ def _divisors(args: Any, batches: Sequence[Inputs]) -> tuple[float, ...] | None:
     """
     accumulated, wanted = _accumulated(args, batches), _field(args, "gradient_accumulation_steps")
     if args.loss_type == "bnpo":
-        return tuple(_tokens(batch) * len(batches) for batch in batches)
+        return _means(batches)
     if args.loss_type not in BY_ITEMS:
         return None
     share = accumulated / (_field(args, "steps_per_generation") or wanted)
@@ -164,11 +167,16 @@ def _accumulated(args: Any, batches: Sequence[Inputs]) -> float:
     return len(batches) / processes
 
 
-def _natural(args: Any) -> None:
-    """Return None: a batch without micro-batches is averaged by itself, where that is what the run does.
+def _means(batches: Sequence[Inputs]) -> tuple[float, ...]:
+    """Return the divisors of a mean over every micro-batch's own tokens, averaged over micro-batches."""
+    return tuple(_tokens(batch) * len(batches) for batch in batches)
+
+
+def _check_by_itself(args: Any) -> None:
+    """Check that the run averages over the batch of a step and nothing else.
 
     Raises:
-        InputError: If the run averages over anything but the batch of a step.
+        InputError: If it does not.
     """
     steps = _field(args, "gradient_accumulation_steps")
     generation = _field(args, "steps_per_generation") or steps
@@ -178,6 +186,7 @@ def _natural(args: Any) -> None:
             f"'{args.loss_type}' at gradient_accumulation_steps={steps} and steps_per_generation={generation} averages "
             "over other tokens than those of the batch of one step; give the micro-batches of the step as `inputs`."
         )
+    _check_bonus(args, args.loss_type in ("bnpo", *BY_ITEMS) and steps == 1)
 
 
 def _tokens(batch: Inputs) -> float:
@@ -210,19 +219,13 @@ def _check_expressible(args: Any) -> None:
         raise InputError(f"use_adaptive_entropy, whose coefficient the trainer keeps, is not expressible. {INSTEAD}")
 
 
-def _check_bonus(args: Any, batches: Sequence[Inputs] | None, divisors: tuple[float, ...] | None) -> None:
-    """Check that the entropy bonus is averaged as the policy loss is: TRL takes its mean over every micro-batch.
+def _check_bonus(args: Any, alike: bool) -> None:
+    """Check that an entropy bonus is averaged as the policy loss is: TRL takes its mean over every micro-batch.
 
     Raises:
-        InputError: If it is not.
+        InputError: If there is one, and it is not.
     """
-    if _field(args, "entropy_coef") == 0:
-        return
-    if batches is None:
-        alike = args.loss_type in ("bnpo", *BY_ITEMS) and _field(args, "gradient_accumulation_steps") == 1
-    else:
-        alike = divisors == tuple(_tokens(batch) * len(batches) for batch in batches)
-    if not alike or _field(args, "top_entropy_quantile") < 1:
+    if _field(args, "entropy_coef") != 0 and (not alike or _field(args, "top_entropy_quantile") < 1):
         raise InputError(
             "entropy_coef is expressible where the bonus and the policy loss are averaged over the same tokens (bnpo; "
             "dapo and cispo with one micro-batch a step and a generation; top_entropy_quantile 1), and here they are "

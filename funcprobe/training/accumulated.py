@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,7 @@ class Accumulated:
         if self.separable:
             return self.base(scores, rollouts)
         self._check_rows(rollouts)
-        found = [
-            self.base(_scores(scores, part), Rollouts(*(None if x is None else x[part] for x in rollouts)))
-            for part in self._slices()
-        ]
+        found = [self.base(_scores(scores, part), _rows(rollouts, part)) for part in self._slices()]
         tokens = [rollouts.completion_mask[part].sum() for part in self._slices()]
         return torch.stack([loss for loss, _ in found]).sum(), _averaged([info for _, info in found], tokens)
 
@@ -93,6 +91,11 @@ class Accumulated:
                 f"The batch has {len(rollouts.ids)} rows and the micro-batches {sum(self.rows)} in all; give the "
                 "rollouts of the same micro-batches, in the same order."
             )
+
+
+def _rows(rollouts: Rollouts, part: slice) -> Rollouts:
+    fields: dict[str, Any] = {name: None if x is None else x[part] for name, x in rollouts._asdict().items()}
+    return Rollouts(**fields)
 
 
 def _scores(scores: TokenScores, part: slice) -> TokenScores:
