@@ -203,21 +203,10 @@ def arguments(folder: Path, **options: Any) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def unpatched(model):
-    held = [(m, m.__dict__.pop("forward")) for m in model.modules() if "forward" in m.__dict__]
-    try:
-        yield
-    finally:
-        for m, f in held:
-            m.__dict__["forward"] = f
-
-
 def our_step(trainer: Any, model: nn.Module, optimizer: Any, inputs: list[dict[str, Any]]) -> fp.StepResult:
     """Return our step of the live pair, all of it made from what TRL has: its batches and its configuration."""
     batch = rollouts_from_trl(inputs, temperature=trainer.args.temperature)
-    with unpatched(model):
-        pair = fp.from_training(model, optimizer)
+    pair = fp.from_training(model, optimizer)
     objective = objective_from_config(trainer.args, inputs)
     step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=trainer.args.max_grad_norm)
     made = step(pair.params, pair.opt_state, batch)

@@ -25,7 +25,6 @@ from tests.integrations.cases import (
     third_party,
     train,
     trainables,
-    unpatched,
 )
 
 # Parameters of size .3 are stored to 1.5e-8 and move by about 1e-3: the difference of two stored ones is good to 2e-5
@@ -134,9 +133,7 @@ def test_our_step_is_that_of_rloo(folder: Path, options: dict[str, Any]) -> None
 
 def looked_at(trainer: Any, model: nn.Module, optimizer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
     """Probe the live pair: sample E, take the step, measure."""
-    with unpatched(model):
-        pair = fp.from_training(model, optimizer)
-    return probed(pair, trainer, inputs)
+    return probed(fp.from_training(model, optimizer), trainer, inputs)
 
 
 def probed(pair: fp.Checkpoint, trainer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
