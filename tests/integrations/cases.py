@@ -152,7 +152,7 @@ def train(
     with third_party():
         from datasets import Dataset
 
-        data = Dataset.from_dict({"prompt": options.pop("texts", prompts())})
+        data = Dataset.from_dict({"prompt": options.pop("texts", None) or prompts()})
         trainer = Watched(
             model=model,
             reward_funcs=reward,

@@ -15,7 +15,9 @@ from torch import nn
 import funcprobe as fp
 from funcprobe import ProbeResult
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
+from funcprobe.policy.training_only import training_cautions, training_terms
 from tests.integrations.cases import (
+    VOCABULARY,
     arguments,
     distance,
     leaves,
@@ -73,12 +75,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def grpo(folder: Path, look: Any = our_step, at: tuple[int, ...] = (1, 2), lora: Any = None, **options: Any) -> Any:
+def grpo(
+    folder: Path,
+    look: Any = our_step,
+    at: tuple[int, ...] = (1, 2),
+    *,
+    model: Any = None,
+    lora: Any = None,
+    texts: Any = None,
+    **options: Any,
+) -> Any:
     with third_party():
         from trl import GRPOConfig, GRPOTrainer
 
         config = GRPOConfig(**arguments(folder / "run", **options))
-        return train(GRPOTrainer, config, qwen2(folder / "base"), look, at, peft_config=lora)
+        model = qwen2(folder / "base") if model is None else model
+        return train(GRPOTrainer, config, model, look, at, texts=texts, peft_config=lora)
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +151,14 @@ def test_our_step_is_that_of_rloo(folder: Path, options: dict[str, Any]) -> None
 
 
 def looked_at(trainer: Any, model: nn.Module, optimizer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
-    """Probe the live pair: sample E, take the step, measure."""
+    """Probe the live pair: sample E, take the step, measure; and ask what the run adds to it."""
+    training_terms(model)
     return probed(fp.from_training(model, optimizer), trainer, inputs)
 
 
 def probed(pair: fp.Checkpoint, trainer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
     options = {"temperature": trainer.args.temperature, "max_new_tokens": 8, "eos_id": 1, "group_size": 4}
-    given = [trainer.processing_class(text)["input_ids"] for text in prompts()[:6]]
+    given = [trainer.processing_class(text)["input_ids"] for text in prompts()[:3]]
     g = torch.Generator().manual_seed(0)
     evaluation = fp.sample(pair.policy, pair.params, given, generator=g, **options)
     objective = objective_from_config(trainer.args, inputs)
@@ -207,6 +220,68 @@ def test_a_probe_leaves_the_run_as_it_was(folder: Path, adapter: bool) -> None:
 
     def run(look: Any) -> Any:
         lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", lora_dropout=0.1)
-        return left_behind(grpo(folder, look, at=(0, 1, 2), num_iterations=2, lora=lora if adapter else None))
+        return left_behind(grpo(folder, look, at=(0, 2), num_iterations=2, lora=lora if adapter else None))
 
     assert_same(run(looked_at), run(None))
+
+
+def mixture() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+        router_aux_loss_coef=0.1,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+def test_a_mixture_is_trained_on_its_routers_loss_as_well(folder: Path) -> None:
+    def look(*given: Any) -> Any:
+        return our_step(*given), training_terms(given[1], router_aux_loss_coef=given[0].args.router_aux_loss_coef)
+
+    gaps, told = {}, {}
+    for coefficient in (None, 0.0):
+        seen = grpo(folder, look, at=(1,), model=mixture(), router_aux_loss_coef=coefficient).steps[1]
+        ours, told[coefficient] = seen.ours
+        gaps[coefficient] = distance(fp.tree.scale(ours.info["clip_coefficient"], ours.gradient), seen.gradient)
+    assert gaps[0.0] < SAME_STEP
+    assert gaps[None] > 100 * SAME_STEP
+    assert told[0.0] == ()
+    assert [(term.kind, term.value) for term in told[None]] == [("router loss", 0.1)]
+
+
+def test_positions_that_count_the_padding_are_told(folder: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def gpt2() -> nn.Module:
+        torch.manual_seed(0)
+        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        size = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+        special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+        return GPT2LMHeadModel(GPT2Config(**size, **special, **still, initializer_range=0.3))
+
+    def look(*given: Any) -> Any:
+        batch = rollouts_from_trl(given[3], temperature=1.0)
+        return our_step(*given), training_cautions(training_terms(given[1]), batch)
+
+    for texts, differ in ((prompts(), True), (prompts((3,)), False)):
+        seen = grpo(folder, look, at=(1,), model=gpt2(), texts=texts).steps[1]
+        ours, told = seen.ours
+        gap = distance(fp.tree.scale(ours.info["clip_coefficient"], ours.gradient), seen.gradient)
+        assert gap > 0.01 if differ else gap < SAME_STEP
+        assert len(told) == differ
+        assert all("transformer.wpe counts the padding" in sentence for sentence in told)
