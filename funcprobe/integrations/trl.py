@@ -14,7 +14,7 @@ micro-batches of a step, and `on_pre_optimizer_step` the model and the optimizer
     U = rollouts_from_trl(trainer.seen, temperature=args.temperature)
     pair = fp.from_training(model, optimizer)
     objective = objective_from_config(args, trainer.seen)
-    step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=args.max_grad_norm)
+    step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=args.max_grad_norm or None)
     fp.probe(pair.policy, step, pair.params, pair.opt_state, E, U)
 
 Nothing here imports trl: inputs are mappings of tensors, and a configuration is any object with its fields.
