@@ -129,6 +129,14 @@ def _by_query_blocks(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # the kernel is made of products, which autocast would cast one by one; a backward pass then meets both dtypes
+        low = torch.get_autocast_dtype(kind)
+        query, key, value = (x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value))
+        attn_mask = attn_mask.to(low) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+        with torch.autocast(kind, enabled=False):
+            return _by_query_blocks(query, key, value, attn_mask, dropout_p, is_causal, **options)
     attend = partial(_attend, dropout_p=dropout_p, **options)
     queries, keys = query.shape[-2], key.shape[-2]
     block = max(SMALLEST_BLOCK, ATTENTION_BUDGET // (math.prod(query.shape[:-2]) * keys))

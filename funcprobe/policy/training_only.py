@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from funcprobe.errors import listed
+from funcprobe.policy.binding import Skeleton
 from funcprobe.policy.copying import structural_copy, without_training_hooks
 from funcprobe.policy.running import arguments_of, logits_of
 from funcprobe.types import Rollouts
@@ -46,14 +47,19 @@ class TrainingTerm(NamedTuple):
     sentence: str  #: what a reader should know
 
 
-def training_terms(module: nn.Module, *, router_aux_loss_coef: float | None = None) -> tuple[TrainingTerm, ...]:
+def training_terms(
+    module: nn.Module, *, router_aux_loss_coef: float | None = None, skeleton: Skeleton | None = None
+) -> tuple[TrainingTerm, ...]:
     """Return what training `module` adds that a step on its copy does not have; nothing where the two agree.
 
     The module is read and a copy of its structure is run once on five tokens, with and without padding; the module, its
     mode and the generators stay as they are. `router_aux_loss_coef` is the run's own, where its configuration has one:
-    0 takes the router loss away.
+    0 takes the router loss away. `skeleton` is such a copy, where there is one already.
     """
-    return (*_random(module), *_router_losses(module, router_aux_loss_coef), *_left_padding(module))
+    if skeleton is None:
+        copied = without_training_hooks(structural_copy(module, instance_forwards=False))
+        skeleton = Skeleton(copied, {}, next(module.parameters()).device)
+    return (*_random(module), *_router_losses(module, router_aux_loss_coef), *_left_padding(skeleton))
 
 
 def training_cautions(terms: tuple[TrainingTerm, ...], rollouts: Rollouts | None = None) -> tuple[str, ...]:
@@ -121,15 +127,22 @@ def _text_config(part: nn.Module) -> Any:
     return config if get is None else get()
 
 
-def _left_padding(module: nn.Module) -> Iterator[TrainingTerm]:
+def _left_padding(skeleton: Skeleton) -> Iterator[TrainingTerm]:
     """Yield a term where a padded row is scored otherwise than the row alone, by more than rounding.
 
     Where a table of positions is looked up, the entries are compared bit for bit: that shows at any precision.
+
+    Raises:
+        torch.OutOfMemoryError: As it came.
     """
-    copy = without_training_hooks(structural_copy(module, instance_forwards=False))
-    if "attention_mask" not in arguments_of(copy)(torch.ones(1)):
+    if "attention_mask" not in arguments_of(skeleton.module)(torch.ones(1)):
         return  # such a module cannot be trained on padded rows at all
-    alone, padded = _scored(copy, 0), _scored(copy, PADDING)
+    try:
+        alone, padded = (_scored(skeleton, padding) for padding in (0, PADDING))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model that cannot take a padded row runs into: it is not trained on one
+        return
     shifted = tuple(name for name, x in alone.looked_up.items() if not _same(x, padded.looked_up.get(name)))
     gap = float((alone.logp - padded.logp).abs().max())
     if shifted or gap > ROUNDINGS * alone.eps * (1 + alone.largest):
@@ -152,9 +165,9 @@ class _Scored(NamedTuple):
     eps: float  #: of the logits' dtype
 
 
-def _scored(module: nn.Module, padding: int) -> _Scored:
+def _scored(skeleton: Skeleton, padding: int) -> _Scored:
     """Run a short row behind `padding` columns of padding, and return what is said of its own tokens."""
-    device = next(module.parameters()).device
+    module, device = skeleton.module, skeleton.device
     vocabulary = min((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=ROW)
     row = torch.arange(ROW, device=device).remainder(vocabulary)
     ids = torch.cat([row.new_zeros(padding), row])[None]
@@ -165,10 +178,12 @@ def _scored(module: nn.Module, padding: int) -> _Scored:
         for name, part in module.named_modules()
         if isinstance(part, nn.Embedding) or "positional" in type(part).__name__.lower()
     ]
-    with torch.no_grad():
-        logits = logits_of(module(ids, **arguments_of(module)(mask)))[0, -ROW:]
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.no_grad(), skeleton.running():
+            logits = logits_of(module(ids, **arguments_of(module)(mask)))[0, -ROW:]
+    finally:
+        for handle in handles:
+            handle.remove()
     eps = torch.finfo(logits.dtype).eps
     return _Scored(logits.float().log_softmax(-1), looked_up, float(logits.abs().max()), eps)
 
