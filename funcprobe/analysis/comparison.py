@@ -82,8 +82,8 @@ class Comparison:
         """Return how much more a step changes an observable than another, by default the baseline: paired by prompt.
 
         `value = ΔF(step) − ΔF(against)`; its error comes from the same differences without each prompt, so what the
-        sample of prompts does to both alike cancels. Without error bars, or in reverse mode for the first order, the
-        bar is infinitely wide.
+        sample of prompts does to both alike cancels. Without error bars, in reverse mode for the first order, or where
+        one of both ΔF is lost in float error, the bar is infinitely wide.
 
         Raises:
             InputError: If there is no such step, observable or quantity.
@@ -99,6 +99,7 @@ class Comparison:
         value = values[0] - values[1]
         sampled = self.outcomes[step].sampled, self.outcomes[other].sampled
         known = (quantity == "change" or self.mode == "forward") and _has_bar(one) and _has_bar(two)
+        known &= quantity != "change" or not (one.is_lost or two.is_lost)
         if step == other or sampled[0] is None or sampled[1] is None or not known:
             width = 0.0 if step == other else float("inf")
             return Bar(value, width, value - width, value + width, self.level)
