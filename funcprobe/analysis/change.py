@@ -7,17 +7,18 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.analysis.continuity import disagree
 from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import Path, along_line, path, subtraction_error
+from funcprobe.analysis.expansion import ROUNDING_UNITS, Path, along_line, path, subtraction_error
 from funcprobe.analysis.first_order import First
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.analysis.movement import Move
 from funcprobe.analysis.routing import Choices, Routing, watched
 from funcprobe.errors import NumericsError
-from funcprobe.types import TokenScores
+from funcprobe.types import Observable, TokenScores
 
 #: Above this fraction of ΔF, the estimated float error of a subtraction is worth a path.
 SUBTRACTION_WORTH_A_PATH = 1e-3
@@ -46,8 +47,7 @@ def measure_change(asked: Inquiry, move: Move, first: First, scores_after: Token
     Raises:
         NumericsError: If `method="path"` does not reach the tolerance, or F jumps on the way.
     """
-    options, eps = asked.options, first.eps
-    assert eps is not None
+    options, eps = asked.options, _eps(first)
     difference = _difference(asked, move, first, scores_after)
     if options.method == "path":
         return _checked(asked, move, first, difference)
@@ -82,7 +82,7 @@ def _checked(asked: Inquiry, move: Move, first: First, difference: Measured) -> 
     if not found.converged:
         raise NumericsError(_not_converged(asked, found))
     by_path = _by(found, difference)
-    if names := _apart(asked, move, difference, by_path):
+    if names := _apart(asked, move, first, difference, by_path):
         raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
     return by_path
 
@@ -91,7 +91,7 @@ def _preferred(asked: Inquiry, move: Move, first: First, difference: Measured) -
     """Return ΔF by a path, unless that is no better, or the difference shows that it misses something."""
     found = _path(asked, move, first)
     by_path = _by(found, difference)
-    if names := _apart(asked, move, difference, by_path):
+    if names := _apart(asked, move, first, difference, by_path):
         asked.said.notes.append(f"{_jumps(names)}; the difference is what is reported")
         return difference
     if found.converged:
@@ -111,42 +111,61 @@ def _difference(asked: Inquiry, move: Move, first: First, scores_after: TokenSco
         routing = None if first.choices is None else first.choices.against(choices)
     evidence = Evidence(passes.evaluation, first.scores, scores_after, along)
     changes = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
-    errors = _float_errors(asked, move, first, evidence, changes)
+    if along is None:
+        errors = _without_tangents(asked, move, first, evidence, changes)
+    else:
+        errors = {name: subtraction_error(evidence, o, _eps(first)) for name, o in asked.observables.items()}
     return Measured(evidence, "difference", 0, errors, changes, routing)
 
 
-def _float_errors(
+def _without_tangents(
     asked: Inquiry, move: Move, first: First, evidence: Evidence, changes: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return an estimate of the float error of each difference.
+    """Return an estimate of the float error of each difference in reverse mode, where no ṡ explains a score's change.
 
-    In reverse mode there is no ṡ to explain the change of a score. Left unexplained altogether, it bounds the error
-    from above; where that bound is too wide, a pass halfway stands in for the derivative: `2 (s(θ + ½Δθ) − s)` leaves
-    half as much curvature unexplained as ṡ, and three times the variance of rounding.
+    Left unexplained altogether, it bounds the error from above; where that bound is too wide, a pass halfway stands in
+    for the derivative: `2 (s(θ + ½Δθ) − s)` leaves half as much curvature unexplained as ṡ, and rounding of three times
+    the variance. Neither sees a change that is too small to change any bit of the scores. But what such changes add up
+    to is known, `ΔF − δF₁`, and it is float error as far as one rounding of every score explains it.
     """
-    eps, observables = first.eps, asked.observables
-    assert eps is not None
-    if first.along is not None:
-        return {name: subtraction_error(evidence, o, eps) for name, o in observables.items()}
-
-    def left_by(explained: TokenScores) -> dict[str, float]:
-        explaining = evidence._replace(along=engine.Directional(first.scores, explained))
-        return {name: subtraction_error(explaining, o, eps) for name, o in observables.items()}
-
-    bounds = left_by(engine.each(torch.zeros_like, first.scores))
+    observables = asked.observables
+    bounds = _left_by(asked, first, evidence, engine.each(torch.zeros_like, first.scores))
     narrow = [bounds[n] <= max(BOUND_WORTH_A_PASS * abs(changes[n]), evidence.noise(o)) for n, o in observables.items()]
-    if all(narrow):
-        return bounds
-    halfway = asked.passes.scores(along_line(move.params, move.update, 0.5), "E at θ + ½Δθ")
-    found = left_by(engine.each(lambda middle, anchor: 2 * (middle - anchor), halfway, first.scores))
-    return {name: min(bounds[name], found[name] / math.sqrt(3)) for name in bounds}
+    if not all(narrow):
+        halfway = asked.passes.scores(along_line(move.params, move.update, 0.5), "E at θ + ½Δθ")
+        explained = engine.each(lambda middle, anchor: 2 * (middle - anchor), halfway, first.scores)
+        found = _left_by(asked, first, evidence, explained)
+        bounds = {name: min(bounds[name], found[name] / math.sqrt(3)) for name in bounds}
+    for name, o in observables.items():
+        slope = first.value(name, o, evidence, move.update)
+        assert slope is not None  # every observable that was asked for has its gradient
+        unseen = min(abs(changes[name] - slope), _one_rounding(evidence, o, _eps(first)))
+        bounds[name] = max(bounds[name], unseen)
+    return bounds
+
+
+def _left_by(asked: Inquiry, first: First, evidence: Evidence, explained: TokenScores) -> dict[str, float]:
+    """Return the float errors that a part of every score's change leaves, which stands for its derivative."""
+    explaining = evidence._replace(along=engine.Directional(first.scores, explained))
+    return {name: subtraction_error(explaining, o, _eps(first)) for name, o in asked.observables.items()}
+
+
+def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
+    """Return what one rounding of every score makes of F, all of a sequence alike: `√Σ_i (Σ_t |c| eps (1 + |s|))²`."""
+    c = engine.cotangents(evidence.of(observable), evidence.after)
+    parts = engine.each(lambda c, s: (c.abs() * eps * (1 + s.abs())).sum(1), c, evidence.anchor)
+    return float(engine.fields(parts).sum(0).norm())
+
+
+def _eps(first: First) -> float:
+    assert first.eps is not None
+    return first.eps
 
 
 def _path(asked: Inquiry, move: Move, first: First) -> Path:
     assert first.along is not None  # a path is refused in reverse mode
-    assert first.eps is not None
     tolerance = asked.options.tolerance
-    return path(asked.passes, move.params, move.update, first.along, asked.observables, tolerance, first.eps)
+    return path(asked.passes, move.params, move.update, first.along, asked.observables, tolerance, _eps(first))
 
 
 def _by(found: Path, difference: Measured) -> Measured:
@@ -154,18 +173,39 @@ def _by(found: Path, difference: Measured) -> Measured:
     return difference._replace(evidence=evidence, method="path", nodes=found.nodes, errors=found.errors)
 
 
-def _apart(asked: Inquiry, move: Move, difference: Measured, by_path: Measured) -> list[str]:
-    """Return the observables of which difference and path disagree by more than float error, and rounding of θ′."""
-    errors = {n: math.hypot(difference.errors[n], by_path.errors[n]) for n in asked.observables}
-    off = {n: difference.subtractions[n] - float(by_path.evidence.change(o)) for n, o in asked.observables.items()}
-    suspects = [name for name in off if disagree(off[name], errors[name])]
+def _apart(asked: Inquiry, move: Move, first: First, difference: Measured, by_path: Measured) -> list[str]:
+    """Return the observables of which difference and path disagree by more than rounding can explain.
+
+    Scores that differ by a few roundings of one tell nothing, in whatever way these add up in F; and neither does what
+    the rounding of θ′ adds: a difference sees θ′ as stored, a path θ + Δθ.
+    """
+    tolerance, errors = asked.options.tolerance, {}
+    for name, o in asked.observables.items():  # a path promises no more than its tolerance
+        promised = max(by_path.errors[name], tolerance * by_path.evidence.magnitude(o))
+        errors[name] = math.hypot(difference.errors[name], promised)
+    apart = engine.each(torch.sub, difference.evidence.after, by_path.evidence.after)
+
+    def off(name: str, apart: TokenScores) -> bool:
+        beyond = _beyond_rounding(by_path.evidence, asked.observables[name], apart, _eps(first))
+        return disagree(beyond, errors[name])
+
+    suspects = [name for name in errors if off(name, apart)]
     if not suspects:
         return []
-    # a difference sees θ′ as stored, a path θ + Δθ
     rounded = asked.passes.directional(move.after, move.rounding(), "E at θ′, along its rounding")
-    for name in suspects:
-        off[name] -= float(engine.derivative(difference.evidence.of(asked.observables[name]), rounded)[1])
-    return [name for name in suspects if disagree(off[name], errors[name])]
+    apart = engine.each(torch.sub, apart, rounded.tangents)
+    return [name for name in suspects if off(name, apart)]
+
+
+def _beyond_rounding(evidence: Evidence, observable: Observable, apart: TokenScores, eps: float) -> float:
+    """Return `F(s + r) − F(s + r̄)`, with r how far scores are from those of a path, and r̄ at most some roundings."""
+    f, at = evidence.of(observable), evidence.after
+
+    def explained(r: Tensor, s: Tensor) -> Tensor:
+        cap = ROUNDING_UNITS * eps * (1 + s.abs())
+        return s + r.clamp(-cap, cap)
+
+    return float(f(engine.each(torch.add, at, apart)) - f(engine.each(explained, apart, at)))
 
 
 def _jumps(names: list[str]) -> str:

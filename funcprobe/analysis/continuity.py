@@ -30,6 +30,9 @@ EXPANDS = 0.5
 #: Fraction of tokens sent elsewhere above which a result warns, however close first order is to ΔF.
 MANY = 0.01
 
+#: Rounding of θ′, relative to Δθ, up to which it cannot be taken for a bend: a fifth of what a straight line may miss.
+STORED = 1e-2
+
 JUMPS = (
     "Tokens of E are sent to other experts at θ′ than at θ (see `routing`). F jumps where that happens, and δF₁ and "
     "δF₂, being derivatives, do not see it"
@@ -59,10 +62,15 @@ def is_bent(reading: Reading) -> bool:
     return second <= EXPANDS * first and far and disagree(unexplained, reading.error)
 
 
-def remarks(readings: Mapping[str, Reading], routing: Routing | None) -> tuple[list[str], list[str]]:
-    """Return what to warn of, and what to note, about jumps between θ and θ′."""
+def remarks(
+    readings: Mapping[str, Reading], routing: Routing | None, rounding_ratio: float
+) -> tuple[list[str], list[str]]:
+    """Return what to warn of, and what to note, about jumps between θ and θ′.
+
+    `rounding_ratio` is that of storing θ′: what a second order can be held against is a step that was taken.
+    """
     moved = routing is not None and routing.changed > 0
-    bent = [name for name, reading in readings.items() if is_bent(reading)]
+    bent = [name for name, reading in readings.items() if rounding_ratio <= STORED and is_bent(reading)]
     missed = [name for name, reading in readings.items() if moved and _misses(reading)]
     if routing is not None and moved:
         if missed:

@@ -59,6 +59,10 @@ class Family:
 
     def points(self, lrs: Sequence[float], chunk: int = 1) -> Iterator[SweepPoint]:
         """Yield what the step does at each learning rate, `chunk` of them scored at a time."""
+        if chunk > 1 and self.first.choices:
+            self.asked.said.notes.append(
+                "learning rates were scored one at a time, because tokens go to other experts at each of them"
+            )
         for start in range(0, len(lrs), chunk):
             together = lrs[start : start + chunk]
             moves = [self.move(lr) for lr in together]

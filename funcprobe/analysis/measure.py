@@ -65,7 +65,7 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
     readings = {
         name: _reading(asked, move, first, evidence, name, o, measured) for name, o in asked.observables.items()
     }
-    _say(asked, first, readings, measured)
+    _say(asked, move, first, readings, measured)
     sampled = _sampled(asked, evidence)
     if sampled is not None:
         independent, level = asked.independent, options.level
@@ -114,9 +114,9 @@ def _reading(
     )
 
 
-def _say(asked: Inquiry, first: First, readings: Mapping[str, Reading], measured: Measured) -> None:
+def _say(asked: Inquiry, move: Move, first: First, readings: Mapping[str, Reading], measured: Measured) -> None:
     """Say which readings float error has eaten, and where F jumps."""
-    warned, noted = remarks(readings, measured.routing)
+    warned, noted = remarks(readings, measured.routing, move.size.rounding_ratio)
     asked.said.also(warned)
     asked.said.notes += noted
     if lost := [name for name, reading in readings.items() if reading.is_lost]:

@@ -172,6 +172,6 @@ def _packed(choice: _Choice, tokens: torch.Size) -> Tensor:
     lead, (b, length) = indices.shape[:-1], tokens
     if len(lead) > 2 and lead[0] == b and lead[1] != length and lead[-1] == length:  # heads before positions
         indices = indices.movedim(-2, 1)
-    per_token = lead.numel() == b * length or (lead[0] == b and indices.shape[1] == length and len(lead) > 1)
+    per_token = lead.numel() == b * length or tuple(indices.shape[:-1][:2]) == (b, length)
     indices = indices.reshape(b, length, -1) if per_token else indices.flatten()
     return torch.func.debug_unwrap(indices.to("cpu", torch.int32))

@@ -182,19 +182,16 @@ def _verdict(sweep: SweepResult, name: str | None, law: Law) -> str:
 
 
 def _found_close(sweep: SweepResult, name: str | None, law: Law) -> str:
-    order, close = ["first", "second"][law.lead - 1], close_at(sweep, name)
-    count = sum(not r.is_lost for r in sweep.readings(name))
+    order, close, count = ["first", "second"][law.lead - 1], close_at(sweep, name), len(sweep.lrs)
     if law.lead == 2 and all(r.second_order is None for r in sweep.readings(name)):
         return "its first order is 0, and the second was not asked for"
-    told = " that tells" if count < len(sweep.lrs) else ""
-    if not count:
+    if all(r.is_lost for r in sweep.readings(name)):
         return f"how close {order} order is to it cannot be told"
     if len(close) == count:
-        return f"{order} order is within 5 % of it at every learning rate{told}"
+        return f"{order} order is within 5 % of it at every learning rate"
     if not close:
-        return f"{order} order is within 5 % of it at no learning rate{told}"
-    where = f"{len(close)} of {count} learning rates{' that tell' if told else ''}, up to lr {lr_text(close[-1])}"
-    return f"{order} order is within 5 % of it at {where}"
+        return f"{order} order is within 5 % of it at no learning rate"
+    return f"{order} order is within 5 % of it at {len(close)} of {count} learning rates, up to lr {lr_text(close[-1])}"
 
 
 def _change(reading: Reading) -> str:
@@ -243,6 +240,9 @@ def _scale(sweep: SweepResult) -> list[str]:
 
 def _lost(sweep: SweepResult) -> list[str]:
     readings = sweep.readings()
+    if all(subtraction_error(r) is None for r in readings):  # a sweep by an older version
+        unknown = sweep.mode == "reverse"
+        return ["In reverse mode ΔF is a subtraction, whose float error is not estimated."] if unknown else []
     lost = [lr for lr, r in zip(sweep.lrs, readings, strict=True) if is_lost(r.change, subtraction_error(r))]
     if not lost:
         return []

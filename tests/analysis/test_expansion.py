@@ -239,7 +239,7 @@ def test_auto_takes_the_path_where_subtraction_fails() -> None:
     assert forced.change == small.main.subtraction
     assert forced.main.error > 1e-3 * abs(forced.change)
     by_path = run(method="path")
-    assert by_path.main.subtraction is None
+    assert by_path.main.subtraction == large.main.subtraction  # a path is held against two evaluations
     assert by_path.change == pytest.approx(large.change, rel=1e-3)
     assert by_path.main.nodes > small.main.nodes  # a longer step bends more
 
