@@ -19,6 +19,7 @@ from torch import Tensor
 from funcprobe.data.rollouts import to_device
 from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
+from funcprobe.policy.refusals import refuse_autocast
 from funcprobe.types import Params, Rollouts, Statistic, TokenScores
 
 #: The most logits that a reverse pass keeps, in entries: 128 MiB in float32, a few such arrays at the peak.
@@ -47,8 +48,10 @@ def score(
     `constant_entropy` leaves the entropy out of the graph, which saves time where its cotangent is known to be zero.
 
     Raises:
-        InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary.
+        InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary; or if
+            autocast is on around the call.
     """
+    refuse_autocast(policy.device)
     rollouts = to_device(rollouts, policy.device)
     _check(policy, params, rollouts)
     stats = stats or {}
@@ -154,8 +157,10 @@ class _Rematerialised(torch.autograd.Function):
         by_leaf: list[Tensor] = []
         pieces = (x.split(ctx.chunk) for x in (hidden, token, temperature, cotangents[0]))
         for h, y, tau, c in zip(*pieces, strict=True):
-            pull = torch.func.vjp(lambda h, *ls, y=y, tau=tau: ctx.fields(h, y, tau, *ls), h, *leaves)[1]
-            of_hidden, *of_leaves = pull(c, retain_graph=False, create_graph=False)
+            inputs = [x.detach().requires_grad_() for x in (h, *leaves)]
+            with torch.enable_grad():
+                made = ctx.fields(inputs[0], y, tau, *inputs[1:])
+            of_hidden, *of_leaves = torch.autograd.grad(made, inputs, c, materialize_grads=True, allow_unused=True)
             by_hidden.append(of_hidden)
             by_leaf = [a + b for a, b in zip(by_leaf, of_leaves, strict=True)] if by_leaf else of_leaves
         return None, None, torch.cat(by_hidden), None, None, *by_leaf
