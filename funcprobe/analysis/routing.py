@@ -156,8 +156,9 @@ def _choice_of(func: Any, found: Any, args: tuple[Any, ...], kwargs: dict[str, A
     dim = kwargs.get("dim", args[1 + takes_count] if len(args) > 1 + takes_count else None)
     if not isinstance(dim, int) or isinstance(dim, bool):
         dim = -1 if takes_count or func in _ORDERS else None
-    kept = dim is not None and indices.ndim == scores.ndim
-    return _Choice(indices, dim % scores.ndim if kept else None, CHOOSING[func])
+    if dim is None or indices.ndim < scores.ndim:
+        return _Choice(indices, None, CHOOSING[func])
+    return _Choice(indices, dim % scores.ndim, CHOOSING[func])
 
 
 def _packed(choice: _Choice, tokens: torch.Size) -> Tensor:

@@ -107,7 +107,14 @@ def test_a_jump_is_measured_and_no_path_is_believed(chooser: str, seed: int, ord
     assert result.change == pytest.approx(jump, rel=1e-3)
     assert result.main.error is not None
     assert result.main.error < 1e-9 * abs(jump)
-    with pytest.raises(NumericsError, match=r"F jumps.*use method='auto' or 'difference'\.$"):
+    # experts are counted; what only two evaluations show is told from their disagreement with a path
+    found = (
+        "by a difference is not that of a path" if chooser == "threshold" else "tokens of E are sent to other experts"
+    )
+    assert any(("jumps where tokens change experts" in n) for n in result.notes) == (
+        order == 2 and chooser != "threshold"
+    )
+    with pytest.raises(NumericsError, match=rf"{found}.*F jumps.*use method='auto' or 'difference'\.$"):
         crossed(case, method="path")
 
 
