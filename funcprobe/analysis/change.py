@@ -104,7 +104,7 @@ def _preferred(asked: Inquiry, move: Move, first: First, difference: Measured) -
 def _difference(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> Measured:
     """Return ΔF by two evaluations, with its float error."""
     passes, along = asked.passes, first.along
-    choices, routing = Choices(len(passes.evaluation.ids)), None
+    choices, routing = Choices(passes), None
     if scores_after is None:
         order = 0 if along is None else asked.options.order
         scores_after = watched(passes, choices).scores(move.after, "E at θ′", order)

@@ -146,5 +146,5 @@ def _reverse(asked: Inquiry, params: Params) -> First:
 
 
 def _watching(asked: Inquiry) -> tuple[Passes, Choices]:
-    choices = Choices(len(asked.passes.evaluation.ids))
+    choices = Choices(asked.passes)
     return watched(asked.passes, choices), choices

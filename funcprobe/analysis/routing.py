@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from funcprobe.analysis.passes import Passes
+from funcprobe.data.rollouts import microbatches, take
 from funcprobe.types import Params
 
 _SETS = (torch.topk, Tensor.topk, torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin)
@@ -48,22 +49,25 @@ class _Piece(NamedTuple):
 
 
 class Choices:
-    """What a policy chose in one pass over `rows` sequences, piece by piece."""
+    """What a policy chose in the first pass over all of E, piece by piece."""
 
-    def __init__(self, rows: int) -> None:
-        self._missing, self._pieces = rows, list[_Piece]()
+    def __init__(self, passes: Passes) -> None:
+        self._evaluation = passes.evaluation
+        self._awaited = list(microbatches(passes.evaluation, passes.microbatch))
+        self._pieces: list[_Piece] = []
 
-    @property
-    def complete(self) -> bool:
-        """Whether every sequence was seen once: later calls belong to other passes."""
-        return self._missing <= 0
+    def awaits(self, ids: Tensor, mask: Tensor) -> bool:
+        """Return whether a call is that of the next piece; others try the model, or belong to later passes."""
+        if len(self._pieces) == len(self._awaited):
+            return False
+        part = take(self._evaluation, self._awaited[len(self._pieces)])
+        return torch.equal(mask, part.attention_mask) and torch.equal(ids, part.ids.masked_fill(~mask, 0))
 
     def __bool__(self) -> bool:
         return any(piece.choices for piece in self._pieces)
 
     def keep(self, mask: Tensor, choices: list[Tensor]) -> None:
         """Keep what was chosen in a call with that attention mask `[b, L]`."""
-        self._missing -= mask.shape[0]
         seen = torch.nn.functional.pad(mask[:, 1:], (0, 1))  # no score depends on the features of a row's last token
         self._pieces.append(_Piece(seen.cpu(), choices))
 
@@ -84,7 +88,7 @@ def watched(passes: Passes, choices: Choices) -> Passes:
     policy = passes.policy
 
     def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
-        if choices.complete:
+        if not choices.awaits(ids, mask):
             return policy.features(params, ids, mask)
         with _Watch() as watch:
             hidden = policy.features(params, ids, mask)
