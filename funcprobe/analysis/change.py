@@ -26,6 +26,9 @@ SUBTRACTION_WORTH_A_PATH = 1e-3
 #: And, where the second order was asked for, above this fraction of it: the remainder is to be seen beside it.
 CURVATURE_WORTH_A_PATH = 1e-2
 
+#: What two rules of a path can agree to, in units of eps, where autocast rounds activations inside every node.
+LOW_PRECISION_UNITS = 8.0
+
 #: In reverse mode, above this fraction of ΔF, a bound on the float error is worth a scoring pass that estimates it.
 BOUND_WORTH_A_PASS = 1e-2
 
@@ -53,7 +56,7 @@ def measure_change(asked: Inquiry, move: Move, first: First, scores_after: Token
         return _checked(asked, move, first, difference)
     if first.along is None or options.method == "difference" or _is_fine(asked, difference):
         return difference
-    if eps > options.tolerance:
+    if eps > options.tolerance and not _walks(asked, move):
         asked.said.notes.append(
             f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
             "coarse for a path; load it in float32"
@@ -162,9 +165,17 @@ def _eps(first: First) -> float:
     return first.eps
 
 
+def _walks(asked: Inquiry, move: Move) -> bool:
+    """Return whether the nodes of a path are different points: leaves as fine as its tolerance, whatever computes."""
+    return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= asked.options.tolerance
+
+
 def _path(asked: Inquiry, move: Move, first: First) -> Path:
+    """Walk the path. Under autocast each ṡ is as accurate as its arithmetic, and no rule agrees better with another."""
     assert first.along is not None  # a path is refused in reverse mode
     tolerance = asked.options.tolerance
+    if _walks(asked, move) and _eps(first) > tolerance:
+        tolerance = LOW_PRECISION_UNITS * _eps(first)
     return path(asked.passes, move.params, move.update, first.along, asked.observables, tolerance, _eps(first))
 
 

@@ -71,7 +71,7 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
     options = asked.options
     if options.mode != "reverse":
         try:
-            return _forward(asked, params, update)
+            found = _forward(asked, params, update)
         except ForwardModeError as error:
             if options.order == 2 or options.method == "path":
                 wanted = "order=2" if options.order == 2 else "method='path'"
@@ -81,7 +81,12 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
             if options.mode == "forward":
                 raise
             asked.said.notes.append(f"reverse mode was used: {error}")
-    return _reverse(asked, params)
+        else:
+            asked.said.found(asked.passes.policy.checks)
+            return found
+    found = _reverse(asked, params)
+    asked.said.found(asked.passes.policy.checks)
+    return found
 
 
 def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> list[First]:
@@ -100,6 +105,7 @@ def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> l
         else:
             found_of = engine.arithmetic(asked.passes.policy, params)
             asked.said.notes += _kernels(found_of)
+            asked.said.found(asked.passes.policy.checks)
             return [First(along.scores, along, {}, found_of.eps, choices=choices) for along in several]
     found: list[First] = []
     for update in updates:
