@@ -69,7 +69,7 @@ def _adapted(base: nn.Module, path: Path, *, prompt: bool) -> nn.Module:
     """
     from peft import PeftModel
 
-    module: Any = PeftModel.from_pretrained(base, str(path), is_trainable=not prompt, local_files_only=True)  # type: ignore[arg-type]
+    module: Any = PeftModel.from_pretrained(base, str(path), is_trainable=not prompt, local_files_only=True)
     if prompt:
         module.prompt_encoder.requires_grad_(True)
     return module

@@ -60,6 +60,11 @@ def stored(optimizer: Optimizer, storage: Storage) -> Optimizer:
     )
 
 
+def is_stored(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer stores its result in another dtype than it computes in."""
+    return bool(getattr(optimizer, "storage", None))
+
+
 def storage_name(optimizer: Optimizer, params: Params) -> str:
     """Return the dtypes that a step leaves parameters in, as words: "bfloat16", or "bfloat16, float32".
 
