@@ -5,6 +5,7 @@ peft fills what a file lacks with fresh weights, without a word. Here that is an
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import nn
 from funcprobe.checkpoints.models import first_line, listing, load_full, quiet, ready, structural_copy
 from funcprobe.checkpoints.weights import Stored, check_finite, header
 from funcprobe.errors import CheckpointError, missing_extra
+
+#: Where a base model's own weight stands inside what peft put round its module, and in its place.
+_BASE_WEIGHTS = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
 
 
 def load_adapter(
@@ -92,11 +96,9 @@ def _refuse_lost_encoder(path: Path, config: Any) -> None:
 
 def _part_embeddings(base: nn.Module, stored: dict[str, Stored]) -> None:
     """Give the base its own copy of embeddings that the adapter's file holds too: peft writes over them in place."""
-    for name, module in list(base.named_modules()):
-        kept = (
-            f".{name}.{inner}weight" for inner in ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
-        )
-        if name and any(key.endswith(tuple(kept)) for key in stored):
+    for name, module in base.named_modules():
+        kept = tuple(f".{name}.{inner}weight" for inner in _BASE_WEIGHTS)
+        if name and any(key.endswith(kept) for key in stored):
             for leaf in module.parameters(recurse=False):
                 leaf.data = leaf.data.clone()
 
@@ -181,6 +183,13 @@ def _check_adapter(path: Path, module: nn.Module, tensors: dict[str, Stored]) ->
 
 
 def _mismatch(error: Exception) -> str:
-    """Return the line that names the leaf, where there is one."""
+    """Return the line that names the leaf, where there is one, and the fix where it is the vocabulary's size."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "size mismatch" in line), first_line(error))
+    line = next((line for line in lines if "size mismatch" in line), first_line(error))
+    sizes = re.findall(r"torch\.Size\(\[(\d+), (\d+)\]\)", line)
+    if len(sizes) == 2 and sizes[0][1] == sizes[1][1] and re.search(r"embed|lm_head|wte|embd", line):
+        rows = sizes[0][0]
+        line += (
+            f" Its run resized the vocabulary: call base.resize_token_embeddings({rows}) and give base as base_model."
+        )
+    return line

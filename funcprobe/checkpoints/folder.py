@@ -126,7 +126,7 @@ def _read_optimizer(path: Path, params: Params, lr: float | None) -> tuple[Optim
     _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
     by_name = state_by_name(saved["state"], names)
     opt_state = as_loaded(by_name, params, groups, names)
-    return from_param_groups(cls, groups, names_of_groups(groups, names)), opt_state, moment_dtypes(by_name)
+    return from_param_groups(cls, groups, names_of_groups(groups, names)), opt_state, moment_dtypes(by_name, params)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:

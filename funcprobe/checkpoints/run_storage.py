@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcprobe.errors import CheckpointError, FuncprobeWarning
-from funcprobe.training.stored import as_held
+from funcprobe.training.stored import as_held, is_moment
 from funcprobe.types import OptState, Params
 
 
@@ -80,12 +80,12 @@ def at_storage(
     return held, None if opt_state is None else state
 
 
-def moment_dtypes(opt_state: OptState) -> dict[str, torch.dtype]:
+def moment_dtypes(opt_state: OptState, params: Params) -> dict[str, torch.dtype]:
     """Return for every leaf the widest dtype among its moments; a leaf without any is left out."""
     found: dict[str, torch.dtype] = {}
     for name, entries in opt_state.items():
-        for value in entries.values():
-            if value.dim() > 0 and value.is_floating_point():
+        for key, value in entries.items():
+            if is_moment(key, value, params[name]):
                 found[name] = torch.promote_types(found.get(name, value.dtype), value.dtype)
     return found
 

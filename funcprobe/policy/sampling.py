@@ -45,8 +45,8 @@ def sample(
 
     A completion ends with the first `eos_id`, which belongs to it, or after `max_new_tokens`. `sampling_logps`
     `[B, T]` are the log-probabilities of the tokens, `log softmax(z / temperature)` in float64, nats. Equal prompts
-    are one group. A policy that can decode by a key-value cache does so, over left-padded prompts; otherwise the whole row is
-    run again for every token. Only `generator` is drawn from, `8 · B · max_new_tokens` bytes of it at once.
+    are one group. A policy that can decode by a key-value cache does so, over left-padded prompts; otherwise the whole
+    row is run again for every token. Only `generator` is drawn from, `8 · B · max_new_tokens` bytes of it at once.
 
     Args:
         policy: What is drawn from.

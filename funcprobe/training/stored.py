@@ -8,7 +8,7 @@ weights, the same moments and the gradient as it came, in float64, with nothing 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ from funcprobe.types import Optimizer, OptimizerResult, OptState, Params
 
 #: The dtype in which a run keeps each leaf and its moments, by name; a leaf without an entry is kept as it is computed.
 Storage = Mapping[str, torch.dtype]
+
+#: State of torch.optim that is one number a leaf, kept in a dtype of its own: counts, and what NAdam and ASGD multiply.
+_NUMBERS = frozenset({"step", "mu_product", "mu", "eta"})
 
 
 def stored(optimizer: Optimizer, storage: Storage) -> Optimizer:
@@ -89,19 +92,19 @@ def as_held(params: Params, opt_state: OptState, storage: Storage) -> tuple[Para
     What the dtype holds already is not copied.
     """
     held = {name: _through(p.detach(), storage.get(name, p.dtype)) for name, p in params.items()}
-    state = {
-        name: {key: _through(value, _kept(value, storage.get(name))) for key, value in entries.items()}
-        for name, entries in opt_state.items()
-    }
+    state = _moments(opt_state, params, lambda name, m: _through(m, storage.get(name, m.dtype)))
     return held, state
 
 
-def narrowed_state(opt_state: OptState, storage: Storage) -> OptState:
+def narrowed_state(opt_state: OptState, params: Params, storage: Storage) -> OptState:
     """Return the state with its moments in the dtype that they are stored in; single numbers stay as they are."""
-    return {
-        name: {key: value.detach().to(_kept(value, storage.get(name))) for key, value in entries.items()}
-        for name, entries in opt_state.items()
-    }
+    return _moments(opt_state, params, lambda name, m: m.detach().to(storage.get(name, m.dtype)))
+
+
+def is_moment(key: str, value: Tensor, leaf: Tensor) -> bool:
+    """Return whether a state entry is kept in the dtype of its leaf, and not a number that torch keeps in its own."""
+    number = key in _NUMBERS or (value.dim() == 0 and leaf.dim() > 0)
+    return value.is_floating_point() and not number
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class StoredPure(PureOptimizer):
         check_gradient(params, gradient)
         kernel = _KernelAlone(self.cls, self.groups)
         low = narrowed(params, self.storage)
-        after, _, state = kernel.apply(low, narrowed_state(opt_state, self.storage), _like(gradient, low), lr)
+        after, _, state = kernel.apply(low, narrowed_state(opt_state, params, self.storage), _like(gradient, low), lr)
         update = self.update(params, opt_state, {name: g.detach() for name, g in gradient.items()}, lr)
         return _widened(OptimizerResult(after, update, state), params)
 
@@ -162,7 +165,9 @@ class StoredLifted(LiftedOptimizer):
         """
         check_gradient(params, gradient)
         low = narrowed(params, self.storage)
-        after, state = self._run(low, narrowed_state(opt_state, self.storage), _like(gradient, low), lr, wide=False)
+        after, state = self._run(
+            low, narrowed_state(opt_state, params, self.storage), _like(gradient, low), lr, wide=False
+        )
         held, moments = as_held(params, opt_state, self.storage)
         exact, _ = self._exactly(params)._run(held, moments, gradient, lr, wide=True)
         update = {
@@ -201,16 +206,19 @@ class _KernelAlone(PureOptimizer):
 def _widened(taken: OptimizerResult, params: Params) -> OptimizerResult:
     """Return a result in the dtypes of `params`, which hold every value of the storage dtypes."""
     after = {name: taken.params[name].to(p.dtype) for name, p in params.items()}
-    state = {
-        name: {key: value.to(_kept(value, params[name].dtype)) for key, value in entries.items()}
-        for name, entries in taken.opt_state.items()
-    }
+    state = _moments(taken.opt_state, params, lambda name, m: m.to(params[name].dtype))
     return OptimizerResult(after, taken.update, state)
 
 
-def _kept(value: Tensor, storage: torch.dtype | None) -> torch.dtype:
-    """Return the dtype that a state entry is kept in: the leaf's for a moment, its own for a single number."""
-    return value.dtype if storage is None or value.dim() == 0 or not value.is_floating_point() else storage
+def _moments(opt_state: OptState, params: Params, f: Callable[[str, Tensor], Tensor]) -> OptState:
+    """Return a state with `f(name of the leaf, moment)` in place of every moment, and all else as it is."""
+    return {
+        name: {
+            key: f(name, value) if name in params and is_moment(key, value, params[name]) else value
+            for key, value in entries.items()
+        }
+        for name, entries in opt_state.items()
+    }
 
 
 def _like(gradient: Params, leaves: Params) -> Params:
