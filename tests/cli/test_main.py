@@ -307,9 +307,17 @@ def test_a_missing_optimizer_state_is_refused(world: World, tmp_path: Path, refu
 def test_a_model_that_returns_no_numbers_names_the_sequences(world: World, tmp_path: Path, refused: Refused) -> None:
     config, checkpoint = with_checkpoint(world, tmp_path)
     weights = load_file(checkpoint / "model.safetensors")
-    weights["model.norm.weight"][:] = torch.nan
+    weights["model.norm.weight"][:] = 3e38  # a number still; the logits made of it are none
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     assert "not finite for sequence 0, 1, 2, 3, 4 and 19 more" in refused("run", config)
+
+
+def test_a_weight_that_is_no_number_is_named(world: World, tmp_path: Path, refused: Refused) -> None:
+    config, checkpoint = with_checkpoint(world, tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert "not finite: 'model.norm.weight' holds 16 of 16 entries" in refused("run", config)
 
 
 def test_a_missing_configuration_is_one_line(tmp_path: Path, refused: Refused) -> None:

@@ -77,7 +77,7 @@ def test_a_completion_ends_with_every_end_token_of_the_checkpoint(
     changed[1] = str(folder)
     assert main(changed) == 0
     stops = {build_tokenizer().eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    rows = [json.loads(line)["completion_ids"] for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)["completion_ids"] for line in (tmp_path / "e.jsonl").read_text().splitlines()[1:]]
     assert not any(stops & set(row[:-1]) for row in rows)
     assert all(row[-1] in stops or len(row) == 4 for row in rows)
     assert any(row[-1] in stops - {build_tokenizer().eos_token_id} for row in rows)
@@ -95,7 +95,8 @@ def test_chat_prompts_take_the_checkpoints_template(world: World, tmp_path: Path
     changed = words(world, path, tmp_path / "e.jsonl")
     changed[1] = str(folder)
     assert main(changed) == 0
-    assert json.loads((tmp_path / "e.jsonl").read_text().splitlines()[0])["prompt_ids"] == [ONE, TWO, EQUALS]
+    found = read_rollouts(tmp_path / "e.jsonl")
+    assert found.ids[0, : found.prompt_lengths[0]].tolist() == [ONE, TWO, EQUALS]
 
 
 def test_chat_prompts_without_a_template_are_one_calm_line(world: World, tmp_path: Path, refused: Refused) -> None:
