@@ -171,7 +171,7 @@ def test_every_model_holds(build: str) -> None:
     policy, params = fp.from_module(models.EVERY_MODEL[build]())
     held = tangent.difference(policy, params, models.direction(params))
     assert held is not None
-    assert held.error < 0.1 * float(held.slope.norm())  # the difference says something
+    assert held.rounding < 0.1 * float(held.fine.norm())  # the difference says something
     engine.directional(policy, params, models.direction(params), models.rollouts())
     assert policy.checks is not None
     assert policy.checks.tangents == {"forward": True}

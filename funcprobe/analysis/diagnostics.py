@@ -95,10 +95,16 @@ def before_measuring(
         yield from _mismatch(SamplerMismatch(info["sampler_gap"], info["sampler_ratio"]), update, "update")
 
 
-def padded_in_training(policy: Policy, update: Rollouts) -> Iterator[str]:
-    """Yield a note where a trainer that pads prompts on the left trains on other scores than those of the rows."""
-    terms = () if policy.checks is None else policy.checks.training
-    yield from training_cautions(tuple(term for term in terms if term.kind == "left padding"), update)
+def about_the_copy(policy: Policy, update: Rollouts) -> Iterator[str]:
+    """Yield what was found out about the copy of a module, and whether padding in training would be seen by it.
+
+    A trainer that pads prompts on the left trains on other scores than those of the rows, where a model counts padding.
+    """
+    if policy.checks is not None:
+        yield from policy.checks.notes
+        yield from training_cautions(
+            tuple(term for term in policy.checks.training if term.kind == "left padding"), update
+        )
 
 
 def left_alone(gradient: Gradients) -> Iterator[str]:

@@ -11,10 +11,10 @@ from funcprobe import tree
 from funcprobe.analysis.diagnostics import (
     Clock,
     Messages,
+    about_the_copy,
     before_measuring,
     is_independent,
     left_alone,
-    padded_in_training,
     unequal_groups,
 )
 from funcprobe.analysis.environment import describe_environment
@@ -169,7 +169,7 @@ def take_step(
         after = step.apply(params, opt_state, loss.gradient, lr=lr, info=loss.info)
         move = Move.of(params, after.params, after.update, narrow=is_stored(step.optimizer))
         taken = Taken(move, dict(after.info), loss, storage_name(step.optimizer, params))
-    said.notes += [*left_alone(loss.gradient), *padded_in_training(passes.policy, update)]
+    said.notes += left_alone(loss.gradient)
     said.also(before_measuring(passes.policy, passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
         said.also(unequal_groups(step.optimizer))
@@ -201,6 +201,7 @@ def result_of(
         family=family_of(asked, move, first, found.evidence),
         health=found.health,
         routing=found.routing,
+        checks=tuple(about_the_copy(passes.policy, update)),
         step=taken.info,
         evaluation=BatchCounts.of(passes.evaluation),
         update_batch=BatchCounts.of(update),

@@ -68,6 +68,7 @@ class ProbeResult:
     timings: dict[str, float]  #: seconds by phase
     environment: Json  #: versions, device, threads, precision
     routing: Routing | None = None  #: tokens that change experts on the way; None for a model that has none
+    checks: tuple[str, ...] = ()  #: what was found out about the copy of the module that was measured
     update: Params | None = None  #: Δθ on request: name-keyed, CPU, float32
     evidence: Evidence | None = field(default=None, compare=False, repr=False)  #: scores on request; not saved
 
@@ -199,6 +200,7 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
         raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
     names = {f.name for f in dataclasses.fields(cls)} - {"update", "evidence"}
     plain.setdefault("routing", None)  # results had none before mixtures of experts were watched
+    plain.setdefault("checks", [])  # nor did they tell of the copy
     if plain.keys() != names:
         raise InputError(f"{file} has other fields than a result: {sorted(plain.keys() ^ names)}; the file is damaged.")
     try:
@@ -212,7 +214,8 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
         )
         plain["routing"] = None if plain["routing"] is None else Routing(**plain["routing"])
         plain["top"] = tuple((name, norm) for name, norm in plain["top"])
-        plain["warnings"], plain["notes"] = tuple(plain["warnings"]), tuple(plain["notes"])
+        for name in ("warnings", "notes", "checks"):
+            plain[name] = tuple(plain[name])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{file} is not a whole result ({error}); the file is damaged.") from error
     kept = folder / "update.safetensors"

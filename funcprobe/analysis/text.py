@@ -39,6 +39,7 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
         ),
         ("Pareto k̂", khat),
         *_caveats(result),
+        *(("about the copy", text) for text in result.checks),
     ]
 
 

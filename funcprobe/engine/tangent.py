@@ -22,16 +22,19 @@ from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Params, Rollouts, TokenScores
 
-#: The size of the two steps relative to the leaves that move: small enough for the second difference to vanish, large
-#: enough for float32 (a change of some 1e-2 of scores that are rounded at 1e-7).
-STEP = 1e-2
+#: The sizes of the two steps relative to the leaves that move: the finer one is large enough for float32 (a change of
+#: some 2e-3 of scores that are rounded at 1e-7), and a quarter of the coarser.
+STEPS = 1e-2, 2.5e-3
 
-#: What a tangent may be off beside the error of the difference, relative to it: half a per cent is the third order at
-#: such a step; what is lost or detached is some per cent at least.
+#: What a tangent may be off beside rounding, relative to the difference: what is lost is some per cent at least.
 SLACK = 5e-3
 
-#: Rounding of one score, at most, in units of eps·(1 + |s|).
-ROUNDING_UNITS = 8.0
+#: Between the steps, what a difference itself is off by falls to about a quarter or less (kinks, curvature), and what a
+#: jump adds to it grows fourfold; a tangent that is wrong is as far off at either, within this factor.
+STEADY = 1.25
+
+#: Rounding of one score in units of eps·(1 + |s|), as far as a sum of some of them goes.
+ROUNDING_UNITS = 4.0
 
 #: Arithmetic coarser than this has no finite difference to speak of.
 COARSEST = 1e-4
@@ -64,45 +67,48 @@ def hold(
 
 
 class Difference(NamedTuple):
-    """A central difference of scores, and how far it can be trusted."""
+    """Central differences of scores at two steps."""
 
     rollouts: Rollouts
-    slope: Tensor  #: [n] of every completion token
-    error: float  #: its Euclidean error
+    coarse: Tensor  #: [n] at the larger step
+    fine: Tensor  #: [n] at the smaller one
+    rounding: float  #: the Euclidean error of the finer one by rounding
 
     def off(self, tangent: Tensor) -> float:
-        """Return by how much a tangent is off, relative to the difference; 0 within its error."""
-        size = max(float(self.slope.norm()), float(tangent.norm()))
-        return 0.0 if self.apart(tangent) <= self.error + SLACK * size else self.apart(tangent) / size
+        """Return by how much a tangent is off, relative to the difference; 0 where that may be the difference's."""
+        near, far = self.apart(tangent), float((tangent - self.coarse).norm())
+        size = max(float(self.fine.norm()), float(tangent.norm()))
+        if near <= self.rounding + SLACK * size or not far / STEADY <= near <= far * STEADY:
+            return 0.0
+        return near / size
 
     def apart(self, tangent: Tensor) -> float:
-        """Return the Euclidean distance of a tangent from the difference."""
-        return float((tangent - self.slope).norm())
+        """Return the Euclidean distance of a tangent from the finer difference."""
+        return float((tangent - self.fine).norm())
 
     def weighted(self, c: Tensor) -> Difference:
-        """Return the difference of one weighted sum of the scores; its error is bounded by Cauchy and Schwarz."""
-        # what sums to less than a tenth of its terms is told to a tenth of the slack only
-        slack = 0.1 * SLACK * float((c * self.slope).norm())
-        return self._replace(slope=(c @ self.slope).reshape(1), error=float(c.norm()) * self.error + slack)
+        """Return the differences of one weighted sum of the scores; rounding is bounded by Cauchy and Schwarz."""
+        # what sums to less than its terms is told to a tenth of their slack
+        slack = 0.1 * SLACK * float((c * self.fine).norm())
+        coarse, fine = ((c @ slope).reshape(1) for slope in (self.coarse, self.fine))
+        return Difference(self.rollouts, coarse, fine, float(c.norm()) * self.rounding + slack)
 
 
 def difference(policy: Policy, params: Params, direction: Params) -> Difference | None:
-    """Return the central difference of the scores of a few tokens along a direction; None where there is none to take.
-
-    Its error is thrice that between two steps, one of them half the other, and the rounding of their ends: where a
-    token changes experts between the ends of the shorter one, the two differ by half of what the jump adds.
-    """
+    """Return central differences of the scores of a few tokens along a direction; None where there is none to take."""
     size, length = float(tree.norm(tree.select(params, direction))), float(tree.norm(direction))
     eps = arithmetic(policy, params).eps
     if not (0 < length < math.inf and size > 0) or eps > COARSEST:
         return None
-    rollouts, h = few(policy), STEP * size / length
-    ends = [_end(policy, params, direction, rollouts, step) for step in (h, -h, h / 2, -h / 2)]
-    if not all(bool(torch.isfinite(end).all()) for end in ends):
-        return None
-    full, half = (ends[0] - ends[1]) / (2 * h), (ends[2] - ends[3]) / h
-    rounding = ROUNDING_UNITS * eps * (1 + float(ends[2].abs().max())) * math.sqrt(len(half)) / h
-    return Difference(rollouts, half, 3 * float((full - half).norm()) + 2 * rounding)
+    rollouts, found, largest = few(policy), [], 0.0
+    for h in (step * size / length for step in STEPS):
+        ends = [_end(policy, params, direction, rollouts, sign * h) for sign in (1, -1)]
+        if not all(bool(torch.isfinite(end).all()) for end in ends):
+            return None
+        largest = float(ends[0].abs().max())
+        found.append((ends[0] - ends[1]) / (2 * h))
+    rounding = ROUNDING_UNITS * eps * (1 + largest) * math.sqrt(len(found[1])) * length / (STEPS[1] * size)
+    return Difference(rollouts, found[0], found[1], rounding)
 
 
 def values(scores: TokenScores, mask: Tensor) -> Tensor:
@@ -119,7 +125,7 @@ def zeros_of(rollouts: Rollouts) -> TokenScores:
 def few(policy: Policy) -> Rollouts:
     """Return two rows of a few small ids, none of them 0."""
     ids, longest = max(1, min(policy.vocab_size, 64) - 1), policy.max_length or 4
-    rows = [[1 + (3 * k) % ids for k in range(max(2, min(n, longest)))] for n in (4, 3)]
+    rows = [[1 + k % ids for k in range(max(2, min(n, longest)))] for n in (4, 3)]
     made = rollouts_from_lists([row[:1] for row in rows], [row[1:] for row in rows], temperature=1.0)
     return to_device(made, policy.device)
 

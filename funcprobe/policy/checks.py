@@ -90,10 +90,14 @@ class Trial(NamedTuple):
         return ids, torch.arange(width, device=ids.device) < torch.tensor([[len(r)] for r in self.rows]).to(ids.device)
 
     @property
+    def largest(self) -> float:
+        """The largest finite logit, absolutely."""
+        return max(float(torch.nan_to_num(z.detach(), 0.0, 0.0, 0.0).abs().max()) for z in self.seen.logits)
+
+    @property
     def tolerance(self) -> float:
         """The distance up to which two logits are one."""
-        largest = max(float(torch.nan_to_num(z.detach(), 0.0, 0.0, 0.0).abs().max()) for z in self.seen.logits)
-        return max(COARSEST_FLOAT32, ROUNDING_UNITS * self.seen.watch.eps) * (1 + largest)
+        return max(COARSEST_FLOAT32, ROUNDING_UNITS * self.seen.watch.eps) * (1 + self.largest)
 
     def gap(self, logits: Sequence[Tensor]) -> float:
         """Return the largest distance to the module's logits; infinite where one is finite and the other is not."""

@@ -79,6 +79,19 @@ def positions_of(module: nn.Module) -> int | None:
     return None if None in scaled else max([found, *(reach for reach in scaled if reach is not None)])
 
 
+def ids_below(module: nn.Module) -> int:
+    """Return a bound that small token ids stay below: the vocabulary, where a module says what reads its ids."""
+    tables = [
+        part.get_input_embeddings()  # type: ignore[operator]
+        for part in module.modules()
+        if hasattr(type(part), "get_input_embeddings")
+    ]
+    sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
+    # a table that is not the ids' may be of positions, or shorter
+    sizes = sizes or [part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)]
+    return max(2, min([*sizes, 64]))
+
+
 def rows_share_frequencies(module: nn.Module) -> set[str]:
     """Return the names of rotary embeddings whose frequencies follow the longest row of a batch."""
     found = set()

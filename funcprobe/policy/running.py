@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -122,15 +122,14 @@ def generators_kept(module: nn.Module) -> AbstractContextManager[None]:
     )
 
 
-class Seen:
+class Seen(NamedTuple):
     """What running a module on its own showed."""
 
-    def __init__(self) -> None:
-        self.logits: list[Tensor] = []  #: [L, V] of every row, run alone, with its graph
-        self.leaves: dict[str, Tensor] = {}  #: the module's own trainable leaves, at which the graph ends
-        self.watch = Watch()
-        self.written: dict[str, str] = {}  #: name of a buffer -> the operation that writes to it
-        self.changed: set[str] = set()  #: names of the parts that write to themselves
+    logits: list[Tensor]  #: [L, V] of every row, run alone, with its graph
+    leaves: Mapping[str, Tensor]  #: the module's own trainable leaves, at which the graph ends
+    watch: Watch
+    written: dict[str, str]  #: name of a buffer -> the operation that writes to it
+    changed: set[str]  #: names of the parts that write to themselves
 
 
 def observed(module: nn.Module, rows: Sequence[Tensor], seed: int = 0) -> Seen:
@@ -141,8 +140,8 @@ def observed(module: nn.Module, rows: Sequence[Tensor], seed: int = 0) -> Seen:
     Raises:
         InputError: If it cannot be run on ids alone, returns no logits, or writes to a parameter.
     """
-    seen = Seen()
-    seen.leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    leaves = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    seen = Seen([], leaves, Watch(), {}, set())
     buffers = {name: b for name, b in module.named_buffers() if b is not None}
     while True:  # one more time for every buffer that turns out to be written to
         named = {address(p): name for name, p in module.named_parameters()}
@@ -156,9 +155,9 @@ def observed(module: nn.Module, rows: Sequence[Tensor], seed: int = 0) -> Seen:
                 for part in module.modules():
                     part.training = False
                 before = _state(module)
-                seen.logits = [_run(module, row, named, seen.watch) for row in rows]
-                seen.changed |= {name for name, state in _state(module).items() if state != before[name]}
-            seen.changed |= {name.rpartition(".")[0] for name in seen.written}
+                seen.logits[:] = [_run(module, row, named, seen.watch) for row in rows]
+                seen.changed.update(name for name, state in _state(module).items() if state != before[name])
+            seen.changed.update(name.rpartition(".")[0] for name in seen.written)
             return seen
         except _Stopped as stop:
             if stop.name not in buffers:
