@@ -29,6 +29,10 @@ class ForwardModeError(FuncprobeError):
     """The model has an operation without a forward derivative; reverse mode still works."""
 
 
+class ReverseModeError(FuncprobeError):
+    """The model has no backward pass that can be run; the message says what torch found."""
+
+
 class EffectiveSampleSizeError(FuncprobeError):
     """The importance weights degenerated below the threshold and the caller asked for that to be an error."""
 

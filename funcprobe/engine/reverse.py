@@ -1,20 +1,24 @@
-"""Reverse mode: a scalar of a batch and its gradient, by pulling cotangents of the scores back through the model."""
+"""Reverse mode: a scalar of a batch and its gradient, by pulling cotangents of the scores back through the model.
+
+The backward pass is plain autograd's, on leaves of its own: whatever trains by `loss.backward()` has a gradient here,
+functions of the old kind, checkpointed blocks and sparse embeddings among it. `.grad` is never touched.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from funcprobe import tree
 from funcprobe.data.rollouts import to_device
-from funcprobe.engine.batches import Stats, finite, gather, pieces, scores
+from funcprobe.engine.batches import Stats, detached, fields, finite, gather, pieces, scores
 from funcprobe.engine.forward import cotangents, rows_of
 from funcprobe.engine.kernels import EveryRow
+from funcprobe.errors import ReverseModeError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
@@ -30,6 +34,7 @@ class Gradient(NamedTuple):
     gradient: Params  #: ∂f/∂params, in the dtype of the parameters
     scores: TokenScores  #: [B, T], the scores of the whole batch, at which the cotangents were taken
     info: dict[str, Tensor]  #: what f reported on the whole batch
+    unreached: frozenset[str] = frozenset()  #: leaves that no score depends on; their gradient reads 0
 
 
 def gradient(
@@ -52,8 +57,12 @@ def gradient(
     cotangents from the slice at hand, and one pass does. `as_training` leaves out the row `padding_idx` of an
     embedding, as torch's backward pass does; without it the gradient is the derivative, whatever the policy reads.
 
+    A leaf that no score of the batch depends on (an expert that no token reaches, an adapter that is not active) is
+    `unreached`: a training loop leaves its `.grad` None, which is another thing than 0.
+
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
+        ReverseModeError: If the model has no backward pass.
     """
     rollouts = to_device(rollouts, policy.device)
     if separable:
@@ -74,7 +83,8 @@ def gradient(
     pulled, gathered = _pass(cotangents_at, policy, params, rollouts, options)
     at = gathered if separable else known  # those that the cotangents were taken at: they differ by rounding
     value, info = f(at, rollouts)
-    return Gradient(value, pulled, at, info)
+    unreached = frozenset(params) - pulled.keys()
+    return Gradient(value, _with_zeros(pulled, params), at, info, unreached)
 
 
 def pull_back(
@@ -95,10 +105,12 @@ def pull_back(
 
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
+        ReverseModeError: If the model has no backward pass.
     """
     rollouts = to_device(rollouts, policy.device)
     options = _Options(as_training, stats, microbatch, progress, what)
-    return _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, rollouts, options)[0]
+    pulled, _ = _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, rollouts, options)
+    return _with_zeros(pulled, params)
 
 
 class _Options(NamedTuple):
@@ -118,8 +130,9 @@ def _pass(
     rollouts: Rollouts,
     options: _Options,
 ) -> tuple[Params, TokenScores]:
-    """Return the sum of all microbatches' pulled-back cotangents, and the scores of the batch."""
-    total: Params | None = None
+    """Return the sum of all microbatches' pulled-back cotangents, of the leaves that are reached, and the scores."""
+    total: Params = {}
+    ours: set[str] = set()  # names whose entry is a sum of ours, which may be added to in place
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
     embeddings = nullcontext() if options.as_training else EveryRow()
@@ -132,10 +145,9 @@ def _pass(
         with embeddings:
             part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
         found.append((rows, part_scores))
-        total = _accumulate(total, pulled, fresh=len(found) > 2)
+        _accumulate(total, pulled, ours)
         del pulled
-    assert total is not None  # validated rollouts have at least one row
-    return {name: g.detach() for name, g in total.items()}, gather(found, rollouts)
+    return total, gather(found, rollouts)
 
 
 def _pulled_back(
@@ -149,21 +161,59 @@ def _pulled_back(
     Most objectives are functions of logp alone. Once a slice has shown it, the entropy's graph is not built for the
     next one; should that one need it after all, the slice is run again with it.
     """
-    found, pull = torch.func.vjp(partial(run, constant_entropy=constant_entropy), params)  # type: ignore[misc]
-    mine = cotangents_at(found)
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        found = run(leaves, constant_entropy=constant_entropy)
+        stacked = fields(found)
+    at = detached(found)
+    mine = cotangents_at(at)
     flat = not bool(mine.entropy.any())
     if constant_entropy and not flat:
         return _pulled_back(run, params, cotangents_at, False)
-    (pulled,) = pull(mine, retain_graph=False, create_graph=False)
-    return found, pulled, flat
+    if not stacked.requires_grad:
+        return at, {}, flat
+    with _backward_errors():
+        pulled = torch.autograd.grad(stacked, list(leaves.values()), fields(mine), allow_unused=True)
+    return at, {n: _dense(g) for n, g in zip(leaves, pulled, strict=True) if g is not None}, flat
 
 
-def _accumulate(total: Params | None, more: Params, *, fresh: bool) -> Params:
-    """Add `more`; in place once `total` is a sum of ours, since what autograd returns may alias between leaves."""
-    if total is None:
-        return more
-    if not fresh:
-        return tree.add(total, more)
-    for name, g in total.items():
-        g.add_(more[name])
-    return total
+def _accumulate(total: Params, more: Params, ours: set[str]) -> None:
+    """Add `more` to `total`; in place once an entry is a sum of ours: what autograd returns may alias."""
+    for name, g in more.items():
+        if name not in total:
+            total[name] = g
+        elif name in ours:
+            total[name].add_(g)
+        else:
+            total[name] = total[name] + g
+            ours.add(name)
+
+
+def _with_zeros(pulled: Params, params: Params) -> Params:
+    return {name: pulled[name] if name in pulled else torch.zeros_like(p) for name, p in params.items()}
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    """Return the gradient of an embedding with `sparse=True` as any other."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+@contextmanager
+def _backward_errors() -> Iterator[None]:
+    """Turn what torch says of a backward pass that cannot be made into one sentence of ours.
+
+    Raises:
+        ReverseModeError: In its place.
+        torch.OutOfMemoryError: As it came.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        said = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+        raise ReverseModeError(
+            f'The model has no backward pass here ("{said.strip().rstrip(".")}"); a reentrant torch.utils.checkpoint '
+            "in its forward is made non-reentrant by use_reentrant=False, and anything else has to train by "
+            "loss.backward() first."
+        ) from error

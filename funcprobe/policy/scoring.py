@@ -154,8 +154,10 @@ class _Rematerialised(torch.autograd.Function):
         by_leaf: list[Tensor] = []
         pieces = (x.split(ctx.chunk) for x in (hidden, token, temperature, cotangents[0]))
         for h, y, tau, c in zip(*pieces, strict=True):
-            pull = torch.func.vjp(lambda h, *ls, y=y, tau=tau: ctx.fields(h, y, tau, *ls), h, *leaves)[1]
-            of_hidden, *of_leaves = pull(c, retain_graph=False, create_graph=False)
+            inputs = [x.detach().requires_grad_() for x in (h, *leaves)]
+            with torch.enable_grad():
+                made = ctx.fields(inputs[0], y, tau, *inputs[1:])
+            of_hidden, *of_leaves = torch.autograd.grad(made, inputs, c, materialize_grads=True, allow_unused=True)
             by_hidden.append(of_hidden)
             by_leaf = [a + b for a, b in zip(by_leaf, of_leaves, strict=True)] if by_leaf else of_leaves
         return None, None, torch.cat(by_hidden), None, None, *by_leaf
