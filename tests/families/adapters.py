@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.families.building import built
+from tests.families.building import built, cast
 from tests.families.table import FAMILIES
 from tests.models import seeded
 
@@ -25,6 +25,7 @@ class Adapter:
     config: Mapping[str, Any] = field(default_factory=dict)
     base: str = "qwen2"  #: the family that is adapted
     quick: bool = False  #: whether every run of the tests has it
+    refused: Mapping[str, str] = field(default_factory=dict)  #: checks that are refused, with words of the sentence
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """Return the adapted model, every leaf that trains away from where it starts, which is often zero."""
@@ -33,11 +34,13 @@ class Adapter:
         make: Callable[..., Any] = getattr(peft, self.kind)
         with warnings.catch_warnings(), seeded(2):
             warnings.simplefilter("ignore")  # of tied layers, of what peft would rather have named
-            adapted = peft.get_peft_model(built(FAMILIES[self.base], dtype), make(task_type="CAUSAL_LM", **self.config))
+            base = built(FAMILIES[self.base])
+            adapted = peft.get_peft_model(base, make(task_type="CAUSAL_LM", **self.config))
             with torch.no_grad():
                 for leaf in adapted.parameters():
                     if leaf.requires_grad:
-                        leaf.add_(0.1 * torch.randn(leaf.shape, dtype=torch.float64).to(leaf.dtype))
+                        leaf.add_(0.1 * torch.randn(leaf.shape))
+        cast(base, dtype)
         return adapted.to(dtype)
 
 

@@ -67,14 +67,15 @@ class Family:
     vision: Mapping[str, Any] = field(default_factory=dict)  #: beyond `VISION_SIZES`
     auto: Auto = "CausalLM"  #: which of transformers' classes
     quick: bool = False  #: whether every run of the tests has it
+    refused: Mapping[str, str] = field(default_factory=dict)  #: checks that are refused, with words of the sentence
 
     def build(self, dtype: torch.dtype) -> nn.Module:
         """Return the model: weights large enough that attention, gates and routers decide something."""
-        return built(self, dtype)
+        return cast(built(self), dtype)
 
 
-def built(family: Family, dtype: torch.dtype) -> nn.Module:
-    """Return the family's model with random weights, in the kernels that transformers chose where those can be had."""
+def built(family: Family) -> nn.Module:
+    """Return the family's model with random weights, in float32."""
     import transformers
 
     auto = getattr(transformers, f"AutoModelFor{family.auto}")
@@ -89,6 +90,11 @@ def built(family: Family, dtype: torch.dtype) -> nn.Module:
                 leaf.normal_(std=0.15, generator=draw)
             elif "bias" in name or not bool(torch.isfinite(leaf).all()):  # some are left as they lay in memory
                 leaf.normal_(std=0.05, generator=draw)
+    return module
+
+
+def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the model in a dtype, in the kernels that transformers chose where those have it."""
     if dtype == torch.float64 and module._can_set_experts_implementation():
         module.set_experts_implementation("eager")  # the grouped products have no float64
     return module.to(dtype)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,8 @@ PROMPTS = [[5, 6, 7, 8, 9], [11, 12], [5, 0, 7], [40]]  # 0 is the padding row o
 TEMPERATURE = 0.8
 
 
-#: Of a finite difference, in units of Δθ. Its errors: h⁴ by truncation, and for F′ 3 eps/h and for ½F″ 64 eps/(24 h²) of
-#: F by rounding, which is what 4 and 5 evaluations of F, each rounded once or twice, add up to.
+#: Of a finite difference, in units of Δθ: its fourth power, which truncation is of, is beyond float64.
 STEP = 1e-4
-EPS64 = torch.finfo(torch.float64).eps
 
 
 class Wrong(AssertionError):
@@ -126,24 +125,38 @@ class Case:
         return float(tree.dot(tree.map_(torch.abs, found.gradient), tree.map_(torch.abs, self.step.update)))
 
     @functools.cached_property
+    def curvature(self) -> float:
+        """Σ|∂F/∂s s̈|/2, over tokens: what rounding of δF₂ is relative to."""
+        along = engine.directional(self.policy, self.params, self.step.update, self.evaluation, order=2)
+        assert along.curvatures is not None
+        c = engine.cotangents(lambda s: fp.entropy()(s, along.scores, self.evaluation), along.scores)
+        return float(engine.fields(engine.each(torch.mul, c, along.curvatures)).abs().sum()) / 2
+
+    @functools.cached_property
     def differences(self) -> tuple[float, float]:
-        """F′ and ½F″ along Δθ by finite differences, in float64 throughout, from four points around θ.
+        """F′ along Δθ by finite differences of F, and ½F″ by those of F′, from four points around θ, in float64 throughout.
 
-        The points are so near that no rectifier's kink and no router's jump lies between them.
+        The points are so near that no rectifier's kink and no router's jump lies between them; a difference of F that
+        is divided twice would be rounding there.
         """
-        h = STEP
-        with Wide(), torch.no_grad():
+        with Wide():
             F = fp.anchored(fp.entropy(), self.policy, self.evaluation, self.params)
-            at = {k: float(F(tree.axpy(k * h, self.step.update, self.params))) for k in (-2, -1, 0, 1, 2)}
-        first = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
-        second = (16 * (at[1] + at[-1]) - (at[2] + at[-2]) - 30 * at[0]) / (12 * h * h)
-        return first, second / 2
+            at = {k: tree.axpy(k * STEP, self.step.update, self.params) for k in (-2, -1, 1, 2)}
+            with torch.no_grad():
+                first = _slope({k: float(F(params)) for k, params in at.items()})
+            try:
+                slopes = {k: float(torch.func.jvp(F, (p,), (self.step.update,))[1]) for k, p in at.items()}
+            except RuntimeError:  # no forward derivative: then there is no second order to be held against one
+                return first, math.nan
+        return first, _slope(slopes) / 2
+
+    def rounding(self, of: float) -> float:
+        """Return what rounding leaves of a finite difference: twelve times some eps of a value, divided by the step."""
+        return 16 * torch.finfo(torch.float64).eps * abs(of) / STEP
 
 
-    def error(self, order: Literal[1, 2]) -> float:
-        """Return the rounding error of a finite difference: what several evaluations of F add up to."""
-        F = abs(self.probed().before)
-        return 8 * EPS64 * F / STEP if order == 1 else 8 * EPS64 * F / STEP**2
+def _slope(at: Mapping[int, float]) -> float:
+    return (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * STEP)
 
 
 def by_rows(module: nn.Module, rollouts: fp.Rollouts) -> list[Tensor]:
@@ -178,8 +191,8 @@ ROUNDINGS = 64.0
 
 def scores_are_the_modules_own(case: Case) -> None:
     """Alone and beside longer rows, a row has the log-probabilities that the module gives it."""
-    expected = by_rows(case.reference, case.evaluation)
     together = fp.score(case.policy, case.params, case.evaluation).logp
+    expected = by_rows(case.reference, case.evaluation)
     for row, own in enumerate(expected):
         tolerance = ROUNDINGS * case.eps * (1 + float(own.abs().max()))
         within(together[row, : len(own)], own, tolerance, f"row {row} beside others")
@@ -196,15 +209,15 @@ def forward_is_reverse(case: Case) -> None:
 
 def first_order_is_a_difference(case: Case) -> None:
     """δF₁ is what a finite difference of F along Δθ gives."""
-    found = case.probed().first_order
-    within(found, case.differences[0], ROUNDINGS * case.eps * case.terms + case.error(1), "δF₁ against a difference")
+    result = case.probed()
+    within(result.first_order, case.differences[0], ROUNDINGS * case.eps * case.terms + case.rounding(result.before), "δF₁ against a difference")
 
 
 def second_order_is_a_difference(case: Case) -> None:
     """δF₂ is what a finite difference of the second order gives."""
     result = case.probed(order=2)
     assert result.second_order is not None
-    tolerance = 1e-4 * abs(case.differences[1]) + case.error(2)
+    tolerance = ROUNDINGS * case.eps * (case.terms + case.curvature) + case.rounding(case.terms)
     within(result.second_order, case.differences[1], tolerance, "δF₂ against a difference")
 
 
@@ -237,9 +250,9 @@ def samples_are_scored_as_drawn(case: Case) -> None:
 def bfloat16_is_the_modules_own(case: Case) -> None:
     """The bfloat16 model is scored as far from float64 as the module itself is, and no further from the module."""
     module = case.build(torch.bfloat16)
-    own = torch.cat(by_rows(copy.deepcopy(module).eval(), case.evaluation))
     policy, params = fp.from_module(module)
     found = fp.score(policy, params, case.evaluation).logp[case.evaluation.completion_mask]
+    own = torch.cat(by_rows(copy.deepcopy(module).eval(), case.evaluation))
     exact = torch.cat(by_rows(case.reference, case.evaluation))
     rounding = float((own - exact).square().mean().sqrt())
     within(float((found - exact).square().mean().sqrt()), 0.0, 2 * rounding, "bfloat16 against float64, root mean square")

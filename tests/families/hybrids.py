@@ -99,5 +99,5 @@ HYBRIDS = (
         quick=True,
     ),
     Family("rwkv", "rwkv", "a recurrence with a state of its own", {"attention_hidden_size": 32, "context_length": 64}),
-    Family("xlstm", "xlstm", "a matrix memory", {"hidden_size": 128, "num_heads": 4, "chunk_size": 4}),
+    Family("xlstm", "xlstm", "a matrix memory", {"hidden_size": 128, "num_heads": 4}),
 )
