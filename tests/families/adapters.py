@@ -56,7 +56,12 @@ ADAPTERS: dict[str, Adapter] = {
             "rsLoRA",
             "LoraConfig",
             "ranks and scales by layer",
-            {**ATTENTION, "use_rslora": True, "rank_pattern": {"layers.1.self_attn.q_proj": 3}, "alpha_pattern": {"v_proj": 5}},
+            {
+                **ATTENTION,
+                "use_rslora": True,
+                "rank_pattern": {"layers.1.self_attn.q_proj": 3},
+                "alpha_pattern": {"v_proj": 5},
+            },
         ),
         Adapter("LoRA with biases", "LoraConfig", "a bias on the second factor", {**QUERIES, "lora_bias": True}),
         Adapter("LoRA on all layers", "LoraConfig", "every linear layer", {"r": 2, "target_modules": "all-linear"}),
@@ -118,7 +123,10 @@ ADAPTERS: dict[str, Adapter] = {
             base="gpt_oss",
         ),
         Adapter(
-            "IA³", "IA3Config", "scales of activations", {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+            "IA³",
+            "IA3Config",
+            "scales of activations",
+            {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
         ),
         Adapter(
             "AdaLoRA",
@@ -130,7 +138,9 @@ ADAPTERS: dict[str, Adapter] = {
         Adapter("OFT", "OFTConfig", "rotations", {"target_modules": ["q_proj"], "oft_block_size": 4}),
         Adapter("LoHa", "LoHaConfig", "products of factors, with a derivative of their own", QUERIES),
         Adapter("LoKr", "LoKrConfig", "Kronecker products", QUERIES),
-        Adapter("prompt tuning", "PromptTuningConfig", "tokens before the prompt", {"num_virtual_tokens": 3}, quick=True),
+        Adapter(
+            "prompt tuning", "PromptTuningConfig", "tokens before the prompt", {"num_virtual_tokens": 3}, quick=True
+        ),
         Adapter("prefix tuning", "PrefixTuningConfig", "keys and values before the prompt", {"num_virtual_tokens": 3}),
         Adapter(
             "p-tuning",

@@ -95,7 +95,9 @@ class Case:
         """One step, of length 1 in parameter space, where the model is far from linear."""
         made = self.make_step(self.policy)
         raw = made(self.params, made.optimizer.init(self.params), self.update, lr=1.0)
-        return made(self.params, made.optimizer.init(self.params), self.update, lr=self.length / float(tree.norm(raw.update)))
+        return made(
+            self.params, made.optimizer.init(self.params), self.update, lr=self.length / float(tree.norm(raw.update))
+        )
 
     #: ‖Δθ‖
     length = 0.1
@@ -113,11 +115,14 @@ class Case:
         """Return a probe of the step."""
         made = self.make_step(self.policy)
         state = made.optimizer.init(self.params)
-        return fp.probe(self.policy, made, self.params, state, self.evaluation, self.update, lr=self.lr, bars=None, **options)
+        return fp.probe(
+            self.policy, made, self.params, state, self.evaluation, self.update, lr=self.lr, bars=None, **options
+        )
 
     @functools.cached_property
     def terms(self) -> float:
         """Σ|∂F/∂θ_i Δθ_i|: what rounding of δF₁ is relative to, since the sum may cancel."""
+
         def f(s: fp.TokenScores, r: fp.Rollouts) -> tuple[Tensor, dict[str, Tensor]]:
             return fp.entropy()(s, batches.detached(s), r), {}
 
@@ -210,7 +215,12 @@ def forward_is_reverse(case: Case) -> None:
 def first_order_is_a_difference(case: Case) -> None:
     """δF₁ is what a finite difference of F along Δθ gives."""
     result = case.probed()
-    within(result.first_order, case.differences[0], ROUNDINGS * case.eps * case.terms + case.rounding(result.before), "δF₁ against a difference")
+    within(
+        result.first_order,
+        case.differences[0],
+        ROUNDINGS * case.eps * case.terms + case.rounding(result.before),
+        "δF₁ against a difference",
+    )
 
 
 def second_order_is_a_difference(case: Case) -> None:
@@ -255,7 +265,9 @@ def bfloat16_is_the_modules_own(case: Case) -> None:
     own = torch.cat(by_rows(copy.deepcopy(module).eval(), case.evaluation))
     exact = torch.cat(by_rows(case.reference, case.evaluation))
     rounding = float((own - exact).square().mean().sqrt())
-    within(float((found - exact).square().mean().sqrt()), 0.0, 2 * rounding, "bfloat16 against float64, root mean square")
+    within(
+        float((found - exact).square().mean().sqrt()), 0.0, 2 * rounding, "bfloat16 against float64, root mean square"
+    )
     within(float((found - own).square().mean().sqrt()), 0.0, 2 * rounding, "bfloat16 against the module's own")
 
 

@@ -17,9 +17,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 
 DENSE = (
     Family("qwen2", "qwen2", "the plain case", quick=True),
-    Family(
-        "qwen2, window", "qwen2", "a window in some layers", {"use_sliding_window": True, "max_window_layers": 1}
-    ),
+    Family("qwen2, window", "qwen2", "a window in some layers", {"use_sliding_window": True, "max_window_layers": 1}),
     Family("qwen2, tied", "qwen2", "one leaf under two names", {"tie_word_embeddings": True}),
     Family("qwen2, yarn", "qwen2", "scaled rotary frequencies, scaled attention", {"rope_parameters": YARN}),
     Family("qwen3", "qwen3", "norms of queries and keys"),
@@ -73,7 +71,12 @@ DENSE = (
     Family("smollm3", "smollm3", "layers without positions", {"no_rope_layers": [1, 0]}),
     Family("gpt2", "gpt2", "layer norm, learned positions"),
     Family("openai-gpt", "openai-gpt", "norms after the layers, no cache"),
-    Family("gpt_neo", "gpt_neo", "attention of its own, unscaled", {"attention_types": [[["global", "local"], 1]], "window_size": 4}),
+    Family(
+        "gpt_neo",
+        "gpt_neo",
+        "attention of its own, unscaled",
+        {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    ),
     Family("gptj", "gptj", "rotary positions on interleaved halves", {"rotary_dim": 8}),
     Family("gpt_neox", "gpt_neox", "parallel residuals"),
     Family("gpt_bigcode", "gpt_bigcode", "one key head for all queries"),
@@ -87,7 +90,9 @@ DENSE = (
     ),
     Family("bloom", "bloom", "positions as a bias; an activation with a derivative of its own", quick=True),
     Family("mpt", "mpt", "positions as a bias"),
-    Family("opt", "opt", "a decoder inside the model; learned positions by mask", {"word_embed_proj_dim": 32}, quick=True),
+    Family(
+        "opt", "opt", "a decoder inside the model; learned positions by mask", {"word_embed_proj_dim": 32}, quick=True
+    ),
     Family("opt, projected", "opt", "embeddings narrower than the layers", {"word_embed_proj_dim": 16}),
     Family("biogpt", "biogpt", "learned positions by mask"),
     Family("persimmon", "persimmon", "squared rectifiers, partly rotary"),

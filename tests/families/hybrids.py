@@ -26,13 +26,29 @@ STATE_SPACE = {
 
 HYBRIDS = (
     Family("mamba", "mamba", "a recurrence alone", {"state_size": 8, "time_step_rank": 4}, quick=True),
-    Family("mamba2", "mamba2", "a recurrence by chunks", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
+    Family(
+        "mamba2",
+        "mamba2",
+        "a recurrence by chunks",
+        {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4},
+    ),
     Family("falcon_mamba", "falcon_mamba", "a recurrence with norms inside", {"state_size": 8, "time_step_rank": 4}),
     Family("falcon_h1", "falcon_h1", "attention beside a recurrence; the head asks the model for a scale", STATE_SPACE),
-    Family("qwen3_next", "qwen3_next", "the delta rule and attention, with experts", {**DELTA_RULE, "decoder_sparse_step": 1}, quick=True),
+    Family(
+        "qwen3_next",
+        "qwen3_next",
+        "the delta rule and attention, with experts",
+        {**DELTA_RULE, "decoder_sparse_step": 1},
+        quick=True,
+    ),
     Family("qwen3_5", "qwen3_5_text", "the same without experts", DELTA_RULE),
     Family("qwen3_5_moe", "qwen3_5_moe_text", "the same with gated attention", DELTA_RULE),
-    Family("kimi_linear", "kimi_linear", "a delta rule with gates by channel", {**LINEAR_THEN_FULL, "num_key_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4}),
+    Family(
+        "kimi_linear",
+        "kimi_linear",
+        "a delta rule with gates by channel",
+        {**LINEAR_THEN_FULL, "num_key_value_heads": 4, "linear_head_dim": 8, "linear_num_heads": 4},
+    ),
     Family("minimax", "minimax", "linear attention by blocks, with experts", {**LINEAR_THEN_FULL, "block_size": 4}),
     Family(
         "granitemoehybrid",
@@ -90,7 +106,12 @@ HYBRIDS = (
         },
     ),
     Family("lfm2", "lfm2", "gated convolutions and attention", {"layer_types": ["conv", "full_attention"]}),
-    Family("lfm2_moe", "lfm2_moe", "the same with experts", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    Family(
+        "lfm2_moe",
+        "lfm2_moe",
+        "the same with experts",
+        {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    ),
     Family(
         "recurrent_gemma",
         "recurrent_gemma",

@@ -34,7 +34,12 @@ MIXTURES = (
     Family("glm4_moe_lite", "glm4_moe_lite", "the same through a bottleneck", LATENT),
     Family("granitemoe", "granitemoe", "experts as one matrix, logits scaled", {"logits_scaling": 2.0}),
     Family("minimax_m2", "minimax_m2", "sigmoid gates, norms of queries and keys"),
-    Family("ernie4_5_moe", "ernie4_5_moe", "mixtures in some layers", {"moe_layer_start_index": 1, "moe_layer_end_index": -1}),
+    Family(
+        "ernie4_5_moe",
+        "ernie4_5_moe",
+        "mixtures in some layers",
+        {"moe_layer_start_index": 1, "moe_layer_end_index": -1},
+    ),
     Family("hunyuan_v1_moe", "hunyuan_v1_moe", "an expert that all tokens share"),
     Family("dots1", "dots1", "the same behind a dense layer", {"first_k_dense_replace": 1}),
     Family("afmoe", "afmoe", "gated attention"),

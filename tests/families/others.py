@@ -10,7 +10,14 @@ IMAGES = "ImageTextToText"
 
 MULTIMODAL = (
     Family("qwen2_vl", "qwen2_vl", "positions in three parts", {"rope_parameters": THREE_PARTS}, auto=IMAGES),
-    Family("qwen2_5_vl", "qwen2_5_vl", "positions in three parts", {"rope_parameters": THREE_PARTS}, auto=IMAGES, quick=True),
+    Family(
+        "qwen2_5_vl",
+        "qwen2_5_vl",
+        "positions in three parts",
+        {"rope_parameters": THREE_PARTS},
+        auto=IMAGES,
+        quick=True,
+    ),
     Family(
         "qwen3_vl",
         "qwen3_vl",
@@ -25,7 +32,13 @@ MULTIMODAL = (
         {"rope_parameters": {**THREE_PARTS, "mrope_interleaved": True}},
         auto=IMAGES,
     ),
-    Family("gemma3", "gemma3", "a mask that knows images", {"layer_types": ["sliding_attention", "full_attention"]}, auto=IMAGES),
+    Family(
+        "gemma3",
+        "gemma3",
+        "a mask that knows images",
+        {"layer_types": ["sliding_attention", "full_attention"]},
+        auto=IMAGES,
+    ),
     Family("llava", "llava", "a tower before any decoder", auto=IMAGES),
     Family("paligemma", "paligemma", "a prefix that sees all of itself", auto=IMAGES),
     Family("mistral3", "mistral3", "a tower before a decoder", auto=IMAGES),
@@ -45,7 +58,12 @@ MULTIMODAL = (
         "mllama",
         "layers that attend to images alone",
         {"cross_attention_layers": [1]},
-        vision={"num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 32, "intermediate_layers_indices": [0]},
+        vision={
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "vision_output_dim": 32,
+            "intermediate_layers_indices": [0],
+        },
         auto=IMAGES,
     ),
 )

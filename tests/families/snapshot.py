@@ -45,7 +45,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield from ((f"{here}[{key}]", inner) for key, inner in value.items())
                 for key, inner in value.items():
                     if isinstance(inner, Tensor):
-                        yield f"{here}[{key}], flags", (inner.requires_grad, inner.grad is None, inner.dtype, inner.shape)
+                        yield (
+                            f"{here}[{key}], flags",
+                            (inner.requires_grad, inner.grad is None, inner.dtype, inner.shape),
+                        )
             if hasattr(value, "to_dict"):
                 yield f"{here}, as text", repr(sorted(vars(value).items(), key=lambda item: item[0]))
 

@@ -8,6 +8,4 @@ from tests.families.hybrids import HYBRIDS
 from tests.families.mixtures import MIXTURES
 from tests.families.others import ENCODERS, MULTIMODAL
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (*DENSE, *MIXTURES, *HYBRIDS, *MULTIMODAL, *ENCODERS)
-}
+FAMILIES: dict[str, Family] = {family.name: family for family in (*DENSE, *MIXTURES, *HYBRIDS, *MULTIMODAL, *ENCODERS)}
