@@ -16,6 +16,7 @@ from funcprobe.errors import ForwardModeError
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
 
 _MATH_KERNEL = "attention ran in the math kernel on E, because fused kernels have no forward derivative"
+_ONE_BY_ONE = "experts ran one by one on E, because grouped products have no forward derivative"
 
 
 class First(NamedTuple):
@@ -93,9 +94,9 @@ def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> l
         except ForwardModeError:
             pass  # what it means is decided where a single update meets it
         else:
-            eps, fused_attention = engine.arithmetic(asked.passes.policy, params)
-            asked.said.notes += [_MATH_KERNEL] if fused_attention else []
-            return [First(along.scores, along, {}, eps) for along in several]
+            found_of = engine.arithmetic(asked.passes.policy, params)
+            asked.said.notes += _kernels(found_of)
+            return [First(along.scores, along, {}, found_of.eps) for along in several]
     found: list[First] = []
     for update in updates:
         # ∇F does not know along which update it will be asked
@@ -106,19 +107,24 @@ def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> l
 
 def _forward(asked: Inquiry, params: Params, update: Params) -> First:
     passes, seconds = asked.passes, {}
-    eps, fused_attention = engine.arithmetic(passes.policy, params)
+    arithmetic = engine.arithmetic(passes.policy, params)
     if asked.options.order == 1:
         along = passes.directional(params, update, "E, forward mode")
     else:
-        along, off = curved(passes, params, update, eps)
+        along, off = curved(passes, params, update, arithmetic.eps)
         if along.curvatures is None:
             asked.said.notes.append(
                 f"the second order was taken forward over reverse: nested forward mode was off by {off:.1e}"
             )
             seconds = {n: second_by_reverse(passes, params, update, o, along) for n, o in asked.observables.items()}
-    if fused_attention:
-        asked.said.notes.append(_MATH_KERNEL)
-    return First(along.scores, along, {}, eps, seconds)
+    asked.said.notes += _kernels(arithmetic)
+    return First(along.scores, along, {}, arithmetic.eps, seconds)
+
+
+def _kernels(arithmetic: engine.Arithmetic) -> list[str]:
+    """Say which kernels stood in for the policy's own."""
+    attention = [_MATH_KERNEL] if arithmetic.fused_attention else []
+    return attention + ([_ONE_BY_ONE] if arithmetic.grouped_experts else [])
 
 
 def _reverse(asked: Inquiry, params: Params) -> First:

@@ -5,7 +5,6 @@ Both libraries fill what a file lacks with random weights and a log line. Here t
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from funcprobe.errors import CheckpointError, FuncprobeWarning, missing_extra
+from funcprobe.policy import copying
 from funcprobe.types import Params
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -109,10 +109,13 @@ def structural_copy(module: nn.Module, params: Params | None = None) -> nn.Modul
     Flags and submodules of the copy can change without the original noticing; tied parameters stay tied.
     """
     leaves = params or {}
-    shared: dict[int, Any] = {id(b): b for b in module.buffers()}
-    for name, p in module.named_parameters():
-        shared[id(p)] = nn.Parameter(leaves[name].detach() if name in leaves else p.detach(), p.requires_grad)
-    return copy.deepcopy(module, shared)
+    return copying.structural_copy(
+        module,
+        {
+            id(p): nn.Parameter(leaves[name].detach() if name in leaves else p.detach(), p.requires_grad)
+            for name, p in module.named_parameters()
+        },
+    )
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcprobe.errors import ForwardModeError
 from funcprobe.policy.module import Policy
+from funcprobe.policy.running import Watch, running_module
 from funcprobe.types import Params
 
 #: What torch says, in one way or another, where an operation has no forward derivative.
@@ -41,7 +41,7 @@ def differentiable_attention(policy: Policy) -> Iterator[None]:
 
     The kernel makes the attention matrices, of the square of the length; here it does so a block of queries at a time.
     """
-    with policy.plain_attention(), math_attention(), _QueryBlocks(), EveryRow():
+    with policy.plain_kernels(), math_attention(), _QueryBlocks(), EveryRow(), _Unchanged():
         yield
 
 
@@ -61,6 +61,24 @@ class EveryRow(TorchFunctionMode):
             args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
             kwargs = {name: value for name, value in kwargs.items() if name != "padding_idx"}
         return func(*args, **kwargs)
+
+
+class _Unchanged(TorchFunctionMode):
+    """A context in which setting a tensor to itself, or a flag to the value that it has, does nothing.
+
+    peft registers a parametrization for the time of a pass (LoRA on the experts of a mixture), which begins with both;
+    function transforms refuse either on a tensor that they have captured.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, unless it changes nothing."""
+        if func is Tensor.set_ and len(args) == 2 and args[0] is args[1]:
+            return args[0]
+        if func is Tensor.requires_grad_ and args[0].requires_grad == (args[1] if len(args) > 1 else True):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 class TrainedRows(TorchFunctionMode):
@@ -135,29 +153,20 @@ def _by_query_blocks(
 class Arithmetic(NamedTuple):
     """What a policy's forward pass is made of."""
 
-    eps: float  #: of the coarser dtype among features and trainable leaves
+    eps: float  #: of the coarsest dtype in which anything that depends on the leaves is computed
     fused_attention: bool  #: whether attention runs in fused kernels, which have no forward derivative
+    grouped_experts: bool = False  #: whether experts run as grouped products, which have none either
 
 
 def arithmetic(policy: Policy, params: Params) -> Arithmetic:
-    """Return what a forward pass over two tokens shows of a policy's arithmetic."""
+    """Return what a forward pass over two tokens shows of a policy's arithmetic, autocast and casts inside included."""
     ids = torch.zeros((1, 2), dtype=torch.int64, device=policy.device)
-    with torch.no_grad(), _Watch() as watch:
-        features = policy.features(params, ids, torch.ones_like(ids, dtype=torch.bool))
-    eps = max(torch.finfo(x.dtype).eps for x in (features, *params.values()))
-    return Arithmetic(eps, watch.seen or policy.plain_attention is not nullcontext)
-
-
-class _Watch(TorchFunctionMode):
-    """A context that notices whether attention goes through torch's fused function."""
-
-    seen = False
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.seen |= func is torch.nn.functional.scaled_dot_product_attention
-        return func(*args, **(kwargs or {}))
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad(), Watch() as watch:
+        features = policy.features(leaves, ids, torch.ones_like(ids, dtype=torch.bool))
+        policy.readout(leaves, features[0])
+    eps = max(watch.eps, *(torch.finfo(x.dtype).eps for x in (features, *params.values())))
+    return Arithmetic(eps, watch.fused_attention or policy.substitutes.attention, policy.substitutes.experts)
 
 
 class OnceDifferentiable(TorchFunctionMode):
@@ -255,21 +264,6 @@ def forward_mode_errors() -> Iterator[None]:
         if not any(mark in said for mark in _MARKS):
             raise
         raise ForwardModeError(
-            f"{_where(error.__traceback__)} has an operation without a forward derivative "
+            f"{running_module(error.__traceback__)} has an operation without a forward derivative "
             f'("{said.strip().splitlines()[0]}"); use mode="reverse".'
         ) from error
-
-
-def _where(traceback: TracebackType | None) -> str:
-    """Return the innermost module that was running, by its name within the outermost one."""
-    running = []
-    while traceback is not None:
-        owner = traceback.tb_frame.f_locals.get("self")
-        running += [owner] if isinstance(owner, nn.Module) else []
-        traceback = traceback.tb_next
-    if not running:
-        return "The model"
-    names = {id(module): name for root in reversed(running) for name, module in root.named_modules()}
-    innermost = running[-1]
-    name, kind = names[id(innermost)], type(innermost).__name__
-    return f"The module '{name}' ({kind})" if name else f"The module {kind}"

@@ -1,34 +1,32 @@
 """Any `nn.Module` that returns next-token logits, as a pure policy and the tree of its trainable leaves.
 
-The module itself is never run and never touched: what runs is a structural copy that shares its tensors, in eval mode,
-through `torch.func.functional_call`. A Hugging Face causal language model is split at its head into *features*
-(the backbone's last hidden states) and *readout* (whatever the model does from there to logits: a tied head, LoRA on
-the head, logit scaling or soft-capping), so that logits over the whole vocabulary need never exist for all positions.
+What runs is a structural copy that shares the module's tensors, in eval mode, through `torch.func.functional_call`. The
+copy proves itself on a few tokens (see `checks`): the module is run once for that, and left as it was. A Hugging Face
+causal language model is split at its head into *features* (the backbone's last hidden states) and *readout* (whatever
+the model does from there to logits), so that logits over the whole vocabulary need never exist for all positions.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from funcprobe.errors import InputError
+from funcprobe.policy.binding import Bound, Skeleton
+from funcprobe.policy.checks import Checks, Rejected, Trial, alone, decoding, prove
+from funcprobe.policy.copying import own_forwards, structural_copy, without_training_hooks
+from funcprobe.policy.refusals import positions_of, refuse_what_cannot_be_copied, rows_share_frequencies
+from funcprobe.policy.running import Watch, arguments_of, observed
+from funcprobe.policy.split import Decode, Features, Parts, Readout, splits, whole
+from funcprobe.policy.substitutes import Substitutes, substitutes
 from funcprobe.types import Params
 
 log = logging.getLogger(__name__)
-
-Features = Callable[[Params, Tensor, Tensor], Tensor]
-Readout = Callable[[Params, Tensor], Tensor]
-Decode = Callable[[Params, Tensor, Tensor, Any], tuple[Tensor, Any]]
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,15 @@ class Policy:
         default=None, repr=False
     )  #: (params, new ids, mask, cache) -> (features [B, D], cache)
     max_length: int | None = None  #: the longest sequence that the model has positions for
-    plain_attention: Callable[[], AbstractContextManager[None]] = field(default=nullcontext, repr=False)
-    #: a context in which attention is torch's own `scaled_dot_product_attention`, whatever the model was set to
+    substitutes: Substitutes = field(default_factory=Substitutes, repr=False)
+    #: the kernels that have forward derivatives, where the model was set to others
+    checks: Checks | None = field(default=None, repr=False, compare=False)
+    #: what the copy of a module proved; None for a policy that is no copy
+
+    @property
+    def plain_kernels(self) -> Callable[[], AbstractContextManager[None]]:
+        """The context in which attention and experts run in kernels that have forward derivatives."""
+        return self.substitutes.context
 
 
 def from_module(module: nn.Module, *, device: str | torch.device | None = None) -> tuple[Policy, Params]:
@@ -56,188 +61,174 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
     `module` maps ids `[B, L]` (and `attention_mask`, where its forward has such an argument) to logits `[B, L, V]` or
     to an object with `.logits`. With `device`, a copy is moved there and the original stays where it is.
 
+    A forward that was set on an instance (TRL's fused head, accelerate's mixed precision) is left out where the class's
+    own says the same; autocast that it brings is kept. `policy.checks` says what was found.
+
     Raises:
-        InputError: If the module has no trainable leaf or returns no logits of the right shape.
+        InputError: If the module has no trainable leaf or returns no logits of the right shape; or if a copy of it is
+            not the module: it writes to its parameters, draws random numbers, or is bound to the original.
     """
     if device is not None and not _is_on(module, torch.device(device)):
-        module = copy.deepcopy(module).to(device)
-    shared = {id(t): t for t in [*module.parameters(), *module.buffers()]}
-    skeleton = _ready(copy.deepcopy(module, shared))  # same tensors, its own flags and hooks
+        parameters = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}
+        module = structural_copy(module, parameters).to(device)
+    refuse_what_cannot_be_copied(module, device)
     params = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     if not params:
         raise InputError(
             f"{type(module).__name__} has no parameter that requires a gradient; call requires_grad_(True) on the "
             "leaves that the update is to move."
         )
-    policy = _split_at_head(skeleton, params) or _whole(skeleton, params)
-    return policy, params
+    if next(iter(params.values())).device.type == "meta":
+        return _shape_alone(module, params), params
+    return _copied(module, params), params
 
 
-def _whole(module: nn.Module, params: Params) -> Policy:
-    """Run the module as it is: its logits are the features and the readout is the identity.
+def _copied(module: nn.Module, params: Params) -> Policy:
+    """Return the first way to run a copy that says what the module says.
 
     Raises:
-        InputError: If it returns no logits of shape [B, L, V].
+        InputError: If there is none.
     """
-    bound = _Bound(module, _leaves(module))
-    accepted = inspect.signature(module.forward).parameters
-    options = {"use_cache": False} if "use_cache" in accepted else {}
-
-    def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
-        out = bound(params, ids, **options, **({"attention_mask": mask} if "attention_mask" in accepted else {}))
-        return getattr(out, "logits", out)
-
-    device = next(iter(params.values())).device
-    ids = torch.zeros((1, 2), dtype=torch.int64, device=device)
-    with torch.no_grad():
-        logits = features(params, ids, torch.ones_like(ids, dtype=torch.bool))
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (1, 2):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"{type(module).__name__} returned {found} for ids of shape (1, 2); expected logits [B, L, V] or an object "
-            "with such `.logits`."
-        )
-    return Policy(features, lambda params, h: h, tuple(params), logits.shape[-1], device)
-
-
-def _split_at_head(module: nn.Module, params: Params) -> Policy | None:
-    """Split a Hugging Face causal model into backbone and head; None where there is nothing to split."""
-    lm = next((m for m in module.modules() if _is_causal_lm(m)), None)
-    if lm is None:
-        return None
-    prefix: str = lm.base_model_prefix  # type: ignore[assignment]
-    leaves = _leaves(module)
-    backbone = _Bound(getattr(lm, prefix), leaves)
-    head_module = copy.copy(lm)
-    head_module._modules = {**lm._modules, prefix: _Given()}
-    head = _Bound(head_module, leaves)
-
-    def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
-        # Rows are right-padded and attention is causal: no real token ever sees a padded one, so no mask is needed
-        # and the fused kernels stay available.
-        return backbone(params, input_ids=ids, use_cache=False).last_hidden_state
-
-    def readout(params: Params, hidden: Tensor) -> Tensor:
-        return head(params, inputs_embeds=hidden.unsqueeze(0), use_cache=False).logits.squeeze(0)
-
-    def decode(params: Params, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        arguments = {"attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
-        out = backbone(params, input_ids=ids, use_cache=True, **arguments)
-        return out.last_hidden_state[:, -1], out.past_key_values
-
-    config = lm.config.get_text_config()  # type: ignore[operator,union-attr]
-    device = next(iter(params.values())).device
-    policy = Policy(
-        features=features,
-        readout=readout,
-        names=tuple(params),
-        vocab_size=lm.get_output_embeddings().weight.shape[0],  # type: ignore[operator]
-        device=device,
-        readout_names=tuple(dict.fromkeys(head.aliases.values())),
-        decode=decode,
-        max_length=getattr(config, "max_position_embeddings", None),
-        plain_attention=_plain_attention(module),
+    trial, why = _trial(module), ""
+    for instance_forwards in (False, True)[: 1 + any(True for _ in own_forwards(module))]:
+        checks = Checks(type(module).__name__)
+        skeleton = _skeleton(module, trial, checks, instance_forwards)
+        for parts in (*splits(skeleton), whole(skeleton)):
+            try:
+                found = prove(parts, params, trial, checks)
+            except Rejected as rejected:
+                why = str(rejected)
+                continue
+            _tell(module, trial, checks, instance_forwards)
+            return _policy(skeleton, found, params, trial, checks)
+    raise InputError(
+        f"A copy of {type(module).__name__} is not the module: {why}. Something on it refers to the original (a "
+        "closure, a forward or a hook that was set on an instance), or it is not a function of ids and parameters; "
+        "pass the module without that."
     )
-    return policy if _agrees(policy, module, params) else None
 
 
-def _agrees(policy: Policy, module: nn.Module, params: Params) -> bool:
-    """Check the split against the undivided model on three tokens; a model that disagrees is run whole."""
-    ids = torch.arange(3, device=policy.device).remainder(policy.vocab_size).unsqueeze(0)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    with torch.no_grad():
-        whole = _whole(module, params).features(params, ids, mask)[0]
-        split = policy.readout(params, policy.features(params, ids, mask)[0])
-    # a misplaced scale or cap is off by far more than low-precision rounding of logits of order one; NaN is nobody's
-    # disagreement, and scoring names the sequence it comes from
-    tolerance = max(1e-5, 32 * torch.finfo(whole.dtype).eps) * (1 + float(whole.abs().max()))
-    agrees = whole.shape == split.shape and not bool(((whole - split).abs() > tolerance).any())
-    if not agrees:
-        log.warning("%s does not split at its head; it is run whole, with logits in memory", type(module).__name__)
-    return agrees
+def _trial(module: nn.Module) -> Trial:
+    """Return a short and a longer row of small ids, and what the module says of them.
 
-
-def _plain_attention(skeleton: nn.Module) -> Callable[[], AbstractContextManager[None]]:
-    """Return the context in which a copy's attention is torch's own, instead of flex or a flash-attention package's."""
-    configs = {id(c): c for m in skeleton.modules() if (c := getattr(m, "config", None)) is not None}
-    found = [c for c in configs.values() if getattr(c, "_attn_implementation", None) not in (None, "eager", "sdpa")]
-
-    own = [config._attn_implementation for config in found]
-    lock, inside = threading.Lock(), [0]
-
-    def switch(by: int, names: Sequence[str]) -> None:
-        with lock:  # the first one in switches, and the last one out switches back
-            inside[0] += by
-            if inside[0] == max(by, 0):
-                for config, name in zip(found, names, strict=True):
-                    config._attn_implementation = name
-
-    @contextmanager
-    def plain() -> Iterator[None]:
-        switch(1, ["sdpa"] * len(found))
-        try:
-            yield
-        finally:
-            switch(-1, own)
-
-    return plain if found else nullcontext
-
-
-class _Bound:
-    """A submodule as a function of the policy's leaves, whatever their names are inside it (tied ones included)."""
-
-    def __init__(self, module: nn.Module, leaves: dict[int, str]) -> None:
-        self.module = module
-        named = module.named_parameters(remove_duplicate=False)
-        self.aliases = {local: leaves[id(p)] for local, p in named if id(p) in leaves}
-
-    def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        local = {name: params[canonical] for name, canonical in self.aliases.items()}
-        return functional_call(self.module, local, args, kwargs, tie_weights=False)
-
-
-class _Given(nn.Module):
-    """Stands in for a backbone whose output is already known: hands `inputs_embeds` on as the last hidden states."""
-
-    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> _GivenOutput:
-        return _GivenOutput(inputs_embeds)
-
-
-class _GivenOutput(tuple[Tensor]):
-    """A backbone output that holds hidden states alone: every other field of any model's output is None."""
-
-    def __new__(cls, hidden: Tensor) -> _GivenOutput:
-        return super().__new__(cls, (hidden,))
-
-    def __getattr__(self, name: str) -> Tensor | None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self[0] if name == "last_hidden_state" else None
-
-
-def _is_causal_lm(module: nn.Module) -> bool:
-    # asked of the class: adapters forward unknown attributes to the model they wrap
-    prefix = getattr(type(module), "base_model_prefix", "")
-    head = getattr(type(module), "get_output_embeddings", None)
-    return prefix in module._modules and head is not None and head(module) is not None
-
-
-def _ready(skeleton: nn.Module) -> nn.Module:
-    """Return the copy in eval mode, without the hook that checkpointing puts on embeddings.
-
-    That hook calls `requires_grad_` on activations, which function transforms refuse and nothing here needs; in eval
-    mode transformers does not checkpoint.
+    Raises:
+        InputError: If it cannot be run on them.
     """
-    for part in skeleton.modules():
-        for key, hook in list(part._forward_hooks.items()):
-            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
-                del part._forward_hooks[key]
-    return skeleton.eval()
+    sizes = [m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)]
+    limit = max(2, min([*sizes, 64]))  # some tables are of positions, and shorter; id 0 is often padding
+    device = next(module.parameters()).device
+
+    def row(length: int) -> Tensor:
+        return 1 + torch.arange(length, device=device).mul(3).remainder(limit - 1)
+
+    lengths = (2, 4) if positions_of(module) is None or positions_of(module) >= 4 else (1, 2)  # type: ignore[operator]
+    rows = tuple(row(length) for length in lengths)
+    return Trial(rows, observed(module, rows))
 
 
-def _leaves(module: nn.Module) -> dict[int, str]:
-    return {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+def _skeleton(module: nn.Module, trial: Trial, checks: Checks, instance_forwards: bool) -> Skeleton:
+    """Return the copy that runs, with buffers of its own where forward writes to them."""
+    written = {id(module.get_buffer(name)): module.get_buffer(name).clone() for name in trial.seen.written}
+    made = without_training_hooks(structural_copy(module, written, instance_forwards=instance_forwards))
+    leaves = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    skeleton = Skeleton(made, leaves, next(module.parameters()).device)
+    frequencies = rows_share_frequencies(made)
+    skeleton.remember({*_named_alike(made, trial.seen.changed), *frequencies})
+    low = trial.seen.watch.autocast
+    if low is not None and not _autocasts(skeleton, trial):
+        skeleton.autocast = low
+        checks.found(
+            "autocast", f"the module runs under autocast in {str(low).removeprefix('torch.')}, and so does its copy"
+        )
+    return skeleton
+
+
+def _autocasts(skeleton: Skeleton, trial: Trial) -> bool:
+    """Return whether the copy runs under autocast by itself."""
+    row = trial.rows[0].unsqueeze(0)
+    with torch.enable_grad(), Watch() as watch:
+        bound = Bound(skeleton, skeleton.module)
+        leaves = {name: p.detach().requires_grad_() for name, p in trial.seen.leaves.items()}
+        bound(leaves, row, **arguments_of(skeleton.module)(torch.ones_like(row, dtype=torch.bool)))
+    return watch.autocast is not None
+
+
+def _policy(skeleton: Skeleton, parts: Parts, params: Params, trial: Trial, checks: Checks) -> Policy:
+    """Return the policy of parts that were proved; decoding by a cache only where it says what scoring says."""
+    frequencies = rows_share_frequencies(skeleton.module)
+    if frequencies:
+        checks.found(
+            "rows",
+            f"the rotary frequencies of '{sorted(frequencies)[0]}' follow the longest row of a batch, so every row is "
+            "run alone",
+        )
+        parts = parts._replace(features=alone(parts.features), decode=None)
+    if parts.decode is not None:
+        off = decoding(parts.decode, parts, params, trial)
+        agrees = off <= trial.tolerance
+        checks.results["decoding says what scoring says"] = f"to {off:.1e}" if agrees else "no: rows are decoded whole"
+        if not agrees:
+            checks.found(
+                "decoding",
+                f"a cached step of {checks.module} does not say what scoring says, so rows are decoded whole",
+            )
+            parts = parts._replace(decode=None)
+    if not parts.readout_names and parts.decode is None and any(True for _ in splits(skeleton)):
+        log.warning("%s does not split at its head; it is run whole, with logits in memory", checks.module)
+    return Policy(
+        features=parts.features,
+        readout=parts.readout,
+        names=tuple(params),
+        vocab_size=trial.seen.logits[0].shape[-1],
+        device=skeleton.device,
+        readout_names=parts.readout_names,
+        decode=parts.decode,
+        max_length=positions_of(skeleton.module),
+        substitutes=substitutes(skeleton.module),
+        checks=checks,
+    )
+
+
+def _tell(module: nn.Module, trial: Trial, checks: Checks, instance_forwards: bool) -> None:
+    """Say what was found out about the module on the way."""
+    owners = [name or type(module).__name__ for name, _ in own_forwards(module)]
+    if owners and not instance_forwards:
+        checks.results["forward set on an instance"] = f"left out ({len(owners)}); the class's says the same"
+    elif owners:
+        checks.results["forward set on an instance"] = f"kept ({len(owners)}), bound to the copy"
+        checks.found("forward", f"the forward that was set on '{owners[0]}' is not its class's, and is kept")
+    written = sorted(trial.seen.written)
+    checks.results["forward writes"] = (
+        f"to {len(written)} buffers, of which the copy has its own" if written else "nothing"
+    )
+    if written:
+        checks.found(
+            "state",
+            f"forward writes to the buffer '{written[0]}' ({len(written)} such); the copy has its own, and begins "
+            "every pass as the module is now",
+        )
+
+
+def _shape_alone(module: nn.Module, params: Params) -> Policy:
+    """Return the policy of a module on the meta device, which has shapes and no numbers to prove anything by."""
+    skeleton = Skeleton(
+        without_training_hooks(structural_copy(module, instance_forwards=False)),
+        {id(p): name for name, p in module.named_parameters() if p.requires_grad},
+        next(iter(params.values())).device,
+    )
+    parts = next(splits(skeleton), whole(skeleton))
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=skeleton.device)
+    with torch.no_grad():
+        hidden = parts.features(params, ids, torch.ones_like(ids, dtype=torch.bool))
+        width = parts.readout(params, hidden[0]).shape[-1]
+    return Policy(
+        parts.features, parts.readout, tuple(params), width, skeleton.device, parts.readout_names, parts.decode
+    )
+
+
+def _named_alike(copied: nn.Module, names: set[str]) -> Iterator[str]:
+    known = {name for name, _ in copied.named_modules()}
+    yield from (name for name in names if name in known)
 
 
 def _is_on(module: nn.Module, device: torch.device) -> bool:

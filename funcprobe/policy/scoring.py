@@ -19,6 +19,7 @@ from torch import Tensor
 from funcprobe.data.rollouts import to_device
 from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
+from funcprobe.policy.refusals import refuse_autocast
 from funcprobe.types import Params, Rollouts, Statistic, TokenScores
 
 #: The most logits that a reverse pass keeps, in entries: 128 MiB in float32, a few such arrays at the peak.
@@ -47,8 +48,10 @@ def score(
     `constant_entropy` leaves the entropy out of the graph, which saves time where its cotangent is known to be zero.
 
     Raises:
-        InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary.
+        InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary; or if
+            autocast is on around the call.
     """
+    refuse_autocast(policy.device)
     rollouts = to_device(rollouts, policy.device)
     _check(policy, params, rollouts)
     stats = stats or {}

@@ -1,0 +1,246 @@
+"""Does the copy of somebody's module say what the module says? Found out once, on a few tokens, when it is made.
+
+1. its logits are the module's own, in the module's own precision; 2. it reacts to every leaf that the module reacts to;
+3. it writes nothing; 4. a row does not depend on the rows beside it; 5. decoding agrees with scoring; 6. two passes
+agree; 7. the tangent is the derivative (held by `engine.tangent` when the first one is taken); 8. what training adds is
+named. What fails is refused, mended with a word, or run in a way that passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe.errors import FuncprobeError
+from funcprobe.policy.running import Seen, Watch
+from funcprobe.policy.split import Decode, Features, Parts
+from funcprobe.types import Params
+
+#: How far two ways of computing one logit may be apart, in units of eps · (1 + the largest logit). A misplaced scale,
+#: cap or position is off by far more; kernels that sum in another order by about the root of the hidden size.
+ROUNDING_UNITS = 32.0
+
+#: And never asked to be closer than this: parts of a float64 transformers model are float32 inside.
+COARSEST_FLOAT32 = 1e-5
+
+
+class Finding(NamedTuple):
+    """Something about a copy that a reader of its numbers should know."""
+
+    kind: str  #: "forward", "autocast", "state", "rows", "head", "decoding", "unreached", "tangent" or "training"
+    text: str  #: one sentence
+    warns: bool = False  #: whether the numbers may not be those of the run
+
+
+@dataclass
+class Checks:
+    """What the copy of a module proved, check by check."""
+
+    module: str  #: the class of the module
+    results: dict[str, str] = field(default_factory=dict)  #: check -> outcome, a few words
+    findings: list[Finding] = field(default_factory=list)
+
+    def found(self, kind: str, text: str, *, warns: bool = False) -> None:
+        """Add a finding, once."""
+        finding = Finding(kind, text, warns)
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided."""
+        return tuple(f.text for f in self.findings if not f.warns)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the numbers others than the run's."""
+        return tuple(f.text for f in self.findings if f.warns)
+
+    def __str__(self) -> str:
+        """Return a line a check, and a line a finding."""
+        width = max(map(len, self.results), default=0)
+        rows = [f"  {name:<{width}}  {outcome}" for name, outcome in self.results.items()]
+        return "\n".join([f"copy of {self.module}", *rows, *(f"  {f.text}" for f in self.findings)])
+
+
+class Rejected(FuncprobeError):
+    """A way to run the copy that does not say what the module says."""
+
+
+class Trial(NamedTuple):
+    """The rows that a copy is tried on, and what the module itself says of them."""
+
+    rows: tuple[Tensor, ...]  #: [L] of ids each, the shortest first
+    seen: Seen
+
+    @property
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The rows as one batch: (ids [B, L], mask [B, L]), right-padded."""
+        width = max(len(row) for row in self.rows)
+        ids = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in self.rows])
+        return ids, torch.arange(width, device=ids.device) < torch.tensor([[len(r)] for r in self.rows]).to(ids.device)
+
+    @property
+    def tolerance(self) -> float:
+        """The distance up to which two logits are one."""
+        largest = max(float(torch.nan_to_num(z.detach(), 0.0, 0.0, 0.0).abs().max()) for z in self.seen.logits)
+        return max(COARSEST_FLOAT32, ROUNDING_UNITS * self.seen.watch.eps) * (1 + largest)
+
+    def gap(self, logits: Sequence[Tensor]) -> float:
+        """Return the largest distance to the module's logits; infinite where one is finite and the other is not."""
+        return max(_gap(a, b) for a, b in zip(logits, self.seen.logits, strict=True))
+
+
+def prove(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
+    """Return the parts in the way in which they say what the module says, with what was found told to `checks`.
+
+    Raises:
+        Rejected: If there is none.
+        torch.OutOfMemoryError: As it came.
+    """
+    try:
+        return _proved(parts, params, trial, checks)
+    except (Rejected, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a head without its backbone runs into
+        raise Rejected(f"{type(error).__name__}: {error}") from error
+
+
+def decoding(decode: Decode, parts: Parts, params: Params, trial: Trial) -> float:
+    """Return how far the logits after a cached step on a left-padded batch are from scoring's; nan where it fails.
+
+    Raises:
+        torch.OutOfMemoryError: As it came.
+    """
+    rows = [row[:-1] for row in trial.rows]
+    width = max(map(len, rows))
+    pad = [width - len(row) for row in rows]
+    ids = torch.stack([torch.nn.functional.pad(row, (n, 0)) for row, n in zip(rows, pad, strict=True)])
+    mask = torch.arange(width, device=ids.device) >= torch.tensor(pad, device=ids.device).unsqueeze(1)
+    last = torch.stack([row[-1:] for row in trial.rows])
+    try:
+        with torch.no_grad():
+            _, cache = decode(params, ids, mask, None)
+            hidden, _ = decode(params, last, torch.nn.functional.pad(mask, (0, 1), value=True), cache)
+            found = parts.readout(params, hidden)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a cache of its own kind, or none
+        return float("nan")
+    return max(_gap(z, own[-1]) for z, own in zip(found, trial.seen.logits, strict=True))
+
+
+def alone(features: Features) -> Features:
+    """Return features that run every row by itself, without padding: [B, L, D], 0 where a row is padded."""
+
+    def by_row(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
+        lengths = mask.sum(1).tolist()
+        found = [features(params, ids[k : k + 1, :n], mask[k : k + 1, :n])[0] for k, n in enumerate(lengths)]
+        width = ids.shape[1]
+        return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, width - x.shape[0])) for x in found])
+
+    return by_row
+
+
+def _proved(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
+    apart, unreached, finite = _compared(parts, params, trial)
+    if not (apart <= trial.tolerance and finite):
+        by_row = parts._replace(features=alone(parts.features))
+        own_gap, own_unreached, own_finite = _compared(by_row, params, trial)
+        if not own_gap <= trial.tolerance:
+            raise Rejected(f"its logits are off by {own_gap:.1e}")
+        if not (apart <= trial.tolerance) or own_finite:
+            _tell_rows(checks, apart if apart > trial.tolerance else None)
+            parts, apart, unreached = by_row, own_gap, own_unreached
+    ids, mask = trial.padded
+    with torch.no_grad():
+        again = [z[: len(r)] for z, r in zip(_logits(parts, params, ids, mask), trial.rows, strict=True)]
+    if not trial.gap(again) <= trial.tolerance:
+        raise Rejected("two passes over the same rows differ: it draws random numbers in eval mode")
+    missed = sorted(unreached & _reached(trial.seen, params))
+    if missed:
+        raise Rejected(f"it does not react to '{missed[0]}', as the module itself does")
+    checks.results["logits are the module's own"] = f"to {apart:.1e} (at most {trial.tolerance:.1e})"
+    checks.results["two passes agree"] = "yes"
+    checks.results["leaves without effect on the trial rows"] = str(len(unreached)) if unreached else "none"
+    return parts
+
+
+def _compared(parts: Parts, params: Params, trial: Trial) -> tuple[float, frozenset[str], bool]:
+    """Return (distance of the logits, leaves that they do not depend on, whether the gradient is finite).
+
+    Raises:
+        Rejected: If the copy computes in another precision.
+    """
+    ids, mask = trial.padded
+    leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad(), Watch() as watch:
+        together = _logits(parts, leaves, ids, mask)
+    logits = [z[: len(row)] for z, row in zip(together, trial.rows, strict=True)]
+    if watch.eps != trial.seen.watch.eps:
+        raise Rejected(f"it computes in another precision (eps {watch.eps:.1e}, not {trial.seen.watch.eps:.1e})")
+    found = _sensitivities(logits, list(leaves.values()))
+    if found is None:
+        return trial.gap(logits), frozenset(), True
+    unreached = frozenset(name for name, g in zip(leaves, found, strict=True) if g is None)
+    finite = all(bool(torch.isfinite(_values(g)).all()) for g in found if g is not None)
+    return trial.gap(logits), unreached, finite
+
+
+def _reached(seen: Seen, params: Params) -> frozenset[str]:
+    """Return the leaves that the module's own logits depend on."""
+    found = _sensitivities(seen.logits, [seen.leaves[name] for name in params])
+    if found is None:
+        return frozenset()
+    return frozenset(name for name, g in zip(params, found, strict=True) if g is not None)
+
+
+def _sensitivities(logits: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
+    """Return what the finite logits' sum of squares pulls back to every leaf, None where it reaches none.
+
+    No number of a result is made of it: it tells which leaves are read. Without a backward pass, None for all of it.
+
+    Raises:
+        torch.OutOfMemoryError: As it came.
+    """
+    total = sum((torch.where(torch.isfinite(z), z, 0.0).double().square().sum() for z in logits), torch.zeros(()))
+    if not total.requires_grad:
+        return (None,) * len(leaves)
+    try:
+        return torch.autograd.grad(total, list(leaves), allow_unused=True, retain_graph=True)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError):  # said, in a sentence, where a gradient is asked for
+        return None
+
+
+def _tell_rows(checks: Checks, apart: float | None) -> None:
+    how = f"its logits differ by {apart:.1e}" if apart is not None else "its gradient is not finite"
+    checks.results["a row alone and beside a longer one"] = "differ: rows are run alone"
+    checks.found(
+        "rows",
+        f"A row of {checks.module} depends on the rows beside it ({how} beside a longer one), so every row is run "
+        "alone, without padding; a training loop that pads its batches computes something else.",
+        warns=True,
+    )
+
+
+def _logits(parts: Parts, params: Params, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    hidden = parts.features(params, ids.masked_fill(~mask, 0), mask)
+    return list(parts.readout(params, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        return torch.inf
+    a, b = a.detach().double(), b.detach().double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    return float(torch.where(same, 0.0, (a - b).abs().nan_to_num(torch.inf)).max())
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient if gradient.layout == torch.strided else gradient.coalesce().values()
