@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tests.families.building import built, cast
+from tests.families.building import ASKED, NO_FORWARD_MODE, built, cast
 from tests.families.table import FAMILIES
 from tests.models import seeded
 
@@ -46,6 +46,9 @@ class Adapter:
 
 ATTENTION = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 QUERIES = {"r": 2, "target_modules": ["q_proj"]}
+
+#: Virtual tokens have logits of their own.
+LONGER_ROWS = dict.fromkeys(ASKED, "for ids of shape (1, 2); expected logits [B, L, V]")
 
 ADAPTERS: dict[str, Adapter] = {
     adapter.name: adapter
@@ -98,6 +101,7 @@ ADAPTERS: dict[str, Adapter] = {
             "LoraConfig",
             "layers that share their weights",
             {**QUERIES, "layer_replication": [[0, 2], [1, 2]]},
+            refused=dict.fromkeys(ASKED, "cannot be run on token ids alone"),
         ),
         Adapter("LoRA on a mixture", "LoraConfig", "attention alone", ATTENTION, base="qwen3_moe"),
         Adapter(
@@ -106,6 +110,7 @@ ADAPTERS: dict[str, Adapter] = {
             "routers and experts",
             {"r": 2, "target_modules": "all-linear"},
             base="qwen3_moe",
+            refused=NO_FORWARD_MODE,
         ),
         Adapter(
             "LoRA on experts",
@@ -114,6 +119,7 @@ ADAPTERS: dict[str, Adapter] = {
             {**QUERIES, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
             base="qwen3_moe",
             quick=True,
+            refused=NO_FORWARD_MODE,
         ),
         Adapter(
             "LoRA on experts with biases",
@@ -121,6 +127,7 @@ ADAPTERS: dict[str, Adapter] = {
             "as recipes for gpt-oss have it",
             {**QUERIES, "target_parameters": ["mlp.experts.gate_up_proj"]},
             base="gpt_oss",
+            refused=NO_FORWARD_MODE,
         ),
         Adapter(
             "IA³",
@@ -136,10 +143,21 @@ ADAPTERS: dict[str, Adapter] = {
         ),
         Adapter("VeRA", "VeraConfig", "random factors that all layers share", QUERIES),
         Adapter("OFT", "OFTConfig", "rotations", {"target_modules": ["q_proj"], "oft_block_size": 4}),
-        Adapter("LoHa", "LoHaConfig", "products of factors, with a derivative of their own", QUERIES),
+        Adapter(
+            "LoHa",
+            "LoHaConfig",
+            "products of factors, with a derivative of their own",
+            QUERIES,
+            refused=NO_FORWARD_MODE,
+        ),
         Adapter("LoKr", "LoKrConfig", "Kronecker products", QUERIES),
         Adapter(
-            "prompt tuning", "PromptTuningConfig", "tokens before the prompt", {"num_virtual_tokens": 3}, quick=True
+            "prompt tuning",
+            "PromptTuningConfig",
+            "tokens before the prompt",
+            {"num_virtual_tokens": 3},
+            quick=True,
+            refused=LONGER_ROWS,
         ),
         Adapter("prefix tuning", "PrefixTuningConfig", "keys and values before the prompt", {"num_virtual_tokens": 3}),
         Adapter(
@@ -147,6 +165,7 @@ ADAPTERS: dict[str, Adapter] = {
             "PromptEncoderConfig",
             "tokens before the prompt, from a network",
             {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+            refused=LONGER_ROWS,
         ),
     )
 }

@@ -1,4 +1,4 @@
-"""From a line of the table to a module: a tiny configuration of a real architecture, with random weights of some size."""
+"""From a line of the table to a module: a tiny configuration of a real architecture, with random weights."""
 
 from __future__ import annotations
 
@@ -52,6 +52,14 @@ VISION_SIZES: Mapping[str, Any] = {
     "deepstack_visual_indexes": [0],
     "fullatt_block_indexes": [0],
 }
+
+#: What a model is not asked where it cannot be a policy at all: everything but to be left alone.
+ASKED = ("score", "forward = reverse", "first order", "second order", "attribution", "sample", "bfloat16", "float32")
+
+#: A model that an operation of its own keeps from forward mode: reverse mode has its first order all the same.
+NO_FORWARD_MODE = dict.fromkeys(
+    ("forward = reverse", "second order", "attribution"), "has an operation without a forward derivative"
+)
 
 Auto = Literal["CausalLM", "ImageTextToText", "Seq2SeqLM", "MaskedLM"]
 

@@ -139,7 +139,7 @@ class Case:
 
     @functools.cached_property
     def differences(self) -> tuple[float, float]:
-        """F′ along Δθ by finite differences of F, and ½F″ by those of F′, from four points around θ, in float64 throughout.
+        """F′ along Δθ by finite differences of F, and ½F″ by those of F′, from four points, in float64 throughout.
 
         The points are so near that no rectifier's kink and no router's jump lies between them; a difference of F that
         is divided twice would be rounding there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families.building import VOCABULARY, Family
+from tests.families.building import NO_FORWARD_MODE, VOCABULARY, Family
 
 ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
 LLAMA3_ROPE = {
@@ -88,7 +88,13 @@ DENSE = (
         "positions as a bias that grows with distance",
         {"alibi": True, "multi_query": True, "new_decoder_architecture": False},
     ),
-    Family("bloom", "bloom", "positions as a bias; an activation with a derivative of its own", quick=True),
+    Family(
+        "bloom",
+        "bloom",
+        "positions as a bias; an activation with a derivative of its own",
+        quick=True,
+        refused=NO_FORWARD_MODE,
+    ),
     Family("mpt", "mpt", "positions as a bias"),
     Family(
         "opt", "opt", "a decoder inside the model; learned positions by mask", {"word_embed_proj_dim": 32}, quick=True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families.building import Family
+from tests.families.building import NO_FORWARD_MODE, Family
 
 LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA_RULE = {
@@ -118,6 +118,7 @@ HYBRIDS = (
         "a recurrence whose root has a derivative of its own",
         {"lru_width": 32, "block_types": ("recurrent", "attention")},
         quick=True,
+        refused=NO_FORWARD_MODE,
     ),
     Family("rwkv", "rwkv", "a recurrence with a state of its own", {"attention_hidden_size": 32, "context_length": 64}),
     Family("xlstm", "xlstm", "a matrix memory", {"hidden_size": 128, "num_heads": 4}),

@@ -39,11 +39,11 @@ def _opening() -> list[str]:
 
     whole = sum(not subject.refused for subject in SUBJECTS.values())
     meaning = [f"* **{name}**: {(check.__doc__ or '').splitlines()[0]}" for name, check in CHECKS.items()]
+    versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "peft", "torch"))
     return [
-        f"{len(SUBJECTS)} models (transformers {version('transformers')}, peft {version('peft')}), tiny and with random",
-        f"weights, are asked the same {len(CHECKS)} things whenever the project is tested. {whole} of them are right in",
-        "everything; for the others a check is either right or refused in one sentence, and never anything else.",
-        "`make families` asks them all. This page is written from the table that is tested (`tests/families/`).",
+        f"{len(SUBJECTS)} models, tiny and with random weights, are asked the same {len(CHECKS)} things ({versions}).",
+        f"{whole} of them are right in everything; of the others a check is right, or refused in one sentence.",
+        "The table is what the tests hold to (`tests/families/`); `make families` asks all of it.",
         "",
         *meaning,
     ]

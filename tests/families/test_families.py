@@ -1,4 +1,4 @@
-"""Every architecture and every kind of adapter, asked the same: right, or refused in the sentence that the table names."""
+"""Every architecture and every kind of adapter, asked the same: right, or refused as the table has it."""
 
 from __future__ import annotations
 
