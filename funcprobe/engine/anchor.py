@@ -8,7 +8,7 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import gather, pieces, scores
-from funcprobe.engine.kernels import differentiable_attention
+from funcprobe.engine.kernels import differentiable_attention, transform_errors, whole_derivative
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Observable, Params, Rollouts
@@ -30,10 +30,10 @@ def anchored(
     anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch, order=1)
 
     def measured(params: Params) -> Tensor:
-        with differentiable_attention(policy):
-            found = [
-                (rows, score(policy, params, part, observable.stats)) for rows, part in pieces(rollouts, microbatch)
-            ]
-            return observable(gather(found, rollouts), anchor, rollouts)
+        found = []
+        with differentiable_attention(policy), whole_derivative(policy), transform_errors():
+            for rows, part in pieces(rollouts, microbatch):
+                found.append((rows, score(policy, params, part, observable.stats)))
+        return observable(gather(found, rollouts), anchor, rollouts)
 
     return measured

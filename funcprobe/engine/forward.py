@@ -20,7 +20,10 @@ from funcprobe.engine.kernels import (
     differentiable_attention,
     forward_arithmetic,
     forward_mode_errors,
+    whole_derivative,
 )
+from funcprobe.engine.tangent import hold, values
+from funcprobe.errors import ForwardModeError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
@@ -78,6 +81,8 @@ def directional(
         direction = tree.scale(1 / size, direction)
     moving, run = _moving(policy, params, leaves, stats)
     direction = tree.like(direction if leaves is None else tree.select(direction, moving), moving)
+    if not as_training:
+        _check_tangent(policy, params, direction)
     found: list[tuple[Tensor, Directional]] = []
     with _pushing(policy, order, as_training):
         for rows, part in pieces(rollouts, microbatch, progress, what):
@@ -118,6 +123,8 @@ def directional_of_many(
         return [directional(policy, params, v, rollouts, **given) for v in directions]
     rollouts = to_device(rollouts, policy.device)
     moving, run = _moving(policy, tree.map_(Tensor.detach, params), leaves, stats)
+    if not as_training:
+        _check_tangent(policy, params, tree.like(tree.select(directions[0], moving), moving))
     stacked = {n: torch.stack([v[n].to(device=p.device, dtype=p.dtype) for v in directions]) for n, p in moving.items()}
     found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
     with _pushing(policy, 1, as_training):
@@ -151,9 +158,30 @@ def _moving(
 def _pushing(policy: Policy, order: Literal[1, 2], as_training: bool) -> Iterator[None]:
     """Hold a policy to forward mode of that order, with what each order needs of the stack."""
     once = OnceDifferentiable() if order == 1 else nullcontext()
-    rows = TrainedRows() if as_training else nullcontext()
-    with forward_arithmetic(policy, order), once, rows, torch.set_grad_enabled(order == 2), forward_mode_errors():
+    trained = TrainedRows() if as_training else whole_derivative(policy)
+    with forward_arithmetic(policy, order), once, trained, torch.set_grad_enabled(order == 2), forward_mode_errors():
         yield
+
+
+def _check_tangent(policy: Policy, params: Params, direction: Params) -> None:
+    """Hold the first tangent that is asked of a policy against a finite difference.
+
+    Raises:
+        ForwardModeError: If it is not the derivative, or there is none.
+    """
+
+    def tangent(rollouts: Rollouts) -> Tensor:
+        moving, run = _moving(policy, tree.map_(Tensor.detach, params), direction, None)
+        with _pushing(policy, 1, as_training=False):
+            along = _push(partial(run, rollouts=rollouts), moving, direction, 1)
+        return values(along.tangents, rollouts.completion_mask)
+
+    if not hold("forward", policy, params, direction, tangent):
+        raise ForwardModeError(
+            "The forward derivative of the model is not its derivative: on a few tokens it disagrees with a finite "
+            "difference, so some operation loses or mistakes it (a compiled block, a custom function); use "
+            'mode="reverse".'
+        )
 
 
 def _binary_size(direction: Params) -> float:
@@ -227,7 +255,7 @@ def curvature_by_reverse(
     rollouts = to_device(rollouts, policy.device)
     direction = tree.like(direction, params)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    with differentiable_attention(policy), forward_mode_errors():
+    with differentiable_attention(policy), whole_derivative(policy), forward_mode_errors():
         for rows, part in pieces(rollouts, microbatch, progress, what):
             mine = rows_of(fixed, rows, part)
 

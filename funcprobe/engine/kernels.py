@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from funcprobe.errors import ForwardModeError
 from funcprobe.policy.module import Policy
-from funcprobe.policy.running import Watch, running_module
+from funcprobe.policy.running import Watch, first_sentence, running_module
 from funcprobe.types import Params
 
 #: What torch says, in one way or another, where an operation has no forward derivative.
@@ -79,6 +79,24 @@ class _Unchanged(TorchFunctionMode):
         if func is Tensor.requires_grad_ and args[0].requires_grad == (args[1] if len(args) > 1 else True):
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+class Undetached(TorchFunctionMode):
+    """A context in which `detach` inside a module does nothing.
+
+    Training leaves out what a module detaches (the norm of DoRA); the derivative of what the policy computes does not.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, unless it detaches."""
+        return args[0] if func is Tensor.detach else func(*args, **(kwargs or {}))
+
+
+def whole_derivative(policy: Policy) -> AbstractContextManager[Any]:
+    """Return the context in which the derivative is that of what the policy computes, detached parts included."""
+    return Undetached() if policy.checks is not None and policy.checks.undetached else nullcontext()
 
 
 class TrainedRows(TorchFunctionMode):
@@ -250,6 +268,26 @@ def forward_arithmetic(policy: Policy, order: Literal[1, 2] = 1) -> Iterator[Non
 
 
 @contextmanager
+def transform_errors() -> Iterator[None]:
+    """Turn torch's words for an operation that function transforms cannot see through into one sentence of ours.
+
+    Raises:
+        ForwardModeError: In their place.
+        RuntimeError: Any other one, as it came.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(mark in str(error) for mark in _MARKS):
+            raise
+        raise ForwardModeError(
+            f"{running_module(error.__traceback__)} has an operation that function transforms do not see through "
+            f'("{first_sentence(error)}"), so torch.func cannot differentiate it; probe(...) does, by '
+            "plain autograd."
+        ) from error
+
+
+@contextmanager
 def forward_mode_errors() -> Iterator[None]:
     """Turn torch's ways of saying 'no forward derivative' into one of ours, which names the module.
 
@@ -265,5 +303,5 @@ def forward_mode_errors() -> Iterator[None]:
             raise
         raise ForwardModeError(
             f"{running_module(error.__traceback__)} has an operation without a forward derivative "
-            f'("{said.strip().splitlines()[0]}"); use mode="reverse".'
+            f'("{first_sentence(error)}"); use mode="reverse".'
         ) from error

@@ -7,19 +7,22 @@ functions of the old kind, checkpointed blocks and sparse embeddings among it. `
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcprobe import tree
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, fields, finite, gather, pieces, scores
 from funcprobe.engine.forward import cotangents, rows_of
-from funcprobe.engine.kernels import EveryRow
+from funcprobe.engine.kernels import EveryRow, whole_derivative
+from funcprobe.engine.tangent import few, hold, values, zeros_of
 from funcprobe.errors import ReverseModeError
 from funcprobe.policy.module import Policy
+from funcprobe.policy.running import first_sentence
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
 
@@ -65,6 +68,8 @@ def gradient(
         ReverseModeError: If the model has no backward pass.
     """
     rollouts = to_device(rollouts, policy.device)
+    if not as_training:
+        _check_gradient(policy, params)
     if separable:
 
         def cotangents_at(at: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
@@ -108,6 +113,8 @@ def pull_back(
         ReverseModeError: If the model has no backward pass.
     """
     rollouts = to_device(rollouts, policy.device)
+    if not as_training:
+        _check_gradient(policy, params)
     options = _Options(as_training, stats, microbatch, progress, what)
     pulled, _ = _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, rollouts, options)
     return _with_zeros(pulled, params)
@@ -135,19 +142,59 @@ def _pass(
     ours: set[str] = set()  # names whose entry is a sum of ours, which may be added to in place
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
-    embeddings = nullcontext() if options.as_training else EveryRow()
     for rows, part in pieces(rollouts, options.microbatch, options.progress, options.what):
-        run = partial(score, policy, rollouts=part, stats=options.stats, rematerialise=True)
+        run = partial(_score, policy, rollouts=part, options=options)
 
         def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> TokenScores:
             return cotangents_at(finite(at, rows, options.what), rows, part)
 
-        with embeddings:
-            part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
+        part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
         found.append((rows, part_scores))
         _accumulate(total, pulled, ours)
         del pulled
     return total, gather(found, rollouts)
+
+
+def _score(
+    policy: Policy, params: Params, rollouts: Rollouts, options: _Options, constant_entropy: bool
+) -> TokenScores:
+    """Return the scores with a graph: of what training derives, or of all that the policy computes."""
+    run = partial(score, policy, params, rollouts, options.stats, rematerialise=True, constant_entropy=constant_entropy)
+    if options.as_training:
+        return run()
+    with EveryRow(), whole_derivative(policy):
+        return run()
+
+
+def _check_gradient(policy: Policy, params: Params) -> None:
+    """Hold the first gradient that is asked of a policy against a finite difference along a random direction."""
+    if policy.checks is None or "reverse" in policy.checks.tangents:
+        return
+    generator = torch.Generator().manual_seed(0)
+    v = {n: _noise(p, generator) * p.float().square().mean().sqrt().to(p.dtype) for n, p in params.items()}
+    rollouts = few(policy)
+    c = _noise(values(zeros_of(rollouts), rollouts.completion_mask), generator)
+
+    def slope(at: Rollouts) -> Tensor:
+        n = len(c) // 2
+        mask = at.completion_mask
+        place = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        fixed = TokenScores(place.masked_scatter(mask, c[:n]), place.masked_scatter(mask, c[n:]))
+        options = _Options(False, None, None, None, "gradient check")
+        pulled, _ = _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, at, options)
+        return tree.dot(pulled, tree.select(v, pulled)).reshape(1)
+
+    if not hold("reverse", policy, params, v, slope, c):
+        policy.checks.found(
+            "tangent",
+            "the gradient of the model is not its derivative: on a few tokens it disagrees with a finite difference, "
+            "so first orders in reverse mode are those of the gradient that training takes",
+            warns=True,
+        )
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(device=like.device, dtype=like.dtype)
 
 
 def _pulled_back(
@@ -211,9 +258,8 @@ def _backward_errors() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError) as error:
-        said = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
         raise ReverseModeError(
-            f'The model has no backward pass here ("{said.strip().rstrip(".")}"); a reentrant torch.utils.checkpoint '
+            f'The model has no backward pass here ("{first_sentence(error)}"); a reentrant torch.utils.checkpoint '
             "in its forward is made non-reentrant by use_reentrant=False, and anything else has to train by "
             "loss.backward() first."
         ) from error

@@ -8,6 +8,7 @@ named. What fails is refused, mended with a word, or run in a way that passes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,6 +44,8 @@ class Checks:
     module: str  #: the class of the module
     results: dict[str, str] = field(default_factory=dict)  #: check -> outcome, a few words
     findings: list[Finding] = field(default_factory=list)
+    tangents: dict[str, bool] = field(default_factory=dict)  #: mode -> whether its derivative was held, and is right
+    undetached: bool = False  #: whether the derivative of what is computed goes through what the module detaches
 
     def found(self, kind: str, text: str, *, warns: bool = False) -> None:
         """Add a finding, once."""
@@ -92,7 +95,7 @@ class Trial(NamedTuple):
 
     def gap(self, logits: Sequence[Tensor]) -> float:
         """Return the largest distance to the module's logits; infinite where one is finite and the other is not."""
-        return max(_gap(a, b) for a, b in zip(logits, self.seen.logits, strict=True))
+        return max(gap(a, b) for a, b in zip(logits, self.seen.logits, strict=True))
 
 
 def prove(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
@@ -103,7 +106,9 @@ def prove(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
         torch.OutOfMemoryError: As it came.
     """
     try:
-        return _proved(parts, params, trial, checks)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the libraries say of two tokens is not about the user's own
+            return _proved(parts, params, trial, checks)
     except (Rejected, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a head without its backbone runs into
@@ -131,7 +136,7 @@ def decoding(decode: Decode, parts: Parts, params: Params, trial: Trial) -> floa
         raise
     except Exception:  # a cache of its own kind, or none
         return float("nan")
-    return max(_gap(z, own[-1]) for z, own in zip(found, trial.seen.logits, strict=True))
+    return max(gap(z, own[-1]) for z, own in zip(found, trial.seen.logits, strict=True))
 
 
 def alone(features: Features) -> Features:
@@ -234,7 +239,8 @@ def _logits(parts: Parts, params: Params, ids: Tensor, mask: Tensor) -> list[Ten
     return list(parts.readout(params, hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]))
 
 
-def _gap(a: Tensor, b: Tensor) -> float:
+def gap(a: Tensor, b: Tensor) -> float:
+    """Return the largest distance of two arrays of logits; infinite where one alone is finite, or shapes differ."""
     if a.shape != b.shape:
         return torch.inf
     a, b = a.detach().double(), b.detach().double()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from funcprobe.errors import InputError
 from funcprobe.policy.binding import Bound, Skeleton
-from funcprobe.policy.checks import Checks, Rejected, Trial, alone, decoding, prove
+from funcprobe.policy.checks import Checks, Rejected, Trial, alone, decoding, gap, prove
 from funcprobe.policy.copying import own_forwards, structural_copy, without_training_hooks
 from funcprobe.policy.refusals import positions_of, refuse_what_cannot_be_copied, rows_share_frequencies
-from funcprobe.policy.running import Watch, arguments_of, observed
+from funcprobe.policy.running import Watch, arguments_of, generators_kept, observed
 from funcprobe.policy.split import Decode, Features, Parts, Readout, splits, whole
 from funcprobe.policy.substitutes import Substitutes, substitutes
 from funcprobe.types import Params
@@ -80,7 +80,8 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
         )
     if next(iter(params.values())).device.type == "meta":
         return _shape_alone(module, params), params
-    return _copied(module, params), params
+    with generators_kept(module):
+        return _copied(module, params), params
 
 
 def _copied(module: nn.Module, params: Params) -> Policy:
@@ -90,6 +91,7 @@ def _copied(module: nn.Module, params: Params) -> Policy:
         InputError: If there is none.
     """
     trial, why = _trial(module), ""
+    _check_causal(module, trial)
     for instance_forwards in (False, True)[: 1 + any(True for _ in own_forwards(module))]:
         checks = Checks(type(module).__name__)
         skeleton = _skeleton(module, trial, checks, instance_forwards)
@@ -124,6 +126,25 @@ def _trial(module: nn.Module) -> Trial:
     lengths = (2, 4) if positions_of(module) is None or positions_of(module) >= 4 else (1, 2)  # type: ignore[operator]
     rows = tuple(row(length) for length in lengths)
     return Trial(rows, observed(module, rows))
+
+
+def _check_causal(module: nn.Module, trial: Trial) -> None:
+    """Check that a token does not see what comes after it: the short row is how the long one begins.
+
+    Raises:
+        InputError: If it does, or the module draws random numbers.
+    """
+    short, long = trial.seen.logits
+    if not gap(short, long[: len(short)]) <= trial.tolerance:
+        if not trial.gap(observed(module, trial.rows, seed=1).logits) <= trial.tolerance:
+            raise InputError(
+                f"{type(module).__name__} draws random numbers in eval mode: two passes over the same rows differ. A "
+                "policy is a function of ids and parameters; make what is random depend on self.training."
+            )
+        raise InputError(
+            f"A token of {type(module).__name__} sees what comes after it: the logits of a row change with what is "
+            "appended to it. A policy is a causal language model (for an encoder set is_decoder=True)."
+        )
 
 
 def _skeleton(module: nn.Module, trial: Trial, checks: Checks, instance_forwards: bool) -> Skeleton:

@@ -7,8 +7,9 @@ flags, attributes and generators are put back.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -102,9 +103,8 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
     parts = list(module.modules())
     registries = ("_parameters", "_buffers", "_modules")
     kept = [(part, dict(part.__dict__), {r: dict(part.__dict__[r]) for r in registries}) for part in parts]
-    cuda = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=cuda):
+        with generators_kept(module):
             yield
     finally:
         for part, attributes, inner in kept:
@@ -113,6 +113,13 @@ def as_it_was(module: nn.Module) -> Iterator[None]:
             for name, entries in inner.items():
                 attributes[name].clear()
                 attributes[name].update(entries)
+
+
+def generators_kept(module: nn.Module) -> AbstractContextManager[None]:
+    """Return a context after which the global generators of the module's devices are as they were."""
+    return torch.random.fork_rng(
+        devices=sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
+    )
 
 
 class Seen:
@@ -126,8 +133,10 @@ class Seen:
         self.changed: set[str] = set()  #: names of the parts that write to themselves
 
 
-def observed(module: nn.Module, rows: Sequence[Tensor]) -> Seen:
+def observed(module: nn.Module, rows: Sequence[Tensor], seed: int = 0) -> Seen:
     """Run the module in eval mode on every row [L] of ids alone, and return what was seen.
+
+    A module that draws random numbers shows it by what another `seed` gives.
 
     Raises:
         InputError: If it cannot be run on ids alone, returns no logits, or writes to a parameter.
@@ -140,7 +149,9 @@ def observed(module: nn.Module, rows: Sequence[Tensor]) -> Seen:
         named |= {address(b): name for name, b in buffers.items() if name not in seen.written}
         named.pop(0, None)
         try:
-            with as_it_was(module), torch.compiler.set_stance("force_eager"):
+            with as_it_was(module), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what the libraries say of two tokens is not about the user's own
+                torch.manual_seed(seed)  # of generators that are put back
                 _own_buffers(module, seen.written)
                 for part in module.modules():
                     part.training = False
@@ -168,11 +179,14 @@ def logits_of(found: Any) -> Any:
     return found[0] if isinstance(found, (tuple, list)) and found else found
 
 
-def arguments_of(module: nn.Module) -> Callable[[Tensor], dict[str, Any]]:
-    """Return what a call is given beside ids, as a function of the mask: what the module's forward has names for."""
+def arguments_of(module: nn.Module, *, whole: bool = False) -> Callable[[Tensor], dict[str, Any]]:
+    """Return what a call is given beside ids, as a function of the mask: what the module's forward has names for.
+
+    A `whole` row has no padding, and a mask only where the module cannot do without.
+    """
     accepted = inspect.signature(module.forward).parameters
     fixed = {"use_cache": False} if "use_cache" in accepted else {}
-    takes_mask = "attention_mask" in accepted
+    takes_mask = "attention_mask" in accepted and not (whole and accepted["attention_mask"].default is None)
     return lambda mask: {**fixed, **({"attention_mask": mask} if takes_mask else {})}
 
 
@@ -191,9 +205,10 @@ def running_module(traceback: TracebackType | None) -> str:
     return f"The module '{name}' ({kind})" if name else f"The module {kind}"
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of what an error says, or its name."""
+    lines = (line.strip() for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__).split(". ")[0].rstrip(".")
 
 
 def _run(module: nn.Module, row: Tensor, named: Mapping[int, str], watch: Watch) -> Tensor:
@@ -201,13 +216,13 @@ def _run(module: nn.Module, row: Tensor, named: Mapping[int, str], watch: Watch)
     mask = torch.ones_like(ids, dtype=torch.bool)
     try:
         with torch.enable_grad(), _ReadOnly(named), watch:
-            found = logits_of(module(ids, **arguments_of(module)(mask)))
+            found = logits_of(module(ids, **arguments_of(module, whole=True)(mask)))
     except (_Stopped, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever somebody's forward raises
         raise InputError(
             f"{type(module).__name__} cannot be run on token ids alone, as in module(ids [B, L]): "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"{type(error).__name__}: {first_sentence(error)}. Give a module that does."
         ) from error
     if not isinstance(found, Tensor) or found.ndim != 3 or found.shape[:2] != ids.shape:
         what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
