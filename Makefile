@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: help demo test browser check format bench notebooks clean
+.PHONY: help demo test families browser check format bench notebooks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -19,6 +19,9 @@ demo: $(STAMP)   ## make a small policy, its rollouts and its optimizer state, a
 
 test: $(STAMP)   ## the whole suite, doctests and coverage included
 	$(BIN)/python -m pytest -q --cov --cov-report=term --durations=10
+
+families: $(STAMP) ## many architectures and adapters, asked the same (docs/families.md)
+	$(BIN)/python -m pytest -q -n auto -m "families or not families" tests/families
 
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser
