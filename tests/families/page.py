@@ -39,7 +39,7 @@ def _opening() -> list[str]:
 
     whole = sum(not subject.refused for subject in SUBJECTS.values())
     meaning = [f"* **{name}**: {(check.__doc__ or '').splitlines()[0]}" for name, check in CHECKS.items()]
-    versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "peft", "torch"))
+    versions = ", ".join(f"{package} {version(package)}" for package in ("transformers", "peft"))
     return [
         f"{len(SUBJECTS)} models, tiny and with random weights, are asked the same {len(CHECKS)} things ({versions}).",
         f"{whole} of them are right in everything; of the others a check is right, or refused in one sentence.",
