@@ -3,8 +3,14 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
+# what depends on a processor's arithmetic, and a smaller part in which most of that is float32
+NUMERIC := tests/analysis tests/benchmarks/test_stateful.py tests/cli/test_demo.py tests/compat tests/estimators \
+	tests/policy tests/training $(wildcard tests/test_*.py)
+ROUNDED := tests/analysis/test_attribution_edges.py tests/analysis/test_expansion.py tests/benchmarks/test_stateful.py \
+	tests/cli/test_demo.py tests/compat tests/policy tests/training/test_step.py tests/training/test_updates.py
 
-.PHONY: help demo test families browser check format bench notebooks clean
+.PHONY: help demo test families kernels threads browser check format bench notebooks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -18,10 +24,18 @@ demo: $(STAMP)   ## make a small policy, its rollouts and its optimizer state, a
 	$(BIN)/funcprobe demo
 
 test: $(STAMP)   ## the whole suite, doctests and coverage included
-	$(BIN)/python -m pytest -q --cov --cov-report=term --durations=10
+	$(PYTEST) --cov --cov-report=term --durations=10
+
+kernels: $(STAMP) ## the numeric part with the arithmetic of an old processor and, where there is more, of AVX2
+	ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(NUMERIC)
+	! grep -qw avx512f /proc/cpuinfo || \
+	    ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(ROUNDED)
+
+threads: $(STAMP) ## a smaller part of it with two threads
+	OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 $(PYTEST) $(ROUNDED)
 
 families: $(STAMP) ## many architectures and adapters, asked the same (docs/families.md)
-	$(BIN)/python -m pytest -q -n auto -m "families or not families" tests/families
+	$(PYTEST) -m "families or not families" tests/families
 
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser

@@ -15,6 +15,10 @@ from torch import Tensor
 #: A name-keyed tree of leaves: parameters, gradients and updates all have this type and share their keys.
 Params = dict[str, Tensor]
 
+#: A gradient of a loss: a tree like the parameters, with None, as in `.grad`, at a leaf that the loss does not depend
+#: on. An optimizer leaves such a leaf alone, while under a gradient of 0 momentum and decay go on.
+Gradients = Mapping[str, Tensor | None]
+
 #: The optimizer's state: for every parameter name the named state tensors (`step`, `exp_avg`, ...) of torch.optim.
 OptState = dict[str, dict[str, Tensor]]
 
@@ -83,8 +87,9 @@ class StepResult(NamedTuple):
     params: Params  #: the parameters after the step, bit-identical to what torch.optim would store
     update: Params  #: the step as a value: the optimizer's arithmetic in float64, kept in float32 or wider
     opt_state: OptState  #: the optimizer's state after the step
-    gradient: Params  #: the gradient of the loss, before clipping
-    info: dict[str, float]  #: loss, grad_norm, clip_coefficient, lr and what the objective reported
+    gradient: Gradients  #: the gradient of the loss, before clipping; None at leaves that it does not depend on
+    #: loss, grad_norm, clip_coefficient, lr, leaves_without_gradient (where there are any), what the objective reported
+    info: dict[str, float]
 
 
 class OptimizerResult(NamedTuple):
@@ -160,8 +165,15 @@ class Optimizer(Protocol):
         """Return the state before the first step."""
         ...
 
-    def apply(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> OptimizerResult:
-        """Return parameters, update and state after one step; `lr` overrides every group's for this call."""
+    def apply(
+        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
+    ) -> OptimizerResult:
+        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+
+        The gradient is None at a leaf that the loss does not depend on, and never at all of them. As in torch.optim,
+        such a leaf is left alone: its parameters and state come back as they are, and its update is 0. An optimizer
+        that is used only with models whose leaves all take part in every loss need not look for None.
+        """
         ...
 
 

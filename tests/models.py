@@ -123,3 +123,35 @@ EVERY_MODEL = {
     "qwen2, tied": functools.partial(qwen2, torch.float64),
     "qwen2, lora": functools.partial(lora, torch.float64),
 }
+
+
+class Experts(nn.Module):
+    """Three experts, each of which sees the tokens whose id is k modulo 3, so that it is plain which are reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for k, expert in enumerate(self.experts):
+            hit = ids % 3 == k
+            if bool(hit.any()):
+                x = x + torch.where(hit[..., None], torch.tanh(expert(x)), 0.0)
+        return self.head(x)
+
+
+def experts(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return the module with three experts, seeded."""
+    with seeded(9):
+        return Experts().to(dtype)
+
+
+def reaching(ids: list[int], n: int = 6, seed: int = 0) -> fp.Rollouts:
+    """Return rollouts of three prompts' groups, of these token ids alone, with advantages."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = torch.tensor(ids)[torch.randint(len(ids), (n, 4), generator=g)].tolist()
+    advantages = torch.randn(n, generator=g, dtype=torch.float64).tolist()
+    prompts = [[ids[row % 3 % len(ids)]] for row in range(n)]
+    return fp.rollouts_from_lists(prompts, drawn, temperature=1.0, advantages=advantages)

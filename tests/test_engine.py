@@ -43,6 +43,13 @@ def setting(build: str, *, holes: bool = True) -> tuple[fp.Policy, Params, Param
     return policy, params, models.direction(params), models.rollouts(holes=holes)
 
 
+@functools.cache
+def along_of(build: str, order: Literal[1, 2]) -> engine.Directional:
+    """Return scores and derivatives along the direction of a setting; every observable is a function of them."""
+    policy, params, v, rollouts = setting(build)
+    return engine.directional(policy, params, v, rollouts, order=order, microbatch=2)
+
+
 def off_policy(rollouts: Rollouts, seed: int = 2) -> Rollouts:
     """Return rollouts whose old and reference log-probs differ from the policy's, so that ratios and KL matter."""
     g = torch.Generator().manual_seed(seed)
@@ -72,7 +79,7 @@ def test_reverse_forward_and_the_five_lines_agree(build: str, observable: fp.ent
     f = functools.partial(entropy_of, observable)
     with engine.math_attention():
         reverse = engine.gradient(f, policy, params, rollouts, microbatch=4)
-    along = engine.directional(policy, params, v, rollouts, microbatch=2)
+    along = along_of(build, order=1)
     value, forward = engine.derivative(lambda s: f(s, rollouts)[0], along)
     _, jvp = torch.func.jvp(H, (params,), (v,))
     # GPT-2 and the two lines are float64 throughout: 1e-10 of Σ|terms| leaves five digits to accumulation. Qwen2 casts
@@ -139,12 +146,13 @@ def test_neither_the_cut_nor_the_order_of_a_batch_matters(
     whole = engine.gradient(loss, policy, params, loss.prepare(rollouts), separable=True)
     cut = engine.gradient(loss, policy, params, loss.prepare(shuffled), separable=True, microbatch=microbatch)
     assert float(tree.norm(tree.sub(whole.gradient, cut.gradient))) <= 1e-12 * float(tree.norm(whole.gradient))
-    for observable in FAMILY:
+    sides = [
+        (x, engine.directional(policy, params, v, x, microbatch=n))
+        for x, n in ((rollouts, None), (shuffled, microbatch))
+    ]
+    for observable in FAMILY:  # all of them are functions of the same scores
         f = functools.partial(entropy_of, observable)
-        values = []
-        for batch, size in ((rollouts, None), (shuffled, microbatch)):
-            along = engine.directional(policy, params, v, batch, microbatch=size)
-            values.append(torch.stack(engine.derivative(lambda s, b=batch, f=f: f(s, b)[0], along)))
+        values = [torch.stack(engine.derivative(lambda s, b=x, f=f: f(s, b)[0], along)) for x, along in sides]
         torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
 
@@ -304,7 +312,7 @@ def test_the_module_without_forward_derivative_is_named() -> None:
 @pytest.mark.parametrize("observable", FAMILY, ids=lambda o: o.name)
 def test_second_derivatives_of_every_kind_agree(build: str, observable: fp.entropy) -> None:
     policy, params, v, rollouts = setting(build)
-    along = engine.directional(policy, params, v, rollouts, order=2, microbatch=2)
+    along = along_of(build, order=2)
     assert along.curvatures is not None
     anchor = engine.detached(along.scores)
 

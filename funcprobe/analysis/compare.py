@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from funcprobe.analysis.comparison import Comparison
-from funcprobe.analysis.diagnostics import Messages, before_measuring, is_independent, unequal_groups
+from funcprobe.analysis.diagnostics import Messages, before_measuring, is_independent, left_alone, unequal_groups
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.family import point_of
 from funcprobe.analysis.first_order import First, first_orders
@@ -28,7 +28,7 @@ from funcprobe.estimators.observables import entropy
 from funcprobe.estimators.returns import expected_reward
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
-from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
+from funcprobe.types import Gradients, Microbatch, Observable, OptState, Params, Progress, Rollouts
 
 
 class Variant(NamedTuple):
@@ -144,9 +144,9 @@ class _Gradient(NamedTuple):
 
     step: Step
     update: Rollouts
-    gradient: Params
+    gradient: Gradients
     info: dict[str, float]
-    said: list[str]
+    said: Messages
 
 
 class _Gradients:
@@ -165,7 +165,8 @@ class _Gradients:
         passes, said = self._asked.passes, Messages(quiet=True)
         with said.recording(), passes.clock("gradients on U"):
             gradient, info = variant.step.gradient(self._params, batch, progress=passes.progress)
-        self._found.append(_Gradient(variant.step, batch, gradient, info, said.warnings))
+        said.notes += left_alone(gradient)
+        self._found.append(_Gradient(variant.step, batch, gradient, info, said))
         return self._found[-1]
 
 
@@ -189,12 +190,13 @@ class _Taken(NamedTuple):
 
     move: Move
     info: dict[str, float]
-    said: list[str]  #: what was warned of on the way to its gradient
+    said: Messages  #: of the way to its gradient
 
 
 def _outcome(asked: Inquiry, name: str, variant: Variant, update: Rollouts, taken: _Taken, first: First) -> SweepPoint:
     evaluation, update, said = asked.passes.evaluation, variant.on(update), Messages(quiet=True)
-    said.also([*taken.said, *before_measuring(evaluation, update, taken.move.size, taken.info)])
+    said.notes += taken.said.notes
+    said.also([*taken.said.warnings, *before_measuring(evaluation, update, taken.move.size, taken.info)])
     if variant.lr is not None:
         said.also(unequal_groups(variant.step.optimizer))
     own = asked._replace(said=said, independent=is_independent(evaluation, update))

@@ -10,9 +10,9 @@ from typing import Any
 
 from funcprobe.analysis.movement import Movement
 from funcprobe.data.rollouts import overlap
-from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning
+from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning, listed
 from funcprobe.estimators.importance import SamplerMismatch, WeightHealth, sampler_mismatch
-from funcprobe.types import Observable, Optimizer, Rollouts, TokenScores
+from funcprobe.types import Gradients, Observable, Optimizer, Rollouts, TokenScores
 
 #: Mean absolute difference between the sampler's log-probs and ours, nats per token, above which a result says so.
 SAMPLER_MISMATCH = 0.02
@@ -82,6 +82,15 @@ def before_measuring(
         )
     if "sampler_gap" in info:
         yield from _mismatch(SamplerMismatch(info["sampler_gap"], info["sampler_ratio"]), update, "update")
+
+
+def left_alone(gradient: Gradients) -> Iterator[str]:
+    """Yield a word on the leaves that U gives no gradient, which an optimizer passes over."""
+    if alone := [name for name in gradient if gradient[name] is None]:
+        yield (
+            f"{len(alone)} of {len(gradient)} leaves have no gradient on U and are left alone, as torch.optim does: "
+            f"{listed(alone)}"
+        )
 
 
 def unequal_groups(optimizer: Optimizer) -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from funcprobe import engine, tree
-from funcprobe.analysis.diagnostics import Messages
+from funcprobe.analysis.diagnostics import Messages, left_alone
 from funcprobe.analysis.first_order import First, first_order
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.analysis.measure import measure_step
@@ -15,7 +15,7 @@ from funcprobe.analysis.movement import Move
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
 from funcprobe.training.step import Step
-from funcprobe.types import OptState, Params, StepResult, TokenScores
+from funcprobe.types import Gradients, OptState, Params, StepResult, TokenScores
 
 #: Two updates are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
 PROPORTIONAL = 1e-5
@@ -30,7 +30,7 @@ class Family:
         step: Step,
         params: Params,
         opt_state: OptState,
-        gradient: Params,
+        gradient: Gradients,
         info: dict[str, float],
         reference_lr: float,
     ) -> None:
@@ -41,6 +41,7 @@ class Family:
         self.reference_update, self.size = taken.update, Move.of(params, taken.params, taken.update).size
         del taken  # θ′ of the reference is not needed any more
         self.first = first_order(asked, params, self.reference_update)
+        asked.said.notes += left_alone(gradient)
 
     def move(self, lr: float) -> Move:
         """Return the step at a learning rate; no model is run."""

@@ -14,7 +14,8 @@ from funcprobe.analysis.parameter_parts import PARAMETER_TABLES, read_name
 from funcprobe.data.rollouts import members, take
 from funcprobe.training.response import Response, offsets_of, respond
 from funcprobe.training.step import Step
-from funcprobe.types import Microbatch, OptState, Params, Rollouts, TokenScores
+from funcprobe.training.unreached import with_zeros
+from funcprobe.types import Gradients, Microbatch, OptState, Params, Rollouts, TokenScores
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Grounds:
     step: Step
     params: Params
     opt_state: OptState
-    gradient: Params  #: of the loss, before clipping
+    gradient: Gradients  #: of the loss, before clipping
     update: Params  #: Δθ
     lr: float | None
     prepared: Rollouts  #: U, with advantages
@@ -39,7 +40,7 @@ class Grounds:
     def pieces(self, table: str) -> Iterator[tuple[str, Params]]:
         """Yield (label, piece of Δθ) for every row of a table, in the additive form; one exists at a time."""
         if table == "ledger":
-            yield "gradient on U", self._moved_by(self.gradient)
+            yield "gradient on U", self._moved_by(with_zeros(self.gradient, self.params))
             yield from offsets_of(self.step, self.params, self.opt_state, self.gradient, self.lr).items()
         elif table in ("prompts", "sequences"):
             for number, rows in members(self.prepared, table):

@@ -10,7 +10,8 @@ from pathlib import Path
 from funcprobe import tree
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import InputError
-from funcprobe.types import Params
+from funcprobe.training.unreached import reached
+from funcprobe.types import Gradients
 
 #: What the first line of a journal says it is.
 TITLE = "funcprobe sweep, journal 2"
@@ -37,7 +38,7 @@ class Journal:
         if self.path is not None and self.path.exists():
             self._norm, self.points = _read(self.path, identity)
 
-    def begin(self, gradient: Params) -> None:
+    def begin(self, gradient: Gradients) -> None:
         """Write the first line; or hold the one there is to the gradient on U, in which frozen weights show.
 
         Raises:
@@ -45,7 +46,7 @@ class Journal:
         """
         if self.path is None:
             return
-        norm = float(tree.norm(gradient))
+        norm = float(tree.norm(reached(gradient)))
         if self._norm is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)  # a first line that was cut off

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from funcprobe import tree
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, unequal_groups
+from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, left_alone, unequal_groups
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.first_order import First, first_order
 from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options, named
@@ -153,6 +153,7 @@ def take_step(
     with passes.clock("optimizer step"):
         after = step.apply(params, opt_state, loss.gradient, lr=lr, info=loss.info)
         taken = Taken(Move.of(params, after.params, after.update), dict(after.info), loss)
+    said.notes += left_alone(loss.gradient)
     said.also(before_measuring(passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
         said.also(unequal_groups(step.optimizer))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from funcprobe import tree
-from funcprobe.types import Params
+from funcprobe.training.unreached import with_zeros
+from funcprobe.types import Gradients, Params
 
 
 class LeafPart(NamedTuple):
@@ -79,12 +80,12 @@ def read_name(name: str) -> LeafName:
 def leaf_parts(
     covector: Params,
     update: Params,
-    gradient: Params,
+    gradient: Gradients,
     direction: Params,
     offsets: Mapping[str, Mapping[str, float]],
 ) -> tuple[LeafPart, ...]:
     """Return every leaf's contribution: ∇F against Δθ, and ∇F carried back through the step against the gradient."""
-    whole, drawn = _dots(covector, update), _dots(direction, gradient)
+    whole, drawn = _dots(covector, update), _dots(direction, with_zeros(gradient, update))
     norms = tree.leaf_norms(update)
     none: dict[str, float] = dict.fromkeys(update, 0.0)
     momentum, decay = offsets.get("momentum", none), offsets.get("weight decay", none)

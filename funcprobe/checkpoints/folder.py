@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
+from funcprobe.checkpoints.numpy_numbers import numpy_numbers
+from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
 from funcprobe.checkpoints.optimizer_state import FRESH, as_loaded, map_ids_to_names, names_of_groups, state_by_name
 from funcprobe.errors import CheckpointError, FuncprobeWarning
@@ -89,7 +91,7 @@ def load_optimizer(path: str | Path, params: Params, lr: float | None = None) ->
     path = Path(path)
     saved = _unpickled(path)
     cls = optimizer_class(saved, path.name)
-    groups = with_lr(saved, lr, path.name)
+    groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
     names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
     _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
     opt_state = as_loaded(state_by_name(saved["state"], names), params, groups, names)
@@ -175,7 +177,7 @@ def _unpickled(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"The optimizer state {path} does not exist.")
     try:
-        with warnings.catch_warnings():  # what torch says about foreign pickles beside refusing them
+        with warnings.catch_warnings(), numpy_numbers():  # what torch says of foreign pickles beside refusing them
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except (

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from funcprobe.checkpoints.folder import Checkpoint
+from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import bitsandbytes_optimizer
 from funcprobe.checkpoints.optimizer_state import state_by_name
 from funcprobe.errors import CheckpointError
@@ -53,9 +54,11 @@ def _read(
     _check_package(type(optimizer), {key for entry in entries.values() for key in entry})
     listed = [[names[id(p)] for p in group] for group in held]
     state = state_by_name(entries, {i: names[i] for i in entries})
-    pure = from_param_groups(type(optimizer), optimizer.param_groups, listed)
+    devices = [p.device for p in params.values()]
+    groups = runnable(type(optimizer), optimizer.param_groups, devices, "The optimizer")
+    pure = from_param_groups(type(optimizer), groups, listed)
     ordered = {name: state[name] for name in params}
-    return pure, ordered if device is None else _beside(ordered, params, optimizer.param_groups, listed)
+    return pure, ordered if device is None else _beside(ordered, params, groups, listed)
 
 
 def _beside(

@@ -1,4 +1,4 @@
-"""Which optimizer wrote a state: Adam, AdamW or SGD of torch.optim, and a refusal by name for anything else.
+"""Which optimizer wrote a state: a class of torch.optim, or transformers' Adafactor; a refusal by name for any other.
 
 A state_dict names no class, so it is told from its entries. `adamw_torch_fused`, the default of transformers.Trainer,
 is torch.optim.AdamW with `fused=True`: the ordinary layout, and the flag is kept, since it decides the last bits.
@@ -12,34 +12,27 @@ from typing import Any
 
 import torch
 
+from funcprobe.checkpoints.optimizer_fit import fitting
 from funcprobe.checkpoints.optimizer_state import FRESH, check_layout
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.training.groups import check_lr
 
-_ADAM_STATE = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
-_SGD_STATE = frozenset({"momentum_buffer"})
-_COMMON = frozenset(
-    {"params", "param_names", "name", "lr", "initial_lr", "weight_decay", "maximize", "foreach", "differentiable"}
-    | {"capturable", "fused"}
-)
-_ADAM_GROUP = _COMMON | {"betas", "eps", "amsgrad", "decoupled_weight_decay"}
-_SGD_GROUP = _COMMON | {"momentum", "dampening", "nesterov"}
-
+_UNKNOWN = "an optimizer that is not known here"
 _SUPPORTED = (
-    "Supported are Adam, AdamW and SGD of torch.optim (for transformers: optim='adamw_torch' or 'adamw_torch_fused'). "
-    f"{FRESH}."
+    "Supported are the classes of torch.optim (for transformers: optim='adamw_torch' or 'adamw_torch_fused') and "
+    f"transformers' Adafactor. {FRESH}."
 )
 
 
 def optimizer_class(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -> type[torch.optim.Optimizer]:
-    """Return the torch.optim class that wrote a state_dict.
+    """Return the class that wrote a state_dict: the only one that its options and the keys of its state fit.
 
     Adam and AdamW are told apart by `decoupled_weight_decay`. Older torch versions do not store it: where weight decay
     is in use the answer is then AdamW, which is what transformers.Trainer uses, with a warning.
 
     Raises:
-        CheckpointError: If it was bitsandbytes (8-bit, or paged and 32-bit), apex or DeepSpeed fused Adam, Adafactor,
-            or any other optimizer, naming it or listing the keys that were found.
+        CheckpointError: If it was bitsandbytes (8-bit, or paged and 32-bit), apex or DeepSpeed fused Adam, or any other
+            optimizer, naming it or listing the keys that were found; or if several classes could have written it.
 
     Example:
         >>> group = {"lr": 0.1, "momentum": 0, "dampening": 0, "nesterov": False, "weight_decay": 0, "params": [0]}
@@ -52,30 +45,40 @@ def optimizer_class(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -
     options = {str(key) for group in state_dict["param_groups"] for key in group}
     if name := _foreign(state, options):
         raise CheckpointError(f"{what} was written by {name}, whose state is not read. {_SUPPORTED}")
-    if state <= _ADAM_STATE and {"betas", "eps", "amsgrad"} <= options <= _ADAM_GROUP:
-        if not state_dict["state"]:
-            raise CheckpointError(
-                f"{what} holds no state for any parameter: it was saved before the first step. {FRESH}, "
-                "or use a later checkpoint."
-            )
-        return _adam_class(state_dict["param_groups"], what)
-    if state <= _SGD_STATE and {"momentum", "dampening", "nesterov"} <= options <= _SGD_GROUP:
-        return torch.optim.SGD
-    raise CheckpointError(
-        f"{what} was written by an optimizer that is not known here: its state holds {sorted(state)} and its groups "
-        f"{sorted(options)}. {_SUPPORTED}"
-    )
+    found = fitting(state_dict["param_groups"], state)
+    if not found:
+        kind = "an Adafactor that is neither torch's nor transformers'" if "exp_avg_sq_row" in state else _UNKNOWN
+        raise CheckpointError(
+            f"{what} was written by {kind}: its state holds {sorted(state)} and its groups {sorted(options)}. "
+            f"{_SUPPORTED}"
+        )
+    if not state_dict["state"] and found != [torch.optim.SGD]:
+        raise CheckpointError(
+            f"{what} holds no state for any parameter: it was saved before the first step. {FRESH}, or use a later "
+            "checkpoint."
+        )
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{what} could be of {' or '.join(cls.__name__ for cls in found)}, whose options and state have these "
+            f"names too, and it names no class, so it is not read. {FRESH}."
+        )
+    return _adam_class(state_dict["param_groups"], what) if found == [torch.optim.Adam] else found[0]
 
 
 def with_lr(state_dict: Mapping[str, Any], lr: float | None, what: str = "optimizer.pt") -> list[dict[str, Any]]:
     """Return the param_groups with `lr` in every group, or as saved where `lr` is None.
 
     Raises:
-        CheckpointError: If `lr` is None and the saved one is 0.
+        CheckpointError: If `lr` is None and the saved one is 0, or there is none.
         InputError: If `lr` is negative or not finite.
     """
     groups = [dict(group) for group in state_dict["param_groups"]]
     if lr is None:
+        if any(group["lr"] is None for group in groups):
+            raise CheckpointError(
+                f"{what} holds no learning rate: its optimizer makes one from the step (relative_step), which is not "
+                "read. Train with a learning rate of your own (for Adafactor relative_step=False)."
+            )
         if all(float(group["lr"]) == 0 for group in groups if group["params"]):
             raise CheckpointError(
                 f"The learning rate saved in {what} is 0. It belongs to the step after the checkpoint and is 0 at the "
@@ -103,8 +106,6 @@ def _foreign(state: set[str], options: set[str]) -> str | None:
     """Return the name of an optimizer whose state is known and not read."""
     if name := bitsandbytes_optimizer(state):
         return name
-    if any(key.startswith(("exp_avg_sq_row", "exp_avg_sq_col")) for key in state):
-        return "Adafactor"
     if options & {"bias_correction", "adam_w_mode"}:
         return "a fused Adam of apex or DeepSpeed"
     if "correct_bias" in options:

@@ -9,6 +9,7 @@ each group in order, into the shapes of the named parameters, and in one way onl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,20 @@ from funcprobe.training.state import as_tensor
 from funcprobe.types import OptState, Params
 
 Shape = tuple[int, ...]
+#: What a state_dict goes by: torch's own numbers parameters, a gathered FSDP one names them.
+Id = int | str
 #: How many parameters of every group have been placed.
 Placed = tuple[int, ...]
 
 #: What can be done without a saved state, as a configuration and as a call say it.
 FRESH = "Set optimizer: fresh and lr (in Python optimizer='fresh', lr=...) for the first step of a new AdamW"
+
+#: State entries that have no shape of their leaf, and pairs of which one lacks its columns and the other its rows.
+_SCALARS = frozenset({"step", "mu_product", "eta", "mu", "RMS"})
+_FACTORED = (("row_var", "col_var"), ("exp_avg_sq_row", "exp_avg_sq_col"))
+
+#: What wrappers put into the name of a parameter: DDP and accelerate before it, the others anywhere.
+_WRAPPERS = re.compile(r"^(module\.)+|(?:(?<=\.)|^)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 #: Placements kept for one parameter; more of them mean that many groups have the same shapes in the same order.
 _TOO_MANY = 10_000
@@ -32,17 +42,19 @@ _TOO_MANY = 10_000
 
 def map_ids_to_names(
     named_shapes: Mapping[str, Shape], optimizer_state_dict: Mapping[str, Any], what: str = "optimizer.pt"
-) -> dict[int, str]:
+) -> dict[Id, str]:
     """Return the name of every parameter id in a torch.optim state_dict, verified by group sizes and shapes.
 
     Counts the order-preserving interleavings of the groups' shape sequences into the names' shape sequence by dynamic
     programming over how many parameters each group has placed, and accepts exactly one. An id without state (it never
-    stepped) fits any shape. Groups that carry `param_names` are read by those. Where nothing is stored for any id and
-    the groups have equal hyperparameters, every assignment is the same optimizer and the plain order is returned.
+    stepped) fits any shape. Groups that carry `param_names` are read by those, and ids that are names by themselves,
+    without what wrappers put into them. Where nothing is stored for any id and the groups have equal hyperparameters,
+    every assignment is the same optimizer and the plain order is returned.
 
     Args:
         named_shapes: The trainable leaves, in `named_parameters()` order.
-        optimizer_state_dict: `{"state": {id: {...}}, "param_groups": [{..., "params": [ids]}]}`.
+        optimizer_state_dict: `{"state": {id: {...}}, "param_groups": [{..., "params": [ids]}]}`, ids being numbers or
+            names.
         what: What messages call the state.
 
     Raises:
@@ -55,9 +67,12 @@ def map_ids_to_names(
         {0: 'a', 2: 'a_norm', 1: 'b'}
     """
     check_layout(optimizer_state_dict, what)
-    groups = [[int(i) for i in group["params"]] for group in optimizer_state_dict["param_groups"] if group["params"]]
-    ids = [i for group in groups for i in group]
+    groups = [list(group["params"]) for group in optimizer_state_dict["param_groups"] if group["params"]]
+    ids: list[Id] = [i for group in groups for i in group]
     _check_counts(named_shapes, ids, optimizer_state_dict["state"], what)
+    if ids and all(isinstance(i, str) for i in ids):
+        by_name = _by_own_names([str(i) for i in ids], named_shapes, what)
+        return _verified(by_name, named_shapes, optimizer_state_dict["state"], what)
     if named := _stored_names(optimizer_state_dict, named_shapes):
         return _verified(named, named_shapes, optimizer_state_dict["state"], what)
     if not optimizer_state_dict["state"] and _equal_hyperparameters(optimizer_state_dict["param_groups"]):
@@ -70,12 +85,24 @@ def map_ids_to_names(
     return mappings[0]
 
 
-def names_of_groups(param_groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]) -> list[list[str]]:
+def without_wrappers(name: str) -> str:
+    """Return a parameter's name without what DDP, FSDP, torch.compile and checkpointing wrappers put into it.
+
+    Example:
+        >>> without_wrappers("module._orig_mod.layers.0._checkpoint_wrapped_module.weight")
+        'layers.0.weight'
+    """
+    while (plain := _WRAPPERS.sub("", name)) != name:
+        name = plain
+    return name
+
+
+def names_of_groups(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Any, str]) -> list[list[str]]:
     """Return for every param_group, empty ones included, the names of its parameters in its own order."""
     return [[names[i] for i in group["params"]] for group in param_groups]
 
 
-def state_by_name(state: Mapping[int, Mapping[str, Any]], names: Mapping[int, str]) -> OptState:
+def state_by_name(state: Mapping[Any, Mapping[str, Any]], names: Mapping[Any, str]) -> OptState:
     """Return the state keyed by parameter name, sharing storage; a parameter that never stepped has an empty one."""
     return {
         name: {
@@ -88,7 +115,7 @@ def state_by_name(state: Mapping[int, Mapping[str, Any]], names: Mapping[int, st
 
 
 def as_loaded(
-    opt_state: OptState, params: Params, param_groups: Sequence[Mapping[str, Any]], names: Mapping[int, str]
+    opt_state: OptState, params: Params, param_groups: Sequence[Mapping[str, Any]], names: Mapping[Any, str]
 ) -> OptState:
     """Return a state in the order of `params`, placed and typed as `torch.optim.Optimizer.load_state_dict` does.
 
@@ -123,7 +150,7 @@ def check_layout(state_dict: Any, what: str = "optimizer.pt") -> None:
         raise CheckpointError(f"'param_groups' in {what} is no list of groups with 'params' in each.")
 
 
-def _check_counts(names: Mapping[str, Shape], ids: list[int], state: Mapping[int, Any], what: str) -> None:
+def _check_counts(names: Mapping[str, Shape], ids: list[Id], state: Mapping[Id, Any], what: str) -> None:
     if len(set(ids)) != len(ids):
         raise CheckpointError(f"{what} lists a parameter id in two groups; the file is damaged.")
     if stray := [i for i in state if i not in set(ids)]:
@@ -135,15 +162,36 @@ def _check_counts(names: Mapping[str, Shape], ids: list[int], state: Mapping[int
         )
 
 
-def _stored_names(state_dict: Mapping[str, Any], names: Mapping[str, Shape]) -> dict[int, str] | None:
+def _stored_names(state_dict: Mapping[str, Any], names: Mapping[str, Shape]) -> dict[Id, str] | None:
     """Return the names that the optimizer was built with (torch keeps them as `param_names`), if the model has them."""
-    stored: dict[int, str] = {}
+    stored: dict[Id, str] = {}
     for group in state_dict["param_groups"]:
         stored |= zip(group["params"], group.get("param_names", ()), strict=False)
-    return stored if set(stored.values()) == set(names) and len(stored) == len(names) else None
+    plain = {without_wrappers(name): name for name in names}
+    found = {i: plain[without_wrappers(name)] for i, name in stored.items() if without_wrappers(name) in plain}
+    return found if set(found.values()) == set(names) and len(found) == len(stored) else None
 
 
-def _verified(named: dict[int, str], names: Mapping[str, Shape], state: Mapping[int, Any], what: str) -> dict[int, str]:
+def _by_own_names(ids: list[str], names: Mapping[str, Shape], what: str) -> dict[Id, str]:
+    """Return the leaf of every id that is a name itself.
+
+    Raises:
+        CheckpointError: If a leaf has no id, or an id is that of no leaf.
+    """
+    plain = {without_wrappers(name): name for name in names}
+    found: dict[Id, str] = {i: plain[without_wrappers(i)] for i in ids if without_wrappers(i) in plain}
+    if stray := [i for i in ids if i not in found]:
+        missing = sorted(set(names).difference(found.values()))
+        raise CheckpointError(
+            f"{what} goes by names, and '{stray[0]}' is no trainable parameter of the model (the model's "
+            f"'{missing[0]}' has no entry); load the weights that were saved beside it, and train the same leaves."
+        )
+    if len(set(found.values())) != len(ids):
+        raise CheckpointError(f"{what} holds two states for one parameter under different prefixes; it is damaged.")
+    return found
+
+
+def _verified(named: dict[Id, str], names: Mapping[str, Shape], state: Mapping[Id, Any], what: str) -> dict[Id, str]:
     for i, name in named.items():
         if (found := _shape(i, state, what)) not in (None, tuple(names[name])):
             raise CheckpointError(
@@ -158,14 +206,20 @@ def _equal_hyperparameters(param_groups: Sequence[Mapping[str, Any]]) -> bool:
     return all(group == filled[0] for group in filled)
 
 
-def _shape(i: int, state: Mapping[int, Any], what: str) -> Shape | None:
-    """Return the shape that the state tensors of an id share; None for an id without state.
+def _shape(i: Id, state: Mapping[Id, Any], what: str) -> Shape | None:
+    """Return the shape of the leaf that the state of an id is of; None for an id without state.
+
+    Adafactor keeps sums over rows and over columns, which have the shape between them.
 
     Raises:
         CheckpointError: If its tensors differ in shape.
     """
-    entries = {k: v for k, v in state.get(i, {}).items() if k != "step" and isinstance(v, Tensor)}
+    entries = {k: v for k, v in state.get(i, {}).items() if k not in _SCALARS and isinstance(v, Tensor)}
     shapes = {key: tuple(value.shape) for key, value in entries.items()}
+    for row, column in _FACTORED:
+        if row in shapes and column in shapes:
+            rows = shapes.pop(row)  # [..., n, 1] in torch, [..., n] in transformers
+            shapes["second moment"] = (*(rows[:-1] if row == "row_var" else rows), *shapes.pop(column)[-1:])
     if len(set(shapes.values())) > 1:
         raise CheckpointError(
             f"The state tensors of id {i} in {what} differ in shape: {shapes}; one shape was expected."
@@ -217,7 +271,7 @@ def _advanced(placed: Placed, g: int, by: int = 1) -> Placed:
     return (*placed[:g], placed[g] + by, *placed[g + 1 :])
 
 
-def _numbered(names: Mapping[str, Shape], groups: list[list[int]], path: list[int]) -> dict[int, str]:
+def _numbered(names: Mapping[str, Shape], groups: list[list[Id]], path: list[int]) -> dict[Id, str]:
     queues = [iter(group) for group in groups]
     return {next(queues[g]): name for name, g in zip(names, path, strict=True)}
 
@@ -232,7 +286,7 @@ def _no_fit(name: str, shape: Shape, layer: set[Placed], groups: list[list[Shape
     )
 
 
-def _ambiguous(names: Mapping[str, Shape], mappings: list[dict[int, str]], what: str) -> str:
+def _ambiguous(names: Mapping[str, Shape], mappings: list[dict[Id, str]], what: str) -> str:
     one, other = mappings
     i = next(i for i in one if one[i] != other[i])
     return (

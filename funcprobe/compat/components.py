@@ -23,6 +23,7 @@ from funcprobe.compat.entropy_is import DeltaEntropyIS
 from funcprobe.compat.preconditioner import preconditioned
 from funcprobe.errors import InputError
 from funcprobe.training.step import make_step
+from funcprobe.training.unreached import reached, with_zeros
 from funcprobe.types import Params
 
 log = logging.getLogger(__name__)
@@ -165,10 +166,13 @@ class ProbeComponents:
         for message in said.warnings:
             self.logger.warning(message)
         with clock("phase3_time"):
-            found = (
-                preconditioner(gradient) if preconditioner else preconditioned(gradient, pair.optimizer, pair.opt_state)
-            )
-            tree.same_keys(gradient, found, what="gradient and what the preconditioner returned")
+            whole = with_zeros(gradient, pair.params)
+            if preconditioner is None:
+                moved = preconditioned(reached(gradient), pair.optimizer, pair.opt_state)
+                found = {**tree.zeros_like(tree.cast(whole, torch.float64)), **moved}
+            else:
+                found = preconditioner(whole)
+            tree.same_keys(whole, found, what="gradient and what the preconditioner returned")
             return tree.scale(-1.0, found), lr
 
     def _slopes(self, batch: Batch, direction: Params, mb_size_prompts: int) -> tuple[float, float]:

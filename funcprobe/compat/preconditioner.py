@@ -12,7 +12,7 @@ from funcprobe.types import Optimizer, OptState, Params
 def preconditioned(gradient: Params, optimizer: Optimizer, opt_state: OptState) -> Params:
     """Return `P g = g / (√(v / (1 − β₂^t)) + ε)` for Adam and AdamW, and `g` itself for SGD, in float64.
 
-    v and t are the state's before the step; β₂ and ε are those of each leaf's group.
+    v and t are the state's before the step; β₂ and ε are those of each leaf's group. The gradient may be a sub-tree.
 
     Raises:
         InputError: If the optimizer is none of these, or a leaf has no second moment yet.
@@ -24,7 +24,7 @@ def preconditioned(gradient: Params, optimizer: Optimizer, opt_state: OptState) 
     found: Params = {}
     for group in optimizer.groups:
         beta2, eps = group.hyperparameters["betas"][1], group.hyperparameters["eps"]
-        for name in gradient if group.names is None else group.names:
+        for name in (n for n in gradient if group.names is None or n in group.names):
             if not opt_state[name]:
                 raise InputError(f"'{name}' has never stepped, so it has no second moment; pass param_update_buf.")
             v, t = opt_state[name]["exp_avg_sq"].double(), float(opt_state[name]["step"])

@@ -69,23 +69,44 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         InputError: If a line is not a JSON object, or the file is not UTF-8 text.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # some editors begin a file with a byte order mark
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, _object(number, line)
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"this is not UTF-8 text ({error.reason} at byte {error.start}); is it a JSONL file?"
-        ) from None
+        wide = error.start == 0 and error.object[:2] in (b"\xff\xfe", b"\xfe\xff")
+        hint = "it is UTF-16 or UTF-32, so save it as UTF-8." if wide else "is it a JSONL file?"
+        raise InputError(f"this is not UTF-8 text ({error.reason} at byte {error.start}); {hint}") from None
 
 
 def _object(number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_pairs)
     except json.JSONDecodeError as error:
+        if number == 1 and line.strip() in ("{", "["):
+            raise InputError(
+                "line 1 is not JSON by itself: this is a JSON document over several lines; expected one object per "
+                "line, as `jq -c` writes it."
+            ) from None
         raise InputError(f"line {number} is not JSON ({error.msg} at column {error.colno}).") from None
+    except RecursionError:
+        raise InputError(
+            f"line {number} is nested too deeply; expected one object of numbers and flat lists."
+        ) from None
+    except ValueError as error:  # an integer with more digits than Python reads, or a key that stands twice
+        raise InputError(f"line {number} cannot be read ({str(error).split(';')[0]}).") from None
     if not isinstance(row, dict):
-        raise InputError(f"line {number} is a JSON {type(row).__name__}; expected one object per line.")
+        array = " (a JSON array of rows is no JSONL: write its objects a line each, as `jq -c '.[]'` does)"
+        hint = array if isinstance(row, list) else ""
+        raise InputError(f"line {number} is a JSON {type(row).__name__}; expected one object per line{hint}.")
+    return row
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
     return row
 
 
@@ -103,8 +124,17 @@ def _column(name: str, rows: list[tuple[int, dict[str, Any]]]) -> Ragged | Array
     if name in LIST_COLUMNS:
         return ragged_from_lists(values, name, LIST_COLUMNS[name])
     for number, row in rows:
-        if not isinstance(row[name], int | float) or isinstance(row[name], bool):
+        allowed = int | float | str if name == "group_id" else int | float
+        if not isinstance(row[name], allowed) or isinstance(row[name], bool):
             raise type_error(name, f"{type(row[name]).__name__} in line {number}")
+        if name == "group_id" and isinstance(row[name], float):
+            raise InputError(
+                f"'group_id' holds float64 values; expected integers or text, and line {number} has {row[name]}."
+            )
+    if name == "group_id":
+        names = np.empty(len(values), dtype=object)
+        names[:] = values
+        return names
     return as_dtype(to_array(values, name), name, ROW_COLUMNS[name])
 
 

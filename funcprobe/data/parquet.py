@@ -34,6 +34,8 @@ def read_parquet(path: Path) -> Table:
             names = file.schema_arrow.names
             metadata = metadata_of(_decoded(file.schema_arrow.metadata))
             check_columns(names)
+            if twice := [name for name in KNOWN if names.count(name) > 1]:
+                raise InputError(f"the column '{twice[0]}' stands twice; give it once.")
             table = file.read(columns=[name for name in names if name in KNOWN])
     except (pa.ArrowException, OSError) as error:
         raise InputError(_not_parquet(error)) from None
@@ -89,28 +91,97 @@ def _decoded(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
 
 
 def _column(name: str, column: Any) -> Ragged | Array:
+    column = _plain(column)
     for row in np.flatnonzero(np.concatenate([_nulls(chunk) for chunk in column.chunks]))[:1]:
         raise InputError(f"Row {row}: the column '{name}' is empty (null); give it in every row or in none.")
+    example = f", and row 0 holds {_shortened(column[0].as_py())}"
+    if name == "group_id":
+        return _group_ids(column, example)
     if name not in LIST_COLUMNS:
-        return _numbers(name, column, column.type, ROW_COLUMNS[name])
-    if not hasattr(column.type, "value_type"):
-        raise type_error(name, column.type)
+        return _numbers(name, column, column.type, ROW_COLUMNS[name], example)
+    if not _is_list(column.type):
+        raise type_error(name, column.type, example)
     import pyarrow.compute as pc
 
     lengths = [pc.list_value_length(chunk).to_numpy(zero_copy_only=False) for chunk in column.chunks]
-    values = [_numbers(name, chunk.flatten(), column.type, LIST_COLUMNS[name]) for chunk in column.chunks]
-    return Ragged(np.concatenate(values), np.concatenate(lengths).astype(np.int64))
+    chunks = [_plain(chunk.flatten()) for chunk in column.chunks]
+    rows = np.concatenate(lengths).astype(np.int64)
+    if LIST_COLUMNS[name] is not float:  # a null log-probability may stand in a hole, where nobody looks
+        _check_entries(name, column.type, np.concatenate([_nulls(chunk) for chunk in chunks]), rows)
+    values = [_numbers(name, chunk, column.type, LIST_COLUMNS[name], example) for chunk in chunks]
+    return Ragged(np.concatenate(values), rows)
+
+
+def _plain(column: Any) -> Any:
+    """Return the entries of a dictionary-encoded, run-end-encoded or extension column; decimals as float64."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return _plain(column.cast(kind.storage_type))
+    if pa.types.is_dictionary(kind):
+        return _plain(column.cast(kind.value_type))
+    if pa.types.is_run_end_encoded(kind):
+        return _plain(pc.run_end_decode(column))
+    return column.cast(pa.float64()) if pa.types.is_decimal(kind) else column
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow as pa
+
+    tests = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    views = (pa.types.is_list_view, pa.types.is_large_list_view)
+    return any(test(kind) for test in (*tests, *views))
+
+
+def _group_ids(column: Any, example: str) -> Array:
+    """Return the group ids as int64, or as objects where they are text, bytes or larger integers."""
+    import pyarrow as pa
+
+    kind = column.type
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_binary)
+    other = (pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary, pa.types.is_uint64)
+    if not any(test(kind) for test in (*text, *other)):
+        return _numbers("group_id", column, kind, int, example)
+    names = np.empty(len(column), dtype=object)
+    names[:] = column.to_pylist()
+    return names
+
+
+def _check_entries(name: str, found: Any, null: Array, lengths: Array) -> None:
+    for entry in np.flatnonzero(null)[:1]:
+        ends = np.cumsum(lengths)
+        row = int(np.searchsorted(ends, entry, side="right"))
+        position = int(entry - (ends[row] - lengths[row]))
+        raise _in_row(row, type_error(name, found, f", and position {position} is empty (null)"))
+
+
+def _in_row(row: int, error: InputError) -> InputError:
+    return InputError(f"Row {row}: {error}")
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _nulls(chunk: Any) -> Array:
     return np.asarray(chunk.is_null().to_numpy(zero_copy_only=False))
 
 
-def _numbers(name: str, values: Any, found: Any, dtype: type) -> Array:
-    # Arrow gives NaN for a null among floats, and floats or objects for a null among ints, which are then refused.
+def _numbers(name: str, values: Any, found: Any, dtype: type, example: str) -> Array:
+    import pyarrow as pa
+
+    kind = values.type
+    numeric = pa.types.is_integer(kind) or (
+        dtype is not int and (pa.types.is_floating(kind) or pa.types.is_boolean(kind))
+    )
+    if not numeric and not pa.types.is_null(kind):
+        raise type_error(name, found, example)
+    # Arrow gives NaN for a null among floats, and floats or objects for a null among ints and bools.
     array = values.to_numpy() if hasattr(values, "chunks") else values.to_numpy(zero_copy_only=False)
-    if array.size and array.dtype.kind not in ("iu" if dtype is int else "biuf"):
-        raise type_error(name, found)
+    array = array.astype(np.float64) if array.dtype == object else array
     return as_dtype(to_array(array, name), name, dtype)
 
 

@@ -90,13 +90,26 @@ def as_dtype(array: Array, what: str, dtype: type) -> Array:
     """
     if array.size and dtype is int and array.dtype.kind not in "iu":
         raise InputError(f"'{what}' holds {array.dtype} values; expected integers.")
+    if dtype is int and array.dtype == np.uint64 and array.size and int(array.max()) > np.iinfo(np.int64).max:
+        raise InputError(f"'{what}' holds {int(array.max())}, which is no 64-bit integer; expected smaller numbers.")
     if dtype is bool and not np.isin(array, (0, 1)).all():
         raise InputError(f"'{what}' holds values other than 0 and 1; expected a mask.")
     return array.astype(dtype)
 
 
 def _row(row: Any, what: str, dtype: type) -> Array:
+    if dtype is not float and isinstance(row, list | tuple):
+        for position in [position for position, entry in enumerate(row) if entry is None][:1]:
+            expected = (
+                "float64 values; expected integers" if dtype is int else "values other than 0 and 1; expected a mask"
+            )
+            raise InputError(f"'{what}' holds {expected}, and position {position} is null.")
     array = to_array(row, what)
+    if dtype is int and array.ndim == 1 and array.dtype.kind == "f" and array.size:
+        position, entry = next((at, x) for at, x in enumerate(row) if isinstance(x, float) or abs(int(x)) >= 2**63)
+        raise InputError(
+            f"'{what}' holds {array.dtype} values; expected integers of 64 bits, and position {position} is {entry}."
+        )
     if array.ndim != 1:
         raise InputError(f"'{what}' has {array.ndim} dimensions; expected a flat list with one number per token.")
     return as_dtype(array, what, dtype)

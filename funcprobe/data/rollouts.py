@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from funcprobe.data.grouping import as_numbers, group_names, numbered, two_prompts
 from funcprobe.data.ragged import Array, Ragged, as_dtype, columns, pad, ragged_from_dense, ragged_from_lists, to_array
 from funcprobe.data.slicing import Overlap, concatenate, members, microbatches, overlap, split, take, to_device
 from funcprobe.data.validation import validate
@@ -61,7 +62,9 @@ def rollouts_from_lists(
 
     `completion_masks` and the log-probabilities are lists aligned with the completions; the mask defaults to all ones.
     Per-row fields are one number for all rows or B numbers. `group_ids` default to equal prompts, numbered by first
-    appearance; `weight` to 1. A log-probability where the mask is 0 is stored as 0.
+    appearance; integers of 64 bits stay as they are, and anything else that can be a key (text, a UUID, a tuple, larger
+    integers) is numbered by first appearance. `weight` defaults to 1. A log-probability where the mask is 0 is stored
+    as 0. A row may have no chosen token; the batch needs one.
 
     Raises:
         InputError: If the lists do not fit one another, or the batch fails `validate`.
@@ -111,7 +114,9 @@ def rollouts_from_padded(
     """Return the batch of [B, L] ids padded on any side (left, right, or between prompt and completion).
 
     Every row is compacted to its tokens with attention mask 1. The completion starts at the first token whose
-    `completion_mask` [B, L] is 1; for completions that begin with a hole give `prompt_lengths` [B], in real tokens.
+    `completion_mask` [B, L] is 1; for completions that begin with a hole give `prompt_lengths` [B], in real tokens. A
+    row without such a token (one that was truncated, say) has the longest prompt of another row that it begins with;
+    where it begins with none, it is all prompt.
     Log-probabilities are [B, L] aligned with ids, or [B, T] with column t at completion position t, as TRL has them.
     Per-row fields are as in `rollouts_from_lists`.
 
@@ -127,6 +132,8 @@ def rollouts_from_padded(
     attention = _mask_like(attention_mask, tokens, "attention_mask")
     chosen = _mask_like(completion_mask, tokens, "completion_mask")
     starts = _completion_starts(attention, chosen, prompt_lengths)
+    if prompt_lengths is None:
+        starts = _starts_of_others(tokens, attention, chosen, starts)
     in_completion = attention & (attention.cumsum(axis=1) > starts[:, None])
     logps = {"sampling_logps": sampling_logps, "old_logps": old_logps, "ref_logps": ref_logps}
     return rollouts_from_ragged(
@@ -181,7 +188,7 @@ def rollouts_from_ragged(
         prompt_lengths=torch.from_numpy(starts.astype(np.int64)),
         completion_mask=torch.from_numpy(mask),
         temperature=_row_values(temperature, "temperature", rows, float),
-        group_ids=_row_values(_groups(prompts) if group_ids is None else group_ids, "group_ids", rows, int),
+        group_ids=torch.from_numpy(_groups(prompts, group_ids)),
         weight=_row_values(1.0 if weight is None else weight, "weight", rows, float),
         **tokens,
         **{name: _row_field(per_row.get(name), name, rows, dtype) for name, dtype in ROW_FIELDS.items()},
@@ -251,12 +258,16 @@ def _row_values(value: Any, name: str, rows: int, dtype: type) -> Tensor:
     return torch.from_numpy(np.broadcast_to(array, (rows,)).copy())
 
 
-def _groups(prompts: Ragged) -> Array:
-    """Number equal prompts by first appearance."""
+def _groups(prompts: Ragged, group_ids: Any) -> Array:
+    """Return the group ids [B] int64: equal prompts numbered by first appearance, or the given ids, as numbers."""
     ends = np.cumsum(prompts.lengths)
-    numbers: dict[bytes, int] = {}
-    keys = (prompts.values[end - n : end].tobytes() for end, n in zip(ends, prompts.lengths, strict=True))
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+    keys = [prompts.values[end - n : end].tobytes() for end, n in zip(ends, prompts.lengths, strict=True)]
+    if group_ids is None:
+        return numbered(keys)
+    names = group_names(group_ids, len(keys))
+    if (text := two_prompts(names, keys)) is not None:
+        warnings.warn(text, FuncprobeWarning, stacklevel=5)
+    return as_numbers(names)
 
 
 def _mask_like(mask: Any, tokens: Array, name: str) -> Array:
@@ -270,7 +281,7 @@ def _completion_starts(attention: Array, chosen: Array, prompt_lengths: Any) -> 
     # How many real tokens of every row come before its completion [B].
     for row in np.flatnonzero((chosen & ~attention).any(axis=1))[:1]:
         raise InputError(f"Row {row}: the completion mask is 1 on a padded column; it must be 0 where attention is 0.")
-    # Rank of the first chosen token among the real ones; a row without one gets an empty completion, refused later.
+    # Rank of the first chosen token among the real ones; of a row without one, the number of real tokens.
     before = (attention & ~np.logical_or.accumulate(chosen, axis=1)).sum(axis=1, dtype=np.int64)
     if prompt_lengths is None:
         return before
@@ -281,6 +292,20 @@ def _completion_starts(attention: Array, chosen: Array, prompt_lengths: Any) -> 
             "tokens; expected at least 1, and no completion token over the prompt."
         )
     return starts
+
+
+def _starts_of_others(tokens: Array, attention: Array, chosen: Array, starts: Array) -> Array:
+    # A row in which nothing is chosen does not say where its prompt ends; the other rows of its prompt do.
+    silent = ~chosen.any(axis=1)
+    if not silent.any():
+        return starts
+    real = [row[keep].tolist() for row, keep in zip(tokens, attention, strict=True)]
+    prompts = {tuple(real[row][: starts[row]]) for row in np.flatnonzero(~silent)}
+    found = starts.copy()
+    for row in np.flatnonzero(silent):
+        lengths = [n for n in range(1, len(real[row]) + 1) if tuple(real[row][:n]) in prompts]
+        found[row] = max(lengths, default=starts[row])
+    return found
 
 
 def _compact(value: Any, name: str, in_completion: Array) -> Ragged:

@@ -10,7 +10,7 @@ old_logps           list of float old_logps        unknown
 ref_logps           list of float ref_logps        unknown
 reward              float         rewards          unknown
 advantage           float         advantages       unknown
-group_id            int           group_ids        equal prompts form a group
+group_id            int or text   group_ids        equal prompts form a group
 weight              float         weight           1
 top_p               float         top_p            unrestricted
 top_k               int           top_k            unrestricted
@@ -91,11 +91,11 @@ def metadata_of(found: dict[str, Any]) -> dict[str, Any]:
     return {"schema_version": None if version is None else SCHEMA_VERSION, "tokenizer": found.get("tokenizer")}
 
 
-def type_error(name: str, found: object) -> InputError:
-    """Return the error for a column of the wrong type."""
+def type_error(name: str, found: object, example: str = "") -> InputError:
+    """Return the error for a column of the wrong type; the example says what stands in which row."""
     kind = {int: "int", float: "float", bool: "0/1"}[LIST_COLUMNS.get(name) or ROW_COLUMNS[name]]
-    expected = f"list of {kind}" if name in LIST_COLUMNS else kind
-    return InputError(f"the column '{name}' has type {found}; expected {expected}.")
+    expected = f"list of {kind}" if name in LIST_COLUMNS else "int or text" if name == "group_id" else kind
+    return InputError(f"the column '{name}' has type {found}; expected {expected}{example}.")
 
 
 def _quoted(names: Any) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, count
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcprobe.data.grouping import numbered, two_prompts
 from funcprobe.data.validation import COLUMN_FIELDS, TOKEN_FIELDS
-from funcprobe.errors import InputError
+from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.types import Microbatch, Rollouts, TokenBudget
 
 
@@ -46,7 +49,11 @@ def members(rollouts: Rollouts, by: str) -> Iterator[tuple[int, Tensor]]:
 
 
 def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
-    """Return one batch of all rows in order, padded to common widths; group ids are taken as they are.
+    """Return one batch of all rows in order, padded to common widths.
+
+    Group ids are taken as they are where none carries two prompts. Where one does, batches whose ids are the default
+    ones (equal prompts, numbered by first appearance) are numbered anew, together, by numbers that no other batch
+    uses; ids of the caller's own stay, with a FuncprobeWarning that names one that carries two prompts.
 
     Raises:
         InputError: If there is no batch, or an optional field is present in some batches only.
@@ -64,7 +71,26 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
             )
         width = columns if name in COLUMN_FIELDS else positions if name in TOKEN_FIELDS else None
         joined[name] = None if absent else torch.cat([_widen(value, width) for value in values])
-    return _rollouts(joined)
+    return _rollouts(joined | {"group_ids": _joined_groups(batches)})
+
+
+def _joined_groups(batches: Sequence[Rollouts]) -> Tensor:
+    """Return the group ids of all rows, default ones numbered anew where an id would carry two prompts."""
+    prompts = [_keys(batch, batch.prompt_lengths) for batch in batches]
+    ids = [batch.group_ids.tolist() for batch in batches]
+    every = [key for keys in prompts for key in keys]
+    device = batches[0].group_ids.device
+    if two_prompts(list(chain(*ids)), every) is None:
+        return torch.cat([batch.group_ids for batch in batches])
+    default = [own == numbered(keys).tolist() for own, keys in zip(ids, prompts, strict=True)]
+    taken = {name for own, plain in zip(ids, default, strict=True) if not plain for name in own}
+    free, renumbered = (n for n in count() if n not in taken), dict[bytes, int]()
+    for k, keys in enumerate(prompts):
+        if default[k]:
+            ids[k] = [renumbered[key] if key in renumbered else renumbered.setdefault(key, next(free)) for key in keys]
+    if (text := two_prompts(list(chain(*ids)), every)) is not None:
+        warnings.warn(text, FuncprobeWarning, stacklevel=3)
+    return torch.tensor(list(chain(*ids)), dtype=torch.int64, device=device)
 
 
 def split(rollouts: Rollouts, fraction: float, generator: torch.Generator) -> tuple[Rollouts, Rollouts]:

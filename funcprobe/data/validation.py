@@ -22,8 +22,9 @@ BOOLEAN_FIELDS = ("attention_mask", "completion_mask")
 def validate(rollouts: Rollouts, vocab_size: int | None = None) -> Rollouts:
     """Return the rollouts unchanged, or say what is wrong with the first row that cannot be used.
 
-    Checked: shapes and dtypes, right padding, token ids in [0, vocab_size), at least one completion token a row and
-    none over the prompt or the padding, temperature > 0, finite rewards and advantages, finite log-probabilities
+    Checked: shapes and dtypes, right padding, token ids in [0, vocab_size), at least one completion token in the batch
+    and none over the prompt or the padding (a row may have none: a completion that is masked out whole counts in
+    baselines and in means over sequences), temperature > 0, finite rewards and advantages, finite log-probabilities
     that are at most 0 (up to rounding) where the completion mask is 1, weights that are not negative nor all zero,
     0 < top_p <= 1, top_k >= 0. Rows are counted from 0.
 
@@ -93,10 +94,10 @@ def _check_completions(rollouts: Rollouts) -> None:
             f"Row {row}: the completion starts at token {int(start[row])}, so that its completion mask reaches over "
             "the prompt; every row needs at least one prompt token (the start-of-sequence token will do)."
         )
-    if (row := _first(~mask.any(1))) is not None:
+    if not bool(mask.any()):
         raise InputError(
-            f"Row {row} has no completion token: its completion mask is empty. Leave such rows out, or mark the tokens "
-            "that the policy chose with 1."
+            f"Row 0 has no completion token: its completion mask is empty, and so is that of every row ({len(mask)}). "
+            "Mark the tokens that the policy chose with 1."
         )
     beyond = mask & (torch.arange(mask.shape[1], device=mask.device) >= length[:, None])
     if (row := _first(beyond)) is not None:

@@ -64,6 +64,7 @@ class Divergence:
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
         """Return the estimate at `scores` from rollouts drawn at `anchor`, a float64 scalar in nats, never negative."""
         d, a = log_ratios(scores, anchor, rollouts), rollouts.weight
+        d = torch.where(a.unsqueeze(-1) > 0, d, 0.0)  # 0 · e^d of a row that does not count: no NaN where d is huge
         if self.of == "after":
             return (prefix_weights(d, a) * reverse_terms(d)).sum()
         return (a.unsqueeze(-1) * forward_terms(d)).sum() / a.sum()

@@ -24,6 +24,9 @@ Weighting = Literal["per_decision", "sequence"]
 #: Rollouts below which a Pareto tail cannot be fitted.
 FEWEST_FOR_KHAT = 25
 
+#: Nats at which a token's ratio is cut off where it is only reported: a mean of any number of e^600 is finite.
+LARGEST_REPORTED = 600.0
+
 
 def log_ratios(scores: TokenScores, anchor: TokenScores, rollouts: Rollouts, proposal: Proposal = "anchor") -> Tensor:
     """Return `d[b, t] = logp(θ′) − log q`, with q the anchor policy or the engine that sampled, 0 where masked.
@@ -133,7 +136,9 @@ class SamplerMismatch(NamedTuple):
     """How far the log-probabilities that a sampling engine reported are from the recomputed ones."""
 
     gap: float  #: mean |recomputed − reported|, nats per token
-    ratio: float  #: mean exp(recomputed − reported): 1 where they agree, about .9 under a nucleus of .9
+    ratio: (
+        float  #: mean exp(recomputed − reported), of at most e^600: 1 where they agree, about .9 under a nucleus of .9
+    )
 
 
 def sampler_mismatch(scores: TokenScores, rollouts: Rollouts) -> SamplerMismatch | None:
@@ -142,23 +147,28 @@ def sampler_mismatch(scores: TokenScores, rollouts: Rollouts) -> SamplerMismatch
         return None
     mask = rollouts.completion_mask.to(scores.logp.device)
     off = (scores.logp - rollouts.sampling_logps.to(scores.logp.device))[mask]
-    return SamplerMismatch(float(off.abs().mean()), float(off.exp().mean()))
+    return SamplerMismatch(float(off.abs().mean()), float(off.clamp(max=LARGEST_REPORTED).exp().mean()))
 
 
 def pareto_khat(log_weights: Tensor) -> float | None:
     """Return the Pareto k̂ of the upper tail of `exp(log_weights)`, by arviz-stats.
 
-    Below .7 the sample carries the estimate (Vehtari et al., arXiv 1507.02646). None where fewer than 25 rows or no
-    spread leave nothing to fit.
+    Below .7 the sample carries the estimate (Vehtari et al., arXiv 1507.02646). None where fewer than 25 rows, no
+    spread, a log-weight that is not finite, or a tail that the library cannot fit (all of it one value, as when a
+    policy repeats itself) leave nothing to say: a diagnostic is never what ends a measurement.
     """
     values = log_weights.detach().cpu().double().numpy()
-    if values.size < FEWEST_FOR_KHAT or np.ptp(values) == 0.0:
+    if values.size < FEWEST_FOR_KHAT or not np.isfinite(values).all() or values.max() == values.min():
         return None
     from arviz_stats.base import array_stats
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    silent = (contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()))
+    with warnings.catch_warnings(), silent[0], silent[1], np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the number itself says what the warning would
-        _, khat = array_stats.psislw(-values)  # psislw wants the negated log-weights
+        try:
+            _, khat = array_stats.psislw(-values)  # psislw wants the negated log-weights
+        except Exception:
+            return None
     return float(khat) if np.isfinite(khat) else None
 
 

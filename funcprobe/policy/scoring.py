@@ -29,6 +29,10 @@ LOGITS_BUDGET = 2**25
 #: tokens in such a chunk: 8 MiB stay near the cache, and 128 rows keep the product with the head efficient.
 CHUNK_ENTRIES, CHUNK_TOKENS = 2**21, 128
 
+#: Nats by which an entry is taken to lie below the largest where a model bans it, by −inf or by the least number of a
+#: dtype: its probability is 0 in every dtype, and the third power of this is still a float32.
+IMPOSSIBLE = -1e9
+
 
 def score(
     policy: Policy,
@@ -43,9 +47,11 @@ def score(
 
     For the token y drawn at a position with logits z and temperature τ: `logp = log softmax(z/τ)[y]` and
     `entropy = −Σ_v p_v log p_v` with `p = softmax(z/τ)`. `stats` maps names to functions
-    `(log_probs [n, V], token [n]) -> [n]`, whose values come back in `extra`. Differentiable in `params` under
-    `torch.func` transforms and their compositions; with `rematerialise`, under one reverse pass and vmap of values.
-    `constant_entropy` leaves the entropy out of the graph, which saves time where its cotangent is known to be zero.
+    `(log_probs [n, V], token [n]) -> [n]`, whose values come back in `extra`; an entry of probability 0 stands in
+    `log_probs` near `IMPOSSIBLE` and not as −inf, so that products with its probability, and their derivatives, are 0.
+    A token drawn of probability 0 has logp −inf. Differentiable in `params` under `torch.func` transforms and their
+    compositions; with `rematerialise`, under one reverse pass and vmap of values. `constant_entropy` leaves the entropy
+    out of the graph, which saves time where its cotangent is known to be zero.
 
     Raises:
         InputError: If `params` does not hold exactly the policy's leaves, or an id is outside the vocabulary; or if
@@ -83,16 +89,18 @@ def _fields(
 
     With `z = logits/τ − max`, `Z = Σ e^z` and `S = Σ z e^z`: `logp = z_y − log Z` and `entropy = log Z − S/Z`. Only the
     entries and sums of up to 64 of them are float32; all that follows is float64. A float32 log-softmax would round
-    `log Z` once for the whole distribution, an error that no sum averages out.
+    `log Z` once for the whole distribution, an error that no sum averages out. An entry that a model bans with −inf is
+    one of weight 0 and of finite z: `0 · (−inf)` is NaN in the sum, and in its derivatives though 0 were put there.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     del logits  # one array of V entries a token less at the peak
     z = z / temperature.to(z.dtype).unsqueeze(-1)
-    z = z - z.detach().amax(-1, keepdim=True)  # the shift cancels
+    z = _bounded(z.sub_(z.detach().amax(-1, keepdim=True)))  # the shift cancels
     weight = z.exp()
     total = _sum(weight)
     log_total = total.log()
-    logp = z.gather(-1, token.unsqueeze(-1)).squeeze(-1).double() - log_total
+    drawn = z.gather(-1, token.unsqueeze(-1)).squeeze(-1).double()
+    logp = torch.where(drawn <= IMPOSSIBLE, -torch.inf, drawn - log_total)
     parts = (log_total, weight, z, total)
     log_sum, w, x, norm = (p.detach() for p in parts) if constant_entropy else parts
     entropy = log_sum - _sum(w * x) / norm
@@ -101,6 +109,20 @@ def _fields(
     log_probs = z - log_total.to(z.dtype).unsqueeze(-1)
     extra = [statistic(log_probs, token).double() for statistic in stats.values()]
     return torch.stack([logp, entropy, *extra], dim=-1)
+
+
+def _bounded(z: Tensor) -> Tensor:
+    """Return the shifted logits with every entry below `IMPOSSIBLE` at it, a constant; most batches have none.
+
+    Looking for one reads the array once and keeps nothing. Values that `vmap` batches cannot be looked at from Python,
+    and the bound is then laid on without a look.
+    """
+    below = (z.detach().amin(-1) < IMPOSSIBLE).any()
+    try:
+        banned = bool(below)
+    except RuntimeError:
+        banned = True
+    return z.masked_fill(z < IMPOSSIBLE, IMPOSSIBLE) if banned else z
 
 
 def _sum(x: Tensor) -> Tensor:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from funcprobe.errors import InputError
+from funcprobe.errors import FuncprobeWarning, InputError, listed
+from funcprobe.training.unreached import check_reached
 from funcprobe.tree import same_keys
-from funcprobe.types import Params
+from funcprobe.types import Gradients, Params
 
-#: Keys that choose an implementation or a variant. Older torch versions do not store them, and torch itself fills them
-#: in when it loads such a file; every other hyperparameter has to be found in a stored group.
-_FILLED_BY_TORCH = frozenset(
-    {"foreach", "fused", "capturable", "differentiable", "maximize", "amsgrad", "nesterov", "decoupled_weight_decay"}
-)
+#: Options that choose an implementation or a variant, which torch added to its classes one by one.
+IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"})
+
+#: Keys that older torch versions do not store, and that torch itself fills in when it loads such a file; every other
+#: hyperparameter has to be found in a stored group.
+_FILLED_BY_TORCH = IMPLEMENTATION | {"amsgrad", "nesterov"}
+
+#: Keys of a group that are no options: what the class and torch's schedulers keep there for themselves.
+NOTES = frozenset({"param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,8 @@ def stored_groups(
 ) -> list[Group]:
     """Return the groups of a live or saved torch optimizer; hyperparameters come from it, never from defaults.
 
+    Keys that a class of torch.optim does not read (`lr_scale`, a layer's number) are left out, with a warning.
+
     Raises:
         InputError: If there are not as many lists of names as groups, or a group lacks a hyperparameter.
     """
@@ -93,7 +102,34 @@ def stored_groups(
                 f"param_groups[{index}] has no '{missing[0]}', which {cls.__name__} needs; it has {sorted(stored)}."
             )
         groups.append(Group(tuple(mine), {key: stored[key] for key in options if key in stored}))
+    if cls.__module__.startswith("torch.optim") and (left := _unread(cls, param_groups)):
+        warnings.warn(
+            f"The optimizer's groups hold {listed(left)}, which torch.optim.{cls.__name__} does not read; left out.",
+            FuncprobeWarning,
+            stacklevel=4,
+        )
     return groups
+
+
+def keys_of_its_own(
+    cls: type[torch.optim.Optimizer], groups: Sequence[Group], param_groups: Sequence[Mapping[str, Any]]
+) -> tuple[Group, ...]:
+    """Return complete groups with the further keys of stored ones, which a class from elsewhere may read."""
+    if cls.__module__.startswith("torch.optim"):
+        return tuple(groups)
+    return tuple(
+        Group(
+            group.names, {**{k: v for k, v in stored.items() if k not in ("params", *NOTES)}, **group.hyperparameters}
+        )
+        for group, stored in zip(groups, param_groups, strict=True)
+    )
+
+
+def _unread(cls: type[torch.optim.Optimizer], param_groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys of stored groups that neither the class nor torch's schedulers put there."""
+    make: Any = cls  # the base class asks for defaults, which these have themselves
+    own = {"params", *NOTES, *make([torch.zeros(1, 1, requires_grad=True)]).param_groups[0]}
+    return sorted({str(key) for group in param_groups for key in group if key not in own})
 
 
 def check_lr(lr: Any) -> float:
@@ -133,22 +169,26 @@ def assignments(
         yield list(present if group.names is None else group.names), {**group.hyperparameters, **override}
 
 
-def check_gradient(params: Params, gradient: Params) -> None:
-    """Check that a gradient fits the parameters, and that both are floating point.
+def check_gradient(params: Params, gradient: Gradients) -> None:
+    """Check that a gradient fits the parameters, and that both are floating point; None fits any leaf, but not all.
 
     Raises:
-        InputError: If names or shapes differ, or a leaf is not real floating point.
+        InputError: If names or shapes differ, no leaf has a gradient, or a leaf is not real floating point.
     """
-    same_keys(params, gradient, what="parameters and the gradient")
+    stand_in = {name: params.get(name) if g is None else g for name, g in gradient.items()}
+    same_keys(params, stand_in, what="parameters and the gradient")  # type: ignore[arg-type]
+    check_reached(gradient)
     for name, p in params.items():
         if not p.is_floating_point():
             raise InputError(f"The parameter '{name}' is {p.dtype}; only real floating-point leaves can be stepped.")
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor hyperparameter (a learning rate on the device, say) as a float; sequences likewise."""
+    """Return a hyperparameter that is a tensor or of NumPy (a learning rate, say) as a number; sequences likewise."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return float(value)
+    if isinstance(value, (np.generic, np.ndarray)) and value.size == 1:
+        return value.item()
     if isinstance(value, (list, tuple)):
         return tuple(_plain(v) for v in value)
     return value

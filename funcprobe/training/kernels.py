@@ -18,12 +18,40 @@ State = dict[str, Tensor]
 Hyper = Mapping[str, Any]
 
 
+def dense(x: Tensor, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Tensor:
+    """Return a contiguous copy without a graph, whatever the strides of x are.
+
+    Kernels pair the entries of parameter, gradient and state: torch's fused ones by their place in memory, and
+    reductions over entries (Adafactor, Muon) in the order of memory. One layout for all makes a step a function of
+    values alone.
+    """
+    source = x.detach()
+    moved = source.to(device=device or x.device, dtype=dtype or x.dtype)
+    fresh = moved is not source and moved.is_contiguous()  # a copy already
+    return moved if fresh else moved.clone(memory_format=torch.contiguous_format)
+
+
+def laid_out_as(x: Tensor, leaf: Tensor) -> Tensor:
+    """Return contiguous x in the memory order of a leaf (transposed, channels_last), without gaps or overlaps.
+
+    A stepped parameter then goes through the same matrix kernels as the parameter did, and differs by the step alone.
+    """
+    like = torch.empty_like(leaf.detach(), dtype=x.dtype)
+    return x if like.stride() == x.stride() else like.copy_(x)
+
+
 class Terms(NamedTuple):
     """One leaf's step in float64: `Δθ = scale ⊙ g + momentum + decay`."""
 
     scale: Tensor  #: what multiplies the gradient, leaf-shaped or a scalar
     momentum: Tensor  #: the part that comes from the optimizer's state
     decay: Tensor  #: the part that comes from weight decay
+
+
+def still(leaf: Tensor) -> Terms:
+    """Return the terms of a leaf that does not step."""
+    zero = torch.zeros_like(leaf, dtype=torch.float64)
+    return Terms(zero, zero, zero)
 
 
 class Kernel(NamedTuple):
@@ -70,14 +98,18 @@ def _sgd_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Te
     return Terms(torch.full_like(theta, -eta * c_d * sign), momentum, theta * (-eta * c_d * hyper["weight_decay"]))
 
 
+def step_dtype(hyper: Hyper) -> torch.dtype:
+    """Return the dtype in which torch counts steps."""
+    wide = torch.get_default_dtype() == torch.float64 and not hyper.get("fused")
+    return torch.float64 if wide else torch.float32
+
+
 def _adam_init(leaf: Tensor, hyper: Hyper) -> State:
     """Return zero moments and a zero step count, typed and placed as torch does."""
-    wide = torch.get_default_dtype() == torch.float64 and not hyper["fused"]
     on_device = hyper["fused"] or hyper["capturable"]
-    step = torch.zeros(
-        (), dtype=torch.float64 if wide else torch.float32, device=leaf.device if on_device else torch.device("cpu")
-    )
-    return {"step": step} | {key: torch.zeros_like(leaf) for key in _adam_keys(hyper) if key != "step"}
+    step = torch.zeros((), dtype=step_dtype(hyper), device=leaf.device if on_device else torch.device("cpu"))
+    moments = (key for key in _adam_keys(hyper) if key != "step")
+    return {"step": step} | {k: torch.zeros_like(leaf, memory_format=torch.contiguous_format) for k in moments}
 
 
 def _adam_keys(hyper: Hyper) -> tuple[str, ...]:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from funcprobe.errors import InputError
 from funcprobe.training.groups import Group, assignments, check_gradient
+from funcprobe.training.kernels import dense, laid_out_as
 from funcprobe.training.state import as_tensor, check_state
-from funcprobe.types import OptimizerResult, OptState, Params
+from funcprobe.training.unreached import reached
+from funcprobe.types import Gradients, OptimizerResult, OptState, Params
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class LiftedOptimizer:
         list(assignments(self.groups, params, None))
         return {name: {} for name in params}
 
-    def apply(self, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None) -> OptimizerResult:
+    def apply(
+        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
+    ) -> OptimizerResult:
         """Return parameters, update and state after one step; `lr` overrides every group's for this call.
 
         Raises:
@@ -58,18 +62,19 @@ class LiftedOptimizer:
         return OptimizerResult(after, update, state)
 
     def vjp(
-        self, params: Params, opt_state: OptState, gradient: Params, covector: Params, lr: float | None = None
+        self, params: Params, opt_state: OptState, gradient: Gradients, covector: Params, lr: float | None = None
     ) -> Params:
         """Return `(∂Δθ/∂g)ᵀ c` at the gradient, by running the step on float64 copies with a graph.
 
         A class that has the option takes torch's `differentiable=True`; of any other the step is run as it is written,
-        and what it reads out of a tensor as a number (the clip of Adafactor) is held.
+        and what it reads out of a tensor as a number (the clip of Adafactor) is held. At a leaf whose gradient is None
+        it is 0.
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit, or the step cuts the graph.
         """
         check_gradient(params, gradient)
-        leaves = {n: _copy(g.to(params[n].dtype), torch.float64).requires_grad_() for n, g in gradient.items()}
+        leaves = {n: g.requires_grad_() for n, g in self._gradients(params, gradient, wide=True).items()}
         instance, copies = self._instance(params, opt_state, leaves, lr, wide=True, graph=True)
         # in-place arithmetic overwrites what a backward pass needs; torch keeps copies of it here
         with _generators_kept(params), torch.autograd.graph.allow_mutation_on_saved_tensors(), torch.enable_grad():
@@ -82,23 +87,35 @@ class LiftedOptimizer:
                 )
             found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
         # √v has no derivative at v = 0, where an entry never had a gradient: no part of the gradient has a share in it
+        pulled = dict(zip(leaves, found, strict=True))
         return {
-            n: torch.where(torch.isfinite(u) | (leaves[n] != 0), u, 0.0) for n, u in zip(leaves, found, strict=True)
+            n: torch.where(torch.isfinite(pulled[n]) | (leaves[n] != 0), pulled[n], 0.0)
+            if n in pulled
+            else torch.zeros_like(p, dtype=torch.float64)
+            for n, p in params.items()
         }
 
     def _run(
-        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, wide: bool
+        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, wide: bool
     ) -> tuple[Params, OptState]:
-        """Step a fresh instance on copies, in float64 if `wide`; the global generators are put back afterwards."""
-        wanted = {
-            name: _copy(g.to(params[name].dtype), torch.float64 if wide else params[name].dtype)
-            for name, g in gradient.items()
-        }
+        """Step a fresh instance on copies, in float64 if `wide`; the global generators are put back afterwards.
+
+        The state of a leaf without a gradient is the given one: some classes (Adagrad) make one when they are built.
+        """
+        wanted = self._gradients(params, gradient, wide)
         instance, copies = self._instance(params, opt_state, wanted, lr, wide)
         with _generators_kept(params):
             instance.step()
-        after = {name: copy.detach() for name, copy in copies.items()}
-        return after, {name: _stored(name, instance.state.get(copy, {})) for name, copy in copies.items()}
+        after = {name: laid_out_as(copy.detach(), params[name]) for name, copy in copies.items()}
+        states = {n: instance.state.get(copy, {}) if n in wanted else opt_state[n] for n, copy in copies.items()}
+        return after, {name: _stored(name, state) for name, state in states.items()}
+
+    def _gradients(self, params: Params, gradient: Gradients, wide: bool) -> Params:
+        """Return copies of what gradients there are, as a leaf of that dtype would have them."""
+        return {
+            name: dense(g.to(params[name].dtype), torch.float64 if wide else params[name].dtype)
+            for name, g in reached(gradient).items()
+        }
 
     def _instance(
         self,
@@ -110,9 +127,9 @@ class LiftedOptimizer:
         graph: bool = False,
     ) -> tuple[torch.optim.Optimizer, Params]:
         """Return a fresh instance of the class over copies of the leaves, which carry that gradient."""
-        copies = {name: _copy(p, torch.float64 if wide else p.dtype) for name, p in params.items()}
+        copies = {name: dense(p, torch.float64 if wide else p.dtype) for name, p in params.items()}
         for name, copy in copies.items():
-            copy.grad = gradient[name]
+            copy.grad = gradient.get(name)
         groups: list[dict[str, Any]] = []
         for names, hyper in assignments(self.groups, params, lr):
             pinned = _pinned(hyper, params[names[0]].dtype) if wide and names else hyper
@@ -122,6 +139,9 @@ class LiftedOptimizer:
         for name, copy in copies.items():
             if state := check_state(name, params[name], opt_state):
                 instance.state[copy] = {key: _loaded(value, wide) for key, value in state.items()}
+        if any("step" in state and not isinstance(state["step"], Tensor) for state in instance.state.values()):
+            # as load_state_dict does: torch's classes make a tensor of a step count that old versions kept as an int
+            instance.__setstate__({"state": instance.state, "param_groups": instance.param_groups})
         return instance, copies
 
 
@@ -162,15 +182,11 @@ def _generators_kept(params: Params) -> AbstractContextManager[None]:
     return torch.random.fork_rng(devices=devices)
 
 
-def _copy(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.detach().to(dtype=dtype, copy=True)
-
-
 def _loaded(value: Tensor, wide: bool) -> Any:
     """Return a state entry for the class to change: an int64 scalar stands for a Python int, as many classes keep."""
     if value.dim() == 0 and value.dtype == torch.int64:
         return int(value)
-    return _copy(value, torch.float64 if wide and value.is_floating_point() else value.dtype)
+    return dense(value, torch.float64 if wide and value.is_floating_point() else value.dtype)
 
 
 def _stored(name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:

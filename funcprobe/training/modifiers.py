@@ -56,19 +56,24 @@ class Modifier(ABC):
         return None
 
 
-def modified(losses: Tensor, terms: TokenTerms, modifiers: Sequence[Modifier]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the token losses `[B, T]` after all modifiers, and the share of counted tokens that each singles out.
+def modified(
+    losses: Tensor, terms: TokenTerms, modifiers: Sequence[Modifier]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return the token losses `[B, T]` after all modifiers, where a surrogate is kept, and shares of counted tokens.
 
-    `keep (−surrogate) + Σ penalty`, with `keep` the product of all factors. The shares are called `NAME_fraction`.
+    `keep (−surrogate) + Σ penalty`, with `keep` the product of all factors, kept where that is not 0. The share of
+    counted tokens that a modifier singles out is called `NAME_fraction`.
     """
     changes = {modifier.name: modifier(terms) for modifier in modifiers}
+    kept = torch.ones_like(terms.counted)
     for change in changes.values():
         losses = losses if change.keep is None else losses * change.keep
+        kept = kept if change.keep is None else kept & (change.keep != 0)
     for change in changes.values():
         losses = losses if change.penalty is None else losses + change.penalty
     tokens = terms.counted.sum().clamp(min=1)
     shares = {name: c.chosen.sum().double() / tokens for name, c in changes.items() if c.chosen is not None}
-    return losses, {f"{name}_fraction": share for name, share in shares.items()}
+    return losses, kept, {f"{name}_fraction": share for name, share in shares.items()}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ float64 arithmetic, kept in float32 (float64 for float64 leaves), so that it car
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ import torch
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.training.groups import Group, build_groups, stored_groups
+from funcprobe.training.groups import Group, build_groups, keys_of_its_own, stored_groups
 from funcprobe.training.lifted import LiftedOptimizer, refuse
 from funcprobe.training.pure import KERNELS, Affine, PureOptimizer
 from funcprobe.training.state import state_from_torch, state_to_torch
-from funcprobe.types import Params
+from funcprobe.training.unreached import reached
+from funcprobe.types import Gradients
 
 __all__ = [
     "Affine",
@@ -134,7 +136,8 @@ def from_param_groups(
 
     Hyperparameters are read from every group and never from defaults; a learning rate that is a tensor becomes a
     float. Only implementation flags that older torch versions did not store (`foreach`, `fused`, `maximize`, ...) are
-    completed, as torch itself completes them on loading.
+    completed, as torch itself completes them on loading. Keys that a class of torch.optim does not read are left out,
+    with a warning; a class from elsewhere keeps them.
 
     Args:
         cls: The class, or the name of one in torch.optim ("AdamW").
@@ -149,13 +152,15 @@ def from_param_groups(
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise InputError(f"torch.optim has no optimizer named '{cls}'; name one of its classes, such as 'AdamW'.")
         cls = found
-    return from_torch(cls, groups=stored_groups(cls, param_groups, names))
+    made = from_torch(cls, groups=stored_groups(cls, param_groups, names))
+    return dataclasses.replace(made, groups=keys_of_its_own(cls, made.groups, param_groups))
 
 
-def clip_by_global_norm(gradient: Params, max_norm: float) -> tuple[float, float]:
+def clip_by_global_norm(gradient: Gradients, max_norm: float) -> tuple[float, float]:
     """Return (coefficient, norm) of clipping by the global norm, in float64: `min(1, max_norm / (norm + 1e-6))`.
 
-    torch.nn.utils.clip_grad_norm_ multiplies the gradient by that coefficient.
+    torch.nn.utils.clip_grad_norm_ multiplies the gradient by that coefficient. The norm is that of the leaves which
+    have a gradient.
 
     Raises:
         InputError: If max_norm is not above 0.
@@ -166,7 +171,7 @@ def clip_by_global_norm(gradient: Params, max_norm: float) -> tuple[float, float
     """
     if not max_norm > 0:
         raise InputError(f"max_grad_norm is {max_norm}; it must be above 0, or None to leave the gradient unclipped.")
-    norm = float(tree.norm(gradient))
+    norm = float(tree.norm(reached(gradient)))
     return min(1.0, max_norm / (norm + 1e-6)), norm
 
 

@@ -19,6 +19,7 @@ from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.training.advantages import BASELINES, SCALES, advantages
 from funcprobe.training.checks import check_choice, check_number
 from funcprobe.training.modifiers import Modifier, TokenTerms, modified
+from funcprobe.training.ratios import LARGEST, bounded_exp, check_range, k3, reported, weighted_k3
 from funcprobe.types import Rollouts, Statistic, TokenScores
 
 SURROGATES = ("log_prob", "clip", "capped")
@@ -137,10 +138,13 @@ class PolicyGradient:
 
         Info holds token means over the rows given, detached: `ratio_mean`, `clip_fraction`, `approx_kl` (k3 of the old
         policy to this one), `entropy` (nats per token), `kl` (k3 to the reference) where beta > 0, and for a modifier
-        that singles tokens out their share, `NAME_fraction`.
+        that singles tokens out their share, `NAME_fraction`. A log-ratio above 600 nats is reported as 600, so that
+        they are finite. Where the clip range holds a ratio, its size is without effect on loss and gradient.
 
         Raises:
             InputError: If `prepare` fails, or beta > 0 and there are no reference log-probabilities.
+            NumericsError: If a ratio that nothing clips is beyond the range of float64; the message names the row.
+                While the loss is differentiated it is infinite instead.
         """
         if rollouts.token_weights is None or rollouts.advantages is None:
             rollouts = self.prepare(rollouts)
@@ -151,29 +155,34 @@ class PolicyGradient:
         advantage = rollouts.advantages.to(place)[:, None]
         logp = torch.where(mask, scores.logp, 0.0)
         old = logp.detach() if rollouts.old_logps is None else rollouts.old_logps.to(place)
-        log_ratio = torch.where(mask, logp - old, 0.0)  # stored values in holes are never looked at
-        ratio = self._ratio(log_ratio, mask)
-        losses = -self._surrogate(ratio, logp, advantage, mask)
-        clipped = self._clipped(ratio.detach(), advantage)
-        info = self._info(ratio, log_ratio, clipped, scores, mask)
+        log_token = torch.where(mask, logp - old, 0.0)  # stored values in holes are never looked at
+        log_ratio = self._log_ratio(log_token, mask)
+        info = self._info(log_ratio, log_token, self._clipped(bounded_exp(log_ratio.detach()), advantage), scores, mask)
+        trains = mask & (weights != 0)  # a row of weight 0 is as good as absent, whatever its ratio
+        log_ratio = torch.where(trains.any(1, keepdim=True), log_ratio, 0.0)
+        ratio = bounded_exp(log_ratio)
+        losses = torch.where(trains, -self._surrogate(ratio, logp, advantage, mask), 0.0)
+        weighted = trains
         if self.modifiers:
             counted = mask & (rollouts.weight.to(place) > 0)[:, None]
-            entropy = torch.where(mask, scores.entropy, 0.0)
-            terms = torch.broadcast_tensors(logp, log_ratio, ratio, advantage, entropy, clipped, counted)
-            losses, shares = modified(losses, TokenTerms(*terms), self.modifiers)
-            info |= shares
+            clipped, entropy = self._clipped(ratio.detach(), advantage), torch.where(mask, scores.entropy, 0.0)
+            terms = torch.broadcast_tensors(logp, log_token, ratio, advantage, entropy, clipped, counted)
+            losses, kept, shares = modified(losses, TokenTerms(*terms), self.modifiers)
+            trains, info = trains & kept, info | shares
+        if self.surrogate == "clip" and self.delta is None:
+            losses = check_range(
+                log_ratio, trains & (log_ratio > LARGEST) & (advantage < 0), losses, "the importance ratio"
+            )
         if self.beta != 0:
-            k3 = self._kl(logp, rollouts, mask)
-            info["kl"] = _token_mean(k3, mask)
-            losses = losses + self.beta * (k3 * ratio if self.use_bias_correction_kl else k3)
+            losses, info["kl"] = self._with_kl(losses, logp, log_ratio, rollouts, weighted)
         return (weights * losses).sum(), info
 
-    def _ratio(self, log_ratio: Tensor, mask: Tensor) -> Tensor:
-        """Return the importance ratio: `[B, T]` by token, `[B, 1]` by sequence."""
+    def _log_ratio(self, log_token: Tensor, mask: Tensor) -> Tensor:
+        """Return the logarithm of the importance ratio: `[B, T]` by token, `[B, 1]` by sequence."""
         if self.ratio == "token":
-            return torch.exp(log_ratio)
-        total = log_ratio.sum(1, keepdim=True)
-        return torch.exp(total if self.ratio == "sequence_sum" else total / _lengths(mask))
+            return log_token
+        total = log_token.sum(1, keepdim=True)
+        return total if self.ratio == "sequence_sum" else total / _lengths(mask)
 
     def _surrogate(self, ratio: Tensor, logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
         """Return what the loss maximises, broadcastable to `[B, T]`."""
@@ -187,11 +196,20 @@ class PolicyGradient:
         # The product of all ratios counts once a sequence, and the weights are per token: each bears its share.
         return bound / _lengths(mask) if self.ratio == "sequence_sum" else bound
 
-    def _kl(self, logp: Tensor, rollouts: Rollouts, mask: Tensor) -> Tensor:
+    def _with_kl(
+        self, losses: Tensor, logp: Tensor, log_ratio: Tensor, rollouts: Rollouts, weighted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the token losses with the KL term to the reference, and the mean of k3 over completion tokens."""
         self._check_reference(rollouts)
         assert rollouts.ref_logps is not None
+        mask = rollouts.completion_mask.to(logp.device)
         d = torch.where(mask, rollouts.ref_logps.to(logp.device) - logp, 0.0)
-        return torch.exp(d) - d - 1
+        mean = _token_mean(k3(reported(d)), mask)
+        d = torch.where(weighted, d, 0.0)
+        log = d.clamp(min=0) + log_ratio if self.use_bias_correction_kl else d
+        term = weighted_k3(d, log_ratio) if self.use_bias_correction_kl else k3(d)
+        losses = losses + self.beta * term
+        return check_range(log.detach(), (log > LARGEST) & (d != 0), losses, "the KL term to the reference"), mean
 
     def _clipped(self, r: Tensor, advantage: Tensor) -> Tensor:
         """Return whether the clip range, or the cap, holds a ratio; bool, broadcastable to `[B, T]`."""
@@ -202,13 +220,12 @@ class PolicyGradient:
         return torch.zeros_like(clipped) if self.surrogate == "log_prob" else clipped
 
     def _info(
-        self, ratio: Tensor, log_ratio: Tensor, clipped: Tensor, scores: TokenScores, mask: Tensor
+        self, log_ratio: Tensor, log_token: Tensor, clipped: Tensor, scores: TokenScores, mask: Tensor
     ) -> dict[str, Tensor]:
-        d = log_ratio.detach()
         return {
-            "ratio_mean": _token_mean(ratio.detach(), mask),
+            "ratio_mean": _token_mean(torch.exp(reported(log_ratio)), mask),
             "clip_fraction": _token_mean(clipped, mask),
-            "approx_kl": _token_mean(torch.exp(d) - 1 - d, mask),
+            "approx_kl": _token_mean(k3(reported(log_token)), mask),
             "entropy": _token_mean(scores.entropy.detach(), mask),
         }
 

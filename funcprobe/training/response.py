@@ -21,7 +21,8 @@ from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.training.optimizers import PureOptimizer
 from funcprobe.training.step import Step
-from funcprobe.types import Optimizer, OptState, Params
+from funcprobe.training.unreached import with_zeros
+from funcprobe.types import Gradients, Optimizer, OptState, Params
 
 Form = Literal["auto", "additive", "jacobian"]
 
@@ -31,9 +32,9 @@ class Differentiable(Protocol):
     """An optimizer whose step can be differentiated in the gradient."""
 
     def vjp(
-        self, params: Params, opt_state: OptState, gradient: Params, covector: Params, lr: float | None = None
+        self, params: Params, opt_state: OptState, gradient: Gradients, covector: Params, lr: float | None = None
     ) -> Params:
-        """Return `(∂Δθ/∂g)ᵀ c`."""
+        """Return `(∂Δθ/∂g)ᵀ c`, which is 0 at a leaf whose gradient is None."""
         ...
 
 
@@ -49,14 +50,15 @@ def respond(
     step: Step,
     params: Params,
     opt_state: OptState,
-    gradient: Params,
+    gradient: Gradients,
     covector: Params,
     lr: float | None = None,
     form: Form = "auto",
 ) -> Response:
     """Return ∇F (`covector`) carried back through the step that the raw `gradient` makes.
 
-    "auto" is additive where the optimizer has that form (SGD, Adam, AdamW), and jacobian otherwise.
+    "auto" is additive where the optimizer has that form (SGD, Adam, AdamW), and jacobian otherwise. At a leaf whose
+    gradient is None the step answers to nothing, and direction and offsets are 0.
 
     Raises:
         InputError: If the form is unknown, or the optimizer cannot give it.
@@ -94,7 +96,7 @@ def _additive(
     optimizer: PureOptimizer,
     params: Params,
     opt_state: OptState,
-    clipped: Params,
+    clipped: Gradients,
     covector: Params,
     lr: float | None,
     coefficient: float,
@@ -117,7 +119,7 @@ def _additive(
 
 
 def offsets_of(
-    step: Step, params: Params, opt_state: OptState, gradient: Params, lr: float | None = None
+    step: Step, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
 ) -> dict[str, Params]:
     """Return what of Δθ is no multiple of the gradient: the trees "momentum" and "weight decay", in float32 or wider.
 
@@ -137,10 +139,11 @@ def offsets_of(
     }
 
 
-def _through_clip(u: Params, gradient: Params, coefficient: float, norm: float) -> Params:
+def _through_clip(u: Params, gradient: Gradients, coefficient: float, norm: float) -> Params:
     """Return `(∂(k g)/∂g)ᵀ u = k (u − g ⟨g, u⟩ / (‖g‖ (‖g‖ + 1e-6)))`, for the clip factor `k = M / (‖g‖ + 1e-6)`."""
-    along = float(tree.dot(gradient, u)) / (norm * (norm + 1e-6))
-    return tree.map_(lambda ui, gi: coefficient * (ui - along * gi.to(ui.dtype)), u, gradient)
+    g = with_zeros(gradient, u)
+    along = float(tree.dot(g, u)) / (norm * (norm + 1e-6))
+    return tree.map_(lambda ui, gi: coefficient * (ui - along * gi.to(ui.dtype)), u, g)
 
 
 def _name(optimizer: object) -> str:

@@ -14,7 +14,9 @@ from funcprobe.estimators.importance import sampler_mismatch
 from funcprobe.policy.module import Policy
 from funcprobe.training.groups import check_lr
 from funcprobe.training.optimizers import clip_by_global_norm
+from funcprobe.training.unreached import check_reached, reached
 from funcprobe.types import (
+    Gradients,
     Microbatch,
     Objective,
     Optimizer,
@@ -55,7 +57,7 @@ def make_step(
 class LossGradient(NamedTuple):
     """The gradient of the loss, and what it was taken at."""
 
-    gradient: Params  #: unclipped
+    gradient: Gradients  #: unclipped; None at leaves that no score of U depends on
     info: dict[str, float]  #: loss and what the objective reported
     scores: TokenScores  #: [B, T] of U, with the objective's statistics
 
@@ -82,15 +84,17 @@ class Step:
 
     def gradient(
         self, params: Params, rollouts: Rollouts, progress: Progress | None = None
-    ) -> tuple[Params, dict[str, float]]:
+    ) -> tuple[Gradients, dict[str, float]]:
         """Return the gradient of the loss in the parameters, unclipped, and what the objective reported with `loss`.
+
+        It is None at a leaf that no score of the rollouts depends on, where a training loop leaves `.grad` None.
 
         Where the rollouts carry `sampling_logps`, info says how far they are from the recomputed ones: `sampler_gap`,
         the mean of `|logp − sampling_logps|` in nats per completion token, and `sampler_ratio`, that of
         `exp(logp − sampling_logps)`.
 
         Raises:
-            InputError: If the objective cannot use the rollouts.
+            InputError: If the objective cannot use the rollouts, or no score depends on any leaf.
             NumericsError: If a score or the gradient is not finite; the message names the sequence or the leaf.
         """
         found = self.loss_gradient(params, rollouts, progress)
@@ -114,42 +118,51 @@ class Step:
             progress=progress,
             what="gradient",
         )
+        gradient = {name: None if name in found.unreached else g for name, g in found.gradient.items()}
+        check_reached(gradient)
         _check_finite(found.gradient, "gradient of the loss")
         info = {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
         mismatch = sampler_mismatch(found.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
-        return LossGradient(found.gradient, {**info, **sampler}, found.scores)
+        return LossGradient(gradient, {**info, **sampler}, found.scores)
 
     def apply(
         self,
         params: Params,
         opt_state: OptState,
-        gradient: Params,
+        gradient: Gradients,
         lr: float | None = None,
         info: Mapping[str, float] | None = None,
     ) -> StepResult:
         """Return the step along a gradient: clip, then the optimizer; `lr` overrides every group's for this call.
 
+        A leaf whose gradient is None is left alone, as torch.optim does: same parameters, same state, update 0.
+
         The result's gradient is the raw one as it was given, detached and sharing storage; nothing else in the result
         shares storage with an argument, and no argument is changed. Its info is `info` with `grad_norm`,
-        `clip_coefficient` and `lr` (the first group's, where groups differ).
+        `clip_coefficient`, `lr` (the first group's, where groups differ) and, where there are leaves whose gradient is
+        None, their number: `leaves_without_gradient`.
 
         Raises:
-            InputError: If names, shapes or the learning rate do not fit.
+            InputError: If names, shapes or the learning rate do not fit, or no leaf has a gradient.
             NumericsError: If the gradient, the step or a stepped parameter is not finite; the message names the leaf.
         """
-        _check_finite(gradient, "gradient")
-        return self._apply(params, opt_state, {n: g.detach() for n, g in gradient.items()}, lr, info or {})
+        check_reached(gradient)
+        _check_finite(reached(gradient), "gradient")
+        detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
+        return self._apply(params, opt_state, detached, lr, info or {})
 
-    def clipped(self, gradient: Params) -> tuple[Params, float, float]:
+    def clipped(self, gradient: Gradients) -> tuple[Gradients, float, float]:
         """Return (the gradient as the optimizer gets it, the clip factor, the norm of the raw one)."""
         if self.max_grad_norm is None:
-            return gradient, 1.0, float(tree.norm(gradient))
+            return gradient, 1.0, float(tree.norm(reached(gradient)))
         coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
-        return (gradient if coefficient == 1.0 else tree.scale(coefficient, gradient)), coefficient, norm
+        if coefficient == 1.0:
+            return gradient, coefficient, norm
+        return {name: None if g is None else g * coefficient for name, g in gradient.items()}, coefficient, norm
 
     def _apply(
-        self, params: Params, opt_state: OptState, gradient: Params, lr: float | None, info: Mapping[str, float]
+        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, info: Mapping[str, float]
     ) -> StepResult:
         lr = None if lr is None else check_lr(lr)
         clipped, coefficient, norm = self.clipped(gradient)
@@ -157,6 +170,8 @@ class Step:
         _check_finite(update, "update")
         _check_finite(params_after, "stepped parameter")  # a finite step may still leave the range of float16
         reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": self.optimizer.lr if lr is None else lr}
+        if alone := len(gradient) - len(reached(gradient)):
+            reported["leaves_without_gradient"] = float(alone)
         return StepResult(params_after, update, state_after, gradient, {**info, **reported})
 
 

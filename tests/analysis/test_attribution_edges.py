@@ -30,7 +30,7 @@ def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> Non
     tied = fp.rollouts_from_lists(
         [[1, 2]] * 129, [[k % 7] for k in range(129)], temperature=1.0, rewards=[float(7 * k % 5) for k in range(129)]
     )
-    for seed in range(6):  # which of them tie apart depends on the machine's matrix product
+    for seed in range(4):  # which of them tie apart depends on the machine's matrix product
         policy, params = fp.from_module(wide(seed))
         step = fp.make_step(policy, fp.top_entropy_quantile(top_entropy_quantile=0.2), fp.sgd(1e-2))
         loss = step.loss_gradient(params, tied)

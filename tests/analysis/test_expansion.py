@@ -30,6 +30,7 @@ from funcprobe.errors import (
 from funcprobe.report.weights_figure import plot_weights
 from funcprobe.types import Params
 from tests import models
+from tests.analysis.cases import prompted
 from tests.analysis.test_measure import E, U, case
 
 OBSERVABLES = {
@@ -194,11 +195,16 @@ def test_subtraction_in_float32_is_not() -> None:
     assert abs(found["kl"] - truth["kl"]) > 1e-4 * size["kl"]
 
 
+#: Sequences that share three prompts, and so the rounding of their first tokens, and sequences that share nothing.
+SHARED_OR_NOT = {"three prompts": models.rollouts(40, seed=3), "a prompt each": prompted(40, 1, seed=3)}
+
+
+@pytest.mark.parametrize("rollouts", SHARED_OR_NOT.values(), ids=SHARED_OR_NOT)
 @pytest.mark.parametrize("eta", [1e-3, 1e-5, 1e-7])
-def test_the_error_of_a_subtraction_is_estimated(eta: float) -> None:
-    """Over all observables and four directions the estimate is of the size of the true error, and rarely below it."""
+def test_the_error_of_a_subtraction_is_estimated(eta: float, rollouts: fp.Rollouts) -> None:
+    """Over four observables and four directions the true error is below the estimate, and not far below it."""
     (policy, params), (wide, wide_params) = narrow_and_wide()
-    rollouts, ratios = models.rollouts(40, seed=3), []
+    start, ratios = engine.scores(wide, wide_params, rollouts, order=1), []
     for seed in range(4):
         v = {n: x.float() for n, x in models.direction(wide_params, eta, seed=seed).items()}
         stored = {n: (p.double() + v[n].double()).float() for n, p in params.items()}
@@ -207,18 +213,20 @@ def test_the_error_of_a_subtraction_is_estimated(eta: float) -> None:
         along = engine.directional(policy, params, {n: x.float() for n, x in exact.items()}, rollouts)
         after = engine.scores(policy, stored, rollouts, order=1)
         evidence = Evidence(rollouts, along.scores, after, along)
-        truth = Evidence(
-            rollouts,
-            engine.scores(wide, wide_params, rollouts, order=1),
-            engine.scores(wide, {n: p.double() for n, p in stored.items()}, rollouts, order=1),
-        )
+        end = engine.scores(wide, {n: p.double() for n, p in stored.items()}, rollouts, order=1)
+        truth = Evidence(rollouts, start, end)
         for name in ("entropy", "sequence", "reward", "length"):
             o = OBSERVABLES[name]
             off = abs(float(evidence.change(o) - truth.change(o)))
-            ratios.append(off / subtraction_error(evidence, o, torch.finfo(torch.float32).eps))
-    # it is a standard error of independent roundings; those of one row share a prefix, so a few times it may come up
-    assert 0.01 < sorted(ratios)[len(ratios) // 2] < 2, ratios
-    assert max(ratios) < 8, ratios
+            estimate = subtraction_error(evidence, o, torch.finfo(torch.float32).eps)
+            # Small steps: Σ c r is error and curvature, so the error is at most both, whatever the kernels; 5 % for r²
+            # and the change of c. Large ones: a score may be off by the cap and typically is by a sixth of it; a sum
+            # over sequences that round alike has come out at up to 3.5 times its random walk. 3.5/6 is below 1.
+            curvature = abs(float(truth.change(o) - evidence.first_order(o))) if eta < 1e-4 else 0.0
+            assert off <= 1.05 * estimate + curvature, (name, seed, off, estimate, curvature)
+            ratios.append(off / estimate)
+    # one error in a hundred is by chance a hundredth of its estimate; the middle one of sixteen is not
+    assert sorted(ratios)[len(ratios) // 2] > 0.01, ratios
 
 
 def test_auto_takes_the_path_where_subtraction_fails() -> None:
@@ -232,12 +240,13 @@ def test_auto_takes_the_path_where_subtraction_fails() -> None:
     assert small.main.nodes >= 1
     assert small.change == pytest.approx(small.first_order, rel=1e-4)
     assert small.main.subtraction is not None
-    assert abs(small.main.subtraction - small.change) > 0.02 * abs(small.change)
     assert small.main.error is not None
     assert small.main.error < 1e-3 * abs(small.change)
     forced = run(lr=1e-8, method="difference")
     assert forced.change == small.main.subtraction
     assert forced.main.error > 1e-3 * abs(forced.change)
+    # how far off one subtraction happens to be is a matter of kernels; that it is within its estimate is not
+    assert abs(forced.change - small.change) <= 1.05 * forced.main.error
     by_path = run(method="path")
     assert by_path.main.subtraction is None
     assert by_path.change == pytest.approx(large.change, rel=1e-3)

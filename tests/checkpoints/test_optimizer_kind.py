@@ -69,10 +69,10 @@ ZEROS = torch.zeros(2, 2)
         (adam_like(adam_w_mode=True), "a fused Adam of apex or DeepSpeed"),
         (adam_like(correct_bias=True), "the AdamW of older transformers releases"),
         (adam_like({"exp_avg": ZEROS, "second_life": ZEROS}), r"state holds \['exp_avg', 'second_life'\]"),
-        (adam_like(lr_scale=0.5), "groups .*'lr_scale'"),
-        (stepped(torch.optim.RAdam), "not known here: its state holds"),
-        (stepped(torch.optim.NAdam), "not known here: .*'mu_product'"),
-        (stepped(torch.optim.RMSprop), "not known here: .*'square_avg'"),
+        (adam_like(amsgrad=None, foreach=None), "not known here: its state holds"),  # Lamb and others look like this
+        (adam_like(final_lr=0.1, gamma=1e-3, foreach=None), "not known here: .*'final_lr'"),
+        (adam_like(momentum_decay=4e-3), "not known here: .*'momentum_decay'"),  # of another class
+        (adam_like({"exp_avg_sq_row": ZEROS, "exp_avg_sq_col": ZEROS}), "neither torch's nor transformers'"),
         (torch.optim.AdamW([torch.nn.Parameter(ZEROS)]).state_dict(), "saved before the first step"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from funcprobe.checkpoints import save_checkpoint
 from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts, reward
@@ -88,6 +91,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_rollouts(folder / "evaluation.parquet", evaluation)
     write_rollouts(folder / "update.parquet", update)
     return World(folder, evaluation, update)
+
+
+class Demo(NamedTuple):
+    """What `funcprobe demo` leaves."""
+
+    folder: Path
+    said: str  #: on standard output
+
+
+@pytest.fixture(scope="session")
+def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The demo in its real size, made by the command once for all workers of a run; nobody changes it."""
+    from funcprobe.cli.main import main
+
+    place = tmp_path_factory.getbasetemp()
+    shared = place.parent if place.name.startswith("popen-") else place  # a worker's folder stands in the run's
+    folder, said = shared / "real-demo" / "demo", shared / "real-demo" / "said.txt"
+    with FileLock(shared / "real-demo.lock"):
+        if not said.exists():
+            folder.parent.mkdir(exist_ok=True)
+            heard = io.StringIO()
+            with contextlib.redirect_stdout(heard):
+                assert main(["demo", "--dir", str(folder)]) == 0
+            said.write_text(heard.getvalue())
+    return Demo(folder, said.read_text())
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from funcprobe.cli.run import run_config
 from funcprobe.data.files import read_rollouts
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import InputError
+from tests.cli.conftest import Demo
 
 TINY = DemoSize(
     hidden_size=16,
@@ -206,20 +207,23 @@ def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: py
     assert seeds == [tmp_path / "own" / f"seed-{seed}" / "config.yaml" for seed in (3, 4)]
 
 
-def test_the_real_demo_learns_and_its_step_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_real_demo_learns_and_its_step_is_measured(real_demo: Demo) -> None:
     """The default size: training raises the reward, RL lowers the entropy, and the next step is small and linear."""
-    seen = []
-    config = prepare_demo(tmp_path / "demo", progress=lambda *args: seen.append(args))
-    before, taught, trained = json.loads((config.parent / "demo.json").read_text())["training"].values()
+    before, taught, trained = json.loads((real_demo.folder / "demo.json").read_text())["training"].values()
     assert before["reward"] < 0.2 < 0.5 < taught["reward"] < trained["reward"] < 0.95
     assert 0.1 < trained["entropy"] < taught["entropy"] < 0.8
-    assert {what for what, _, _ in seen} == {"supervised steps", "GRPO steps"}
-    result = run_config(config)
+    result = fp.ProbeResult.load(real_demo.folder / "results")
     assert result.first_order is not None
     assert result.change < -1e-4  # float32 scores resolve about 1e-7
     assert 0.9 < result.first_order / result.change < 1.1
     assert result.health.ess_sequence > 0.99 * 512
     assert result.warnings == ()
+
+
+def test_both_stages_of_the_training_are_watched(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    prepare_demo(tmp_path / "demo", size=TINY, progress=lambda *args: seen.append(args))
+    assert {what for what, _, _ in seen} == {"supervised steps", "GRPO steps"}
 
 
 def test_the_reward_is_the_share_of_right_positions() -> None:

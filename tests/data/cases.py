@@ -56,7 +56,11 @@ def lists(draw: st.DrawFn, max_rows: int = 5) -> Lists:
         return draw(st.lists(entry, min_size=count, max_size=count))
 
     finite = st.floats(-1e300, 1e300, allow_subnormal=True)
-    keywords: dict[str, Any] = {"temperature": per_row(st.floats(1e-3, 1e3)), "group_ids": per_row(st.integers(0, 9))}
+    keywords: dict[str, Any] = {"temperature": per_row(st.floats(1e-3, 1e3))}
+    # a prompt may have several ids, and an id has one prompt
+    keywords["group_ids"] = [
+        10 * prompts.index(p) + g for p, g in zip(prompts, per_row(st.integers(0, 9)), strict=True)
+    ]
     keywords["weight"] = draw(st.one_of(st.just([1.0] * count), st.just([0.25 + 0.75 * i for i in range(count)])))
     optional = {"rewards": finite, "advantages": finite, "step": st.integers(0, 3)}
     optional |= {"top_p": st.just(1.0), "top_k": st.just(0)}

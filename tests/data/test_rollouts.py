@@ -179,7 +179,7 @@ BAD_PADDED: list[tuple[dict[str, Any], str]] = [
     ({"ids": [[1, 2, 3, 4], [1, 2]]}, "'ids' does not form an array"),
     ({"completion_mask": [[0, 0, 1, 1], [0, 0, 1, 1]]}, "Row 1: the completion mask is 1 on a padded column"),
     ({"completion_mask": [[0, 0, 1, 1], [1, 1, 1, 0]]}, "Row 1: .*completion mask reaches over the prompt"),
-    ({"completion_mask": [[0, 0, 1, 1], [0, 0, 0, 0]]}, "Row 1 has no completion token"),
+    ({"completion_mask": [[0, 0, 0, 0], [0, 0, 0, 0]]}, "Row 0 has no completion token"),
     ({"prompt_lengths": [2, 3]}, "Row 1: prompt_lengths is 3, but the completion mask starts after 2 real tokens"),
     ({"prompt_lengths": 0}, "Row 0: prompt_lengths is 0"),
     ({"old_logps": [[-1.0], [-1.0]]}, r"'old_logps' has shape \(2, 1\); expected \[2, 4\] aligned with ids, or"),

@@ -155,7 +155,7 @@ def test_a_control_variate_is_exact_on_every_pair_of_completions(observable: Obs
     torch.testing.assert_close(p.estimate(observable, *pairs(p)), truth, rtol=0, atol=bound)
 
 
-N, REPLICATIONS, GROUP = 512, 400, 8
+N, REPLICATIONS, GROUP = 512, 200, 8
 
 
 @functools.cache

@@ -144,3 +144,44 @@ def test_unknown_options_are_named() -> None:
         fp.entropy(weighting="token")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="Unknown proposal 'x'"):
         importance.log_ratios(TokenScores(D, D), TokenScores(D, D), by_hand(), "x")  # type: ignore[arg-type]
+
+
+def _tied() -> list[tuple[str, torch.Tensor]]:
+    """Log-weights whose tail is all ties, or nothing at all, or far out of range."""
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, generator=g, dtype=torch.float64)
+    cases = [
+        (f"{k} of {n} at {high:g}, the rest within {low:g}", torch.cat([torch.full((k,), high), low * noise[: n - k]]))
+        for n in (25, 26, 64, 100)
+        for k in (1, 2, 5, n // 2, n - 2, n - 1)
+        for high, low in ((0.1, 0.01), (0.0, 0.0), (3.0, 1e-9), (1e-12, 0.0), (700.0, 1.0), (1e5, 1.0), (-1e5, 1.0))
+    ]
+    values = torch.cat([torch.zeros(60), torch.full((4,), -torch.inf)]).double()
+    return [*cases, ("weights of 0", values), ("all but one 0", torch.tensor([0.0] + [-torch.inf] * 40).double())]
+
+
+def test_a_tail_that_cannot_be_fitted_is_no_error_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """A policy that repeats itself: the library raises where all tail values are one value."""
+    found = {name: importance.pareto_khat(values) for name, values in _tied()}
+    assert all(khat is None or math.isfinite(khat) for khat in found.values())
+    assert found["32 of 64 at 0.1, the rest within 0.01"] is None
+    assert found["all but one 0"] is None
+    assert capfd.readouterr() == ("", "")
+
+
+@given(
+    st.lists(st.sampled_from([-745.0, -1.0, 0.0, 1e-15, 0.5, 709.0, 1e300]), min_size=25, max_size=40),
+    st.integers(0, 2**31),
+)
+def test_no_log_weights_end_a_measurement(values: list[float], seed: int) -> None:
+    khat = importance.pareto_khat(torch.tensor(values, dtype=torch.float64))
+    assert khat is None or math.isfinite(khat)
+
+
+def test_the_health_of_a_policy_that_repeats_itself() -> None:
+    completions = [[4, 5, 6]] * 40 + [[1 + i % 6, i % 5, 2] for i in range(24)]
+    rollouts = fp.rollouts_from_lists([[1, 2]] * 64, completions, temperature=1.0)
+    d = torch.where((rollouts.ids[:, 2:] == torch.tensor([4, 5, 6])).all(1, keepdim=True), 0.01, -0.02).double()
+    health = importance.weight_health(d.expand(64, 3), rollouts)
+    assert health.khat is None
+    assert 60 < health.ess_sequence < 64

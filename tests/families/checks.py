@@ -190,8 +190,8 @@ def _said(x: float | Tensor) -> str:
     return f"{float(x):.6e}" if torch.as_tensor(x).numel() == 1 else f"{torch.as_tensor(x).numel()} values"
 
 
-#: Rounding of one number by one way of computing it is at most 8 eps of its size (measured at up to 5 on models of a few
-#: layers, as in `analysis.expansion`), and two ways are compared.
+#: Rounding of one number by one way of computing it is at most 8 eps of its size (measured at up to 5 on models of a
+#: few layers, as in `analysis.expansion`), and two ways are compared.
 ROUNDINGS = 16.0
 
 

@@ -25,13 +25,20 @@ def completions() -> list[list[int]]:
     return found
 
 
-def walk(module: nn.Module, completion: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the log-probability and the conditional entropy of every token, one forward pass per token."""
+#: Distributions of the next symbol by what stands before it.
+Seen = dict[tuple[int, ...], Tensor]
+
+
+def walk(module: nn.Module, completion: list[int], seen: Seen) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the log-probability and the conditional entropy of every token, one forward pass per beginning."""
     logps, entropies = [], []
     for t, symbol in enumerate(completion):
-        out = module(torch.tensor([PROMPT + completion[:t]]))
-        logits = getattr(out, "logits", out)[0, -1]
-        p = torch.softmax(logits / TEMPERATURE, dim=-1)
+        before = tuple(completion[:t])
+        if before not in seen:
+            out = module(torch.tensor([[*PROMPT, *before]]))
+            logits = getattr(out, "logits", out)[0, -1]
+            seen[before] = torch.softmax(logits / TEMPERATURE, dim=-1)
+        p = seen[before]
         logps.append(torch.log(p[symbol]))
         entropies.append(-(p * torch.log(p)).sum())
     return logps, entropies
@@ -43,8 +50,9 @@ def exact(module: nn.Module) -> dict[str, Tensor]:
     E[Σ h] ("sequence"), E[Σ h] / E[T] ("token"), E[R] ("reward") and E[T] ("length").
     """
     total, length, earned = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    seen: Seen = {}
     for completion in completions():
-        logps, entropies = walk(module, completion)
+        logps, entropies = walk(module, completion, seen)
         probability = torch.exp(torch.stack(logps).sum())
         total = total + probability * torch.stack(entropies).sum()
         length = length + probability * len(completion)
@@ -55,10 +63,12 @@ def exact(module: nn.Module) -> dict[str, Tensor]:
 def divergences(module: nn.Module, before: nn.Module) -> dict[str, Tensor]:
     """Return KL(module‖before) and KL(before‖module) over completions, both differentiable in the module alone."""
     of_after, of_before = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    seen: Seen = {}
+    seen_before: Seen = {}
     for completion in completions():
-        logp = torch.stack(walk(module, completion)[0]).sum()
+        logp = torch.stack(walk(module, completion, seen)[0]).sum()
         with torch.no_grad():
-            reference = torch.stack(walk(before, completion)[0]).sum()
+            reference = torch.stack(walk(before, completion, seen_before)[0]).sum()
         of_after = of_after + torch.exp(logp) * (logp - reference)
         of_before = of_before + torch.exp(reference) * (reference - logp)
     return {"kl(after‖before)": of_after, "kl(before‖after)": of_before}
@@ -71,8 +81,9 @@ def reward(completion: list[int]) -> float:
 
 def probabilities(module: nn.Module) -> list[float]:
     """Return the exact probability of every completion."""
+    seen: Seen = {}
     with torch.no_grad():
-        return [math.exp(float(torch.stack(walk(module, c)[0]).sum())) for c in completions()]
+        return [math.exp(float(torch.stack(walk(module, c, seen)[0]).sum())) for c in completions()]
 
 
 def rollouts(weight: list[float] | None = None) -> fp.Rollouts:

@@ -13,6 +13,32 @@ from funcprobe.types import OptState, Params, Rollouts, TokenScores
 
 #: Laws are about values, not about how busy the machine is: no deadline.
 law = settings(deadline=None, max_examples=30)
+law_of_a_table = settings(deadline=None, max_examples=12)  # each of dozens of rows that share their terms
+
+#: Every class of torch.optim that steps on dense gradients without a closure, in every implementation for a CPU.
+CLASSES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "SGD": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
+    "SGD foreach": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
+    "SGD fused": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "fused": True}),
+    "Adam": (torch.optim.Adam, {"weight_decay": 0.1}),
+    "Adam fused": (torch.optim.Adam, {"amsgrad": True, "fused": True}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "AdamW foreach": (torch.optim.AdamW, {"amsgrad": True, "foreach": True}),
+    "AdamW fused": (torch.optim.AdamW, {"fused": True}),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+    "RMSprop foreach": (torch.optim.RMSprop, {"foreach": True}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "Adagrad fused": (torch.optim.Adagrad, {"fused": True}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RAdam": (torch.optim.RAdam, {}),
+    "Adamax": (torch.optim.Adamax, {}),
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "ASGD": (torch.optim.ASGD, {}),
+    "Rprop": (torch.optim.Rprop, {}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "Adafactor foreach": (torch.optim.Adafactor, {"foreach": True}),
+    "Muon": (torch.optim.Muon, {}),
+}
 
 
 class Batch(NamedTuple):

@@ -16,7 +16,7 @@ from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.training.objectives import VARIANTS, PolicyGradient, dapo, grpo, objective
 from funcprobe.training.token_selection import ClipCov, KlCov, covariance
 from funcprobe.types import TokenScores
-from tests.training.cases import Batch, batch, law, masks, seeds
+from tests.training.cases import Batch, batch, law, law_of_a_table, masks, seeds
 from tests.training.variant_loops import OWN, Found, loop_loss, terms_of, value_and_gradient
 
 # Sums of at most 30 terms below 100 in float64: 30 · 100 · 2^-53 < 1e-12.
@@ -71,7 +71,7 @@ def assume_untied(loss: PolicyGradient, case: Batch) -> None:
 
 @table
 @given(mask=masks(), seed=seeds, old=st.booleans())
-@law
+@law_of_a_table
 def test_loss_and_gradient_are_those_of_the_loop(
     name: str, own: Any, base: str, options: Any, mask: list[list[bool]], seed: int, old: bool
 ) -> None:

@@ -15,7 +15,7 @@ from funcprobe.training import objectives
 from funcprobe.training.objectives import AGGREGATIONS, BASES, PolicyGradient, objective
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.oracles import losses
-from tests.training.cases import Batch, batch, law, masks, seeds
+from tests.training.cases import Batch, batch, law, law_of_a_table, masks, seeds
 
 # Sums of at most 30 terms below 100 in float64: 30 · 100 · 2^-53 < 1e-12.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -73,7 +73,7 @@ def expected(loss: PolicyGradient, case: Batch) -> Gradients:
 
 @table
 @given(mask=masks(), seed=seeds, old=st.booleans())
-@law
+@law_of_a_table
 def test_loss_and_gradient_are_those_of_the_loop(
     name: str, options: dict[str, Any], mask: list[list[bool]], seed: int, old: bool
 ) -> None:
@@ -84,7 +84,7 @@ def test_loss_and_gradient_are_those_of_the_loop(
 
 @table
 @given(mask=masks(), seed=seeds, old=st.booleans(), data=st.data())
-@law
+@law_of_a_table
 def test_a_prepared_batch_is_the_sum_of_its_slices(
     name: str, options: dict[str, Any], mask: list[list[bool]], seed: int, old: bool, data: st.DataObject
 ) -> None:
@@ -137,7 +137,7 @@ def test_forward_mode_contracts_the_gradient(name: str, options: dict[str, Any])
 
 @table
 @given(mask=masks(), seed=seeds, extra=st.integers(1, 3))
-@law
+@law_of_a_table
 def test_padding_changes_nothing(
     name: str, options: dict[str, Any], mask: list[list[bool]], seed: int, extra: int
 ) -> None:

@@ -70,7 +70,9 @@ def live(
     cls: type[torch.optim.Optimizer], params: Params, options: dict[str, Any], groups: list[Group] | None = None
 ) -> tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]:
     """The torch class on parameters of its own."""
-    own = {name: torch.nn.Parameter(p.clone()) for name, p in params.items()}
+    # Adafactor sums over entries, in the order of memory: of contiguous leaves, as a step here does
+    layout = torch.contiguous_format if cls is torch.optim.Adafactor else torch.preserve_format
+    own = {name: torch.nn.Parameter(p.clone(memory_format=layout)) for name, p in params.items()}
     if groups is None:
         return cls(list(own.values()), **options), own
     dicts = [{"params": [own[n] for n in group.names], **group.hyperparameters} for group in groups]
@@ -85,7 +87,7 @@ def assert_parity(
     for step in range(STEPS):
         gradient = gradients(params, step)
         for name, p in own.items():
-            p.grad = gradient[name].clone()
+            p.grad = torch.empty_like(p).copy_(gradient[name])  # in the layout of its leaf, as autograd leaves it
         instance.step()
         params, _, state = optimizer.apply(params, state, gradient)
         assert_same(params, {name: p.detach() for name, p in own.items()}, f"step {step}")
@@ -190,7 +192,7 @@ def test_a_third_party_class_is_lifted_with_its_python_numbers() -> None:
     for step in range(3):
         gradient = gradients(params, step)
         for name, p in own.items():
-            p.grad = gradient[name].clone()
+            p.grad = torch.empty_like(p).copy_(gradient[name])  # in the layout of its leaf, as autograd leaves it
         instance.step()
         params, _, state = optimizer.apply(params, state, gradient)
         assert_same(params, {name: p.detach() for name, p in own.items()})

@@ -41,7 +41,7 @@ def dropped(modifier: Modifier, case: Batch) -> Tensor:
 
 def test_candidates_are_drawn_alike_and_as_many_as_said() -> None:
     case = batch(torch.ones(4, 5, dtype=torch.bool), 7, old=False)
-    loss, draws = grpo(), 2000
+    loss, draws = grpo(), 600
     candidates = covariance(terms_of(loss, case)) > 0.0
     count, number = int(candidates.sum()), 4
     assert count > 2 * number
