@@ -19,6 +19,7 @@ Layers, each importing only from those above it in this table and from `types`, 
     report        tables and figures
     cli           the command line
     compat        the stateful system's names, thin on top
+    integrations  other trainers' batches and configurations, thin on top
 """
 
 from funcprobe import errors, tree

@@ -54,7 +54,7 @@ class Rollouts(NamedTuple):
     group_ids: Tensor  #: [B] int64, equal for rollouts of one prompt
     weight: Tensor  #: [B] float64 >= 0, base weight: 1, bootstrap counts, or exact probabilities of an enumeration
     rewards: Tensor | None = None  #: [B] float64
-    advantages: Tensor | None = None  #: [B] float64; where given, objectives use them as they are
+    advantages: Tensor | None = None  #: [B] float64, or [B, T] by token; where given, objectives use them as they are
     sampling_logps: Tensor | None = None  #: [B, T] float64 log-probs reported by the engine that sampled
     old_logps: Tensor | None = None  #: [B, T] float64 log-probs of the policy that the ratio is taken against
     ref_logps: Tensor | None = None  #: [B, T] float64 log-probs of the reference policy of the KL term

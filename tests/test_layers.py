@@ -67,4 +67,6 @@ def test_the_table_names_what_exists() -> None:
 def test_a_wrong_arrow_is_seen() -> None:
     assert wrong_arrows("data", "def f():\n    from funcprobe.engine import scores") == ["data -> engine"]
     assert wrong_arrows("tree", "from funcprobe.data.rollouts import take") == ["tree -> data"]
+    assert wrong_arrows("compat", "from funcprobe.integrations import trl") == ["compat -> integrations"]
     assert wrong_arrows("cli", "from funcprobe import engine, tree") == []
+    assert wrong_arrows("integrations", "from funcprobe.training import losses") == []

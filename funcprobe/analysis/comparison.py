@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from funcprobe.analysis.frames import frame_of
-from funcprobe.analysis.readings import Reading, Sampled
+from funcprobe.analysis.readings import Reading, Sampled, is_lost
 from funcprobe.analysis.result import BatchCounts, json_safe
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.data.atomic import fresh_directory
@@ -82,8 +83,8 @@ class Comparison:
         """Return how much more a step changes an observable than another, by default the baseline: paired by prompt.
 
         `value = ΔF(step) − ΔF(against)`; its error comes from the same differences without each prompt, so what the
-        sample of prompts does to both alike cancels. Without error bars, or in reverse mode for the first order, the
-        bar is infinitely wide.
+        sample of prompts does to both alike cancels. Without error bars, in reverse mode for the first order, or where
+        the float errors of both ΔF are above a tenth of their difference, the bar is infinitely wide.
 
         Raises:
             InputError: If there is no such step, observable or quantity.
@@ -99,6 +100,8 @@ class Comparison:
         value = values[0] - values[1]
         sampled = self.outcomes[step].sampled, self.outcomes[other].sampled
         known = (quantity == "change" or self.mode == "forward") and _has_bar(one) and _has_bar(two)
+        if quantity == "change" and one.error is not None and two.error is not None:
+            known &= not is_lost(value, math.hypot(one.error, two.error)) or value == 0.0
         if step == other or sampled[0] is None or sampled[1] is None or not known:
             width = 0.0 if step == other else float("inf")
             return Bar(value, width, value - width, value + width, self.level)

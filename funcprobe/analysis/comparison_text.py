@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from typing import TYPE_CHECKING
 
+from funcprobe.analysis.readings import Reading
 from funcprobe.analysis.text import with_error
 from funcprobe.estimators.uncertainty import Bar
 
@@ -23,10 +24,10 @@ def table_of(comparison: Comparison) -> Table:
     rows = []
     for step in comparison.outcomes:
         reading = comparison.reading(step)
-        cells = [_short(reading.change, reading.bars.get("change"))]
+        cells = [_change(reading)]
         cells.append(_short(reading.first_order, reading.bars.get("first_order")))
         rest = [comparison.reading(step, name) for name in others]
-        rows.append((step, *cells, *(_short(r.change, r.bars.get("change")) for r in rest)))
+        rows.append((step, *cells, *(_change(r) for r in rest)))
     return headings, rows
 
 
@@ -45,6 +46,8 @@ def summary_of(comparison: Comparison) -> str:
     differences = differences_of(comparison)
     units = ", ".join(f"{n} in {comparison.reading(comparison.baseline, n).unit}" for n in comparison.observables)
     e, u = comparison.evaluation, comparison.update_batch
+    lost = [r for o in comparison.outcomes.values() for r in o.readings.values() if r.is_lost]
+    known = ["lost: the float error of ΔF is above a tenth of it, and nothing follows from it"] if lost else []
     said = [f"Warning ({name}): {text}" for name, texts in comparison.warnings.items() for text in texts]
     return "\n".join(
         [
@@ -53,6 +56,7 @@ def summary_of(comparison: Comparison) -> str:
             "",
             f"{units}; ± one standard error over {e.prompts} prompts, differences paired by prompt",
             f"E: {e.sequences} sequences, {e.tokens} tokens   U: {u.sequences} sequences, {u.tokens} tokens",
+            *known,
             *said,
         ]
     )
@@ -61,6 +65,10 @@ def summary_of(comparison: Comparison) -> str:
 def html_of(comparison: Comparison) -> str:
     """Return both tables as HTML, for notebooks."""
     return "".join(_html(*found) for found in (table_of(comparison), differences_of(comparison)) if found[1])
+
+
+def _change(reading: Reading) -> str:
+    return _short(reading.change, reading.bars.get("change")) + (" (lost)" if reading.is_lost else "")
 
 
 def _short(value: float, found: Bar | None) -> str:

@@ -12,6 +12,9 @@ from funcprobe.analysis.movement import Movement
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import EffectiveSampleSizeError, FuncprobeWarning, listed
 from funcprobe.estimators.importance import SamplerMismatch, WeightHealth, sampler_mismatch
+from funcprobe.policy.checks import Checks
+from funcprobe.policy.module import Policy
+from funcprobe.policy.training_only import training_cautions
 from funcprobe.types import Gradients, Observable, Optimizer, Rollouts, TokenScores
 
 #: Mean absolute difference between the sampler's log-probs and ours, nats per token, above which a result says so.
@@ -38,6 +41,12 @@ class Messages:
             self.warnings.append(message)
             if not self.quiet:
                 warnings.warn(message, FuncprobeWarning, stacklevel=3)
+
+    def found(self, checks: Checks | None) -> None:
+        """Say what was found out about the copy of a module, once."""
+        if checks is not None:
+            self.also(text for text in checks.warnings if text not in self.warnings)
+            self.notes += [text for text in checks.notes if text not in self.notes]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -69,9 +78,11 @@ class Clock:
 
 
 def before_measuring(
-    evaluation: Rollouts, update: Rollouts, moved: Movement, info: Mapping[str, float]
+    policy: Policy, evaluation: Rollouts, update: Rollouts, moved: Movement, info: Mapping[str, float]
 ) -> Iterator[str]:
-    """Yield what should be known of the batches and the step before anything is measured."""
+    """Yield what should be known of the policy, the batches and the step before anything is measured."""
+    terms = () if policy.checks is None else policy.checks.training
+    yield from training_cautions(tuple(term for term in terms if term.kind != "left padding"), update)
     if moved.norm == 0.0:
         yield f"The step is zero at learning rate {info['lr']:g}: no parameter moves, and neither does anything else."
     shared = overlap(evaluation, update)
@@ -82,6 +93,12 @@ def before_measuring(
         )
     if "sampler_gap" in info:
         yield from _mismatch(SamplerMismatch(info["sampler_gap"], info["sampler_ratio"]), update, "update")
+
+
+def padded_in_training(policy: Policy, update: Rollouts) -> Iterator[str]:
+    """Yield a note where a trainer that pads prompts on the left trains on other scores than those of the rows."""
+    terms = () if policy.checks is None else policy.checks.training
+    yield from training_cautions(tuple(term for term in terms if term.kind == "left padding"), update)
 
 
 def left_alone(gradient: Gradients) -> Iterator[str]:

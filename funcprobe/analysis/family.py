@@ -60,6 +60,10 @@ class Family:
 
     def points(self, lrs: Sequence[float], chunk: int = 1) -> Iterator[SweepPoint]:
         """Yield what the step does at each learning rate, `chunk` of them scored at a time."""
+        if chunk > 1 and self.first.choices:
+            self.asked.said.notes.append(
+                "learning rates were scored one at a time, because tokens go to other experts at each of them"
+            )
         for start in range(0, len(lrs), chunk):
             together = lrs[start : start + chunk]
             moves = [self.move(lr) for lr in together]
@@ -81,10 +85,12 @@ class Family:
     def _scores(self, moves: list[Move]) -> list[TokenScores] | list[None]:
         """Return the scores at several θ′ in one pass; None, for each to be scored on its own, where there is one.
 
-        In reverse mode the anchor was scored by the model's own attention, which has no batching rule.
+        In reverse mode the anchor was scored by the model's own attention, which has no batching rule; and experts are
+        sent other tokens at every θ′, which is watched one at a time.
         """
         passes = self.asked.passes
-        if len(moves) == 1 or self.asked.options.method == "path" or self.first.along is None:
+        alone = self.asked.options.method == "path" or self.first.along is None or self.first.choices
+        if len(moves) == 1 or alone:
             return [None] * len(moves)
         with passes.clock("E at θ′"), _vmap_errors(len(moves)):
             return engine.scores_of_many(
@@ -116,6 +122,7 @@ def point_of(asked: Inquiry, lr: float, move: Move, first: First, after: TokenSc
         found.sampled,
         tuple(said.warnings),
         tuple(note for note in said.notes if "rounding row" not in note),
+        found.routing,
     )
 
 

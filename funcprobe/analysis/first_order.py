@@ -12,6 +12,8 @@ from funcprobe import engine, tree
 from funcprobe.analysis.evidence import Evidence
 from funcprobe.analysis.expansion import curved, second_by_reverse
 from funcprobe.analysis.inquiry import Inquiry
+from funcprobe.analysis.passes import Passes
+from funcprobe.analysis.routing import Choices, watched
 from funcprobe.errors import ForwardModeError
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
 
@@ -25,8 +27,9 @@ class First(NamedTuple):
     scores: TokenScores  #: [B, T] at θ
     along: engine.Directional | None  #: forward mode: tangents along Δθ, for every observable at once
     gradients: Mapping[str, Params]  #: reverse mode: ∇F of each observable
-    eps: float | None = None  #: forward mode: of the arithmetic that made the scores
+    eps: float | None = None  #: of the arithmetic that made the scores
     seconds: Mapping[str, float] = {}  #: δF₂ of each observable, where it was taken forward over reverse
+    choices: Choices | None = None  #: the experts that tokens went to at θ
 
     @property
     def mode(self) -> str:
@@ -68,7 +71,7 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
     options = asked.options
     if options.mode != "reverse":
         try:
-            return _forward(asked, params, update)
+            found = _forward(asked, params, update)
         except ForwardModeError as error:
             if options.order == 2 or options.method == "path":
                 wanted = "order=2" if options.order == 2 else "method='path'"
@@ -78,7 +81,12 @@ def first_order(asked: Inquiry, params: Params, update: Params) -> First:
             if options.mode == "forward":
                 raise
             asked.said.notes.append(f"reverse mode was used: {error}")
-    return _reverse(asked, params)
+        else:
+            asked.said.found(asked.passes.policy.checks)
+            return found
+    found = _reverse(asked, params)
+    asked.said.found(asked.passes.policy.checks)
+    return found
 
 
 def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> list[First]:
@@ -89,14 +97,16 @@ def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> l
     """
     options = asked.options
     if len(updates) > 1 and options.order == 1 and options.mode != "reverse":
+        passes, choices = _watching(asked)
         try:
-            several = asked.passes.directional_of_many(params, updates, f"E, forward mode along {len(updates)} steps")
+            several = passes.directional_of_many(params, updates, f"E, forward mode along {len(updates)} steps")
         except ForwardModeError:
             pass  # what it means is decided where a single update meets it
         else:
             found_of = engine.arithmetic(asked.passes.policy, params)
             asked.said.notes += _kernels(found_of)
-            return [First(along.scores, along, {}, found_of.eps) for along in several]
+            asked.said.found(asked.passes.policy.checks)
+            return [First(along.scores, along, {}, found_of.eps, choices=choices) for along in several]
     found: list[First] = []
     for update in updates:
         # ∇F does not know along which update it will be asked
@@ -106,8 +116,8 @@ def first_orders(asked: Inquiry, params: Params, updates: Sequence[Params]) -> l
 
 
 def _forward(asked: Inquiry, params: Params, update: Params) -> First:
-    passes, seconds = asked.passes, {}
-    arithmetic = engine.arithmetic(passes.policy, params)
+    (passes, choices), seconds = _watching(asked), {}
+    arithmetic = engine.arithmetic(asked.passes.policy, params)
     if asked.options.order == 1:
         along = passes.directional(params, update, "E, forward mode")
     else:
@@ -118,7 +128,7 @@ def _forward(asked: Inquiry, params: Params, update: Params) -> First:
             )
             seconds = {n: second_by_reverse(passes, params, update, o, along) for n, o in asked.observables.items()}
     asked.said.notes += _kernels(arithmetic)
-    return First(along.scores, along, {}, arithmetic.eps, seconds)
+    return First(along.scores, along, {}, arithmetic.eps, seconds, choices)
 
 
 def _kernels(arithmetic: engine.Arithmetic) -> list[str]:
@@ -129,11 +139,18 @@ def _kernels(arithmetic: engine.Arithmetic) -> list[str]:
 
 def _reverse(asked: Inquiry, params: Params) -> First:
     found: dict[str, engine.Gradient] = {}
+    passes, choices = _watching(asked)
     for name, observable in asked.observables.items():
 
         def f(scores: TokenScores, rollouts: Rollouts, o: Observable = observable) -> tuple[Tensor, dict[str, Tensor]]:
             return o(scores, engine.detached(scores), rollouts), {}
 
-        found[name] = asked.passes.gradient(f, params, "E, reverse mode")
+        found[name] = passes.gradient(f, params, "E, reverse mode")
     scores = next(iter(found.values())).scores
-    return First(scores, None, {name: g.gradient for name, g in found.items()})
+    eps = engine.arithmetic(asked.passes.policy, params).eps
+    return First(scores, None, {name: g.gradient for name, g in found.items()}, eps, choices=choices)
+
+
+def _watching(asked: Inquiry) -> tuple[Passes, Choices]:
+    choices = Choices(asked.passes)
+    return watched(asked.passes, choices), choices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, ess_fraction, is_independent
@@ -11,6 +11,7 @@ from funcprobe.analysis.family import Family
 from funcprobe.analysis.inquiry import Inquiry, Options
 from funcprobe.analysis.one_step import asked_for
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
+from funcprobe.analysis.readings import Reading
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.policy.module import Policy
@@ -28,6 +29,7 @@ class LargestLr(NamedTuple):
     limited_by: str | None  #: what the next larger one tried breaks; None where even the upper end keeps all bounds
     point: SweepPoint  #: what the step does at `lr`
     tried: int  #: learning rates that were scored
+    notes: tuple[str, ...] = ()  #: where a bound could not be judged
 
 
 def largest_lr(
@@ -48,6 +50,9 @@ def largest_lr(
     progress: Progress | None = None,
 ) -> LargestLr:
     """Return the largest learning rate that keeps the bounds, to within a factor of `1 + relative`.
+
+    Where ΔF is lost in float error, a bound is broken only by more than that error; otherwise it cannot be judged there
+    and counts as kept, as small steps do keep it, and a note says up to which learning rate that was so.
 
     Args:
         policy: What scores the rollouts.
@@ -78,7 +83,7 @@ def largest_lr(
     asked = Inquiry(passes, wanted, options, Messages(), is_independent(evaluation, update))
     gradient, info = step.gradient(params, update, progress=progress)
     family = Family(asked, step, params, opt_state, gradient, info, low)
-    asked.said.also(before_measuring(evaluation, update, family.size, {**family.info, "lr": low}))
+    asked.said.also(before_measuring(policy, evaluation, update, family.size, {**family.info, "lr": low}))
 
     best, tried = family.point(low, family.move(low)), 2
     if broken := _broken(best, asked.main[1], bounds):
@@ -86,18 +91,20 @@ def largest_lr(
             f"The smallest learning rate, {low:g}, breaks the bound already: {broken}; look further down with "
             "between=(smaller, larger), or relax the bound."
         )
+    kept = [best]  # by rising learning rate
     top = _tried(family, high, bounds)
     if isinstance(top, SweepPoint):
-        return LargestLr(high, None, top, tried)
+        return LargestLr(high, None, top, tried, _unjudged([best, top], bounds))
     limited_by = top
     while high / low > 1 + relative:
         middle, tried = math.sqrt(low) * math.sqrt(high), tried + 1
         found = _tried(family, middle, bounds)
         if isinstance(found, SweepPoint):
-            low, best = middle, found
+            low = middle
+            kept.append(found)
         else:
             high, limited_by = middle, found
-    return LargestLr(low, limited_by, best, tried)
+    return LargestLr(low, limited_by, kept[-1], tried, _unjudged(kept, bounds))
 
 
 def _ends(between: tuple[float, float]) -> tuple[float, float]:
@@ -145,14 +152,35 @@ def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> SweepPoint
 
 def _broken(point: SweepPoint, observable: Observable, bounds: Mapping[str, float]) -> str | None:
     """Return the first bound that a point breaks, with what was found; NaN keeps none."""
-    reading = next(iter(point.readings.values()))
-    found = {
-        "min_ess": ess_fraction(point.health, observable),
-        "max_abs_delta": abs(reading.change),
-        "max_nonlinearity": reading.nonlinearity,
-    }
+    found = {"min_ess": ess_fraction(point.health, observable), **_found(_main(point))}
     for name, bound in bounds.items():
         kept = found[name] >= bound if name == "min_ess" else found[name] <= bound
         if not kept:
             return f"{name} {bound:g} (found {found[name]:.3g})"
     return None
+
+
+def _found(reading: Reading) -> dict[str, float]:
+    """Return what the bounds on ΔF are held against: where ΔF is lost, the least that its float error leaves."""
+    change, remainder = abs(reading.change), abs(reading.remainder)
+    if not reading.is_lost:
+        return {"max_abs_delta": change, "max_nonlinearity": reading.nonlinearity}
+    assert reading.error is not None  # known to be too large
+    least, most = max(0.0, remainder - reading.error), change + reading.error
+    return {"max_abs_delta": max(0.0, change - reading.error), "max_nonlinearity": least / most}
+
+
+def _unjudged(kept: Sequence[SweepPoint], bounds: Mapping[str, float]) -> tuple[str, ...]:
+    """Return a note where a point counts as keeping a bound on ΔF because ΔF is lost in float error there."""
+    lost = [point.lr for point in kept if _main(point).is_lost]
+    on_change = [name for name in ("max_abs_delta", "max_nonlinearity") if name in bounds]
+    if not lost or not on_change:
+        return ()
+    where = f"ΔF is lost in float error up to lr {lost[-1]:g}, where {' and '.join(on_change)} cannot be judged"
+    if lost[-1] < kept[-1].lr:
+        return (f"{where} and count as kept; the answer lies above.",)
+    return (f"{where}: the answer is no more than the largest learning rate that does not visibly break a bound.",)
+
+
+def _main(point: SweepPoint) -> Reading:
+    return next(iter(point.readings.values()))

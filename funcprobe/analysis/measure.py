@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 
 from funcprobe import engine, tree
+from funcprobe.analysis.change import Measured, measure_change
+from funcprobe.analysis.continuity import remarks
 from funcprobe.analysis.diagnostics import after_measuring, check_ess
 from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import path, subtraction_error
 from funcprobe.analysis.first_order import First
 from funcprobe.analysis.inquiry import Inquiry
 from funcprobe.analysis.movement import Move
 from funcprobe.analysis.readings import Reading, Sampled, sample, with_bars
+from funcprobe.analysis.routing import Routing
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.importance import Proposal, WeightHealth, log_ratios, weight_health
 from funcprobe.estimators.observables import entropy_family
@@ -25,11 +27,9 @@ from funcprobe.types import Estimate, Observable, TokenScores
 #: Above this ratio of rounding to update, the rounding row is worth a pass of its own.
 ROUNDING_WORTH_A_PASS = 1e-3
 
-#: Above this fraction of ΔF, the estimated float error of a subtraction is worth a path.
-SUBTRACTION_WORTH_A_PATH = 1e-3
 
-#: And, where the second order was asked for, above this fraction of it: the remainder is to be seen beside it.
-CURVATURE_WORTH_A_PATH = 1e-2
+#: The eps above which a model's arithmetic is coarser than float32.
+LOW_PRECISION = 1e-6
 
 
 class Measurement(NamedTuple):
@@ -41,6 +41,7 @@ class Measurement(NamedTuple):
     rounding: float | None  #: ⟨∇F, (θ′ − θ) − Δθ⟩ of the first observable; None where negligible
     evidence: Evidence  #: the scores themselves
     sampled: Sampled | None  #: replicates over prompts, where there are error bars
+    routing: Routing | None  #: tokens that are sent to other experts at θ′; None where there are none to send
 
 
 def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None = None) -> Measurement:
@@ -49,11 +50,12 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
     `scores_after` are the scores at θ′, where a caller has them already.
 
     Raises:
-        NumericsError: If a path does not reach the tolerance that was asked for, or a score is not finite.
+        NumericsError: If a path that was asked for misses its tolerance or a jump, or a score is not finite.
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below the threshold.
     """
     evaluation, options = asked.passes.evaluation, asked.options
-    evidence, measured = _measured(asked, move, first, scores_after)
+    measured = measure_change(asked, move, first, scores_after)
+    evidence = measured.evidence
     row = _rounding_row(asked, move, first, evidence)
     healths = {name: _health(evidence, o) for name, o in asked.observables.items()}
     health = healths[asked.main[0]]
@@ -63,83 +65,19 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
     readings = {
         name: _reading(asked, move, first, evidence, name, o, measured) for name, o in asked.observables.items()
     }
+    _say(asked, move, first, readings, measured)
     sampled = _sampled(asked, evidence)
     if sampled is not None:
         independent, level = asked.independent, options.level
         readings = with_bars(readings, asked.observables, sampled, evidence, healths, independent, level)
     exchange = _exchange(readings, sampled, options.level)
-    return Measurement(readings, exchange, health, row, evidence, sampled)
+    return Measurement(readings, exchange, health, row, evidence, sampled, measured.routing)
 
 
 def family_of(asked: Inquiry, move: Move, first: First, evidence: Evidence) -> dict[str, Estimate]:
     """Return every member of the entropy family on the same scores; no model is run."""
     proposal: Proposal = getattr(asked.main[1], "proposal", "anchor")
     return {o.name: _estimate(asked, move, first, evidence, o) for o in entropy_family(proposal)}
-
-
-class _Measured(NamedTuple):
-    """How ΔF was measured."""
-
-    method: str
-    nodes: int
-    errors: Mapping[str, float | None]
-    subtractions: Mapping[str, float | None]  #: ΔF by two evaluations, whatever was chosen
-
-
-def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> tuple[Evidence, _Measured]:
-    """Return the evidence, with scores at θ′ or, where subtracting those is too coarse, at θ + Δθ by a path.
-
-    Raises:
-        NumericsError: If `method="path"` does not reach the tolerance.
-    """
-    passes, options, along, eps = asked.passes, asked.options, first.along, first.eps
-    if options.method != "path":
-        after = scores_after or passes.scores(move.after, "E at θ′", 0 if along is None else options.order)
-        evidence = Evidence(passes.evaluation, first.scores, after, along)
-        subtractions = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
-        if along is None or eps is None:
-            return evidence, _Measured("difference", 0, dict.fromkeys(asked.observables), subtractions)
-        errors = {name: subtraction_error(evidence, o, eps) for name, o in asked.observables.items()}
-        if options.method == "difference" or _is_fine(asked, evidence, errors, subtractions):
-            return evidence, _Measured("difference", 0, errors, subtractions)
-        if eps > options.tolerance:
-            asked.said.notes.append(
-                f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
-                "coarse for a path; load it in float32"
-            )
-            return evidence, _Measured("difference", 0, errors, subtractions)
-    assert along is not None  # a path is refused in reverse mode
-    assert eps is not None
-    found = path(passes, move.params, move.update, along, asked.observables, options.tolerance, eps)
-    if not found.converged:
-        text = (
-            f"The path integral reached {found.reached:.1e} of the size of its terms with {found.nodes} nodes; the "
-            f"tolerance is {options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or load the "
-            "model in a wider dtype."
-        )
-        if options.method == "path":
-            raise NumericsError(text)
-        asked.said.notes.append(text)
-        if any(errors[name] < found.errors[name] for name in errors):
-            return evidence, _Measured("difference", 0, errors, subtractions)
-    known = dict.fromkeys(asked.observables) if options.method == "path" else subtractions
-    evidence = Evidence(passes.evaluation, first.scores, found.scores, along)
-    return evidence, _Measured("path", found.nodes, found.errors, known)
-
-
-def _is_fine(
-    asked: Inquiry, evidence: Evidence, errors: Mapping[str, float], subtractions: Mapping[str, float]
-) -> bool:
-    """Return whether float error leaves every ΔF alone, and what it has beyond first order where that was asked for."""
-    curved = evidence.along is not None and evidence.along.curvatures is not None
-    for name, o in asked.observables.items():
-        if abs(subtractions[name]) <= evidence.noise(o) and errors[name] <= evidence.noise(o):
-            continue  # it does not move
-        limits = [SUBTRACTION_WORTH_A_PATH * abs(subtractions[name])]
-        limits += [CURVATURE_WORTH_A_PATH * abs(float(evidence.second_order(o)))] if curved else []
-        if errors[name] > min(limits):
-            return False
-    return True
 
 
 def _reading(
@@ -149,13 +87,13 @@ def _reading(
     evidence: Evidence,
     name: str,
     observable: Observable,
-    measured: _Measured,
+    measured: Measured,
 ) -> Reading:
     slope = first.value(name, observable, evidence, move.update)
     assert slope is not None  # every observable that was asked for has its gradient
     second = first.second(name, observable, evidence)
     before, change = float(evidence.before(observable)), float(evidence.change(observable))
-    if max(abs(change), abs(slope)) <= evidence.noise(observable) and measured.errors[name] is not None:
+    if max(abs(change), abs(slope)) <= evidence.noise(observable):
         change = slope = 0.0  # what is left of an observable that does not move is rounding of its value
     if not (math.isfinite(change) and math.isfinite(slope)):
         raise NumericsError(
@@ -174,6 +112,20 @@ def _reading(
         measured.errors[name],
         measured.subtractions[name],
     )
+
+
+def _say(asked: Inquiry, move: Move, first: First, readings: Mapping[str, Reading], measured: Measured) -> None:
+    """Say which readings float error has eaten, and where F jumps."""
+    warned, noted = remarks(readings, measured.routing, move.size.rounding_ratio)
+    asked.said.also(warned)
+    asked.said.notes += noted
+    if lost := [name for name, reading in readings.items() if reading.is_lost]:
+        listed = ", ".join(f"'{name}'" for name in lost)
+        wider = "float64" if first.eps is not None and first.eps < LOW_PRECISION else "float32"
+        asked.said.notes.append(
+            f"ΔF of {listed} is lost in float error, which is above a tenth of it; δF₁, a derivative, keeps its "
+            f"accuracy. Take a larger learning rate, or load the model in {wider}"
+        )
 
 
 def _sampled(asked: Inquiry, evidence: Evidence) -> Sampled | None:
@@ -210,6 +162,8 @@ def _exchange(readings: dict[str, Reading], sampled: Sampled | None, level: floa
     for other in others:
         if readings[other].first_order == 0.0 or readings[other].change == 0.0:
             continue
+        if readings[main].is_lost or readings[other].is_lost:
+            continue  # a ratio of rounding
         value = readings[main].change / readings[other].change
         barred = sampled is not None and readings[main].bars and readings[other].bars
         unknown = Bar(value, math.inf, -math.inf, math.inf, level)

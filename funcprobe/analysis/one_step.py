@@ -8,7 +8,15 @@ from typing import Literal, NamedTuple
 import torch
 
 from funcprobe import tree
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, left_alone, unequal_groups
+from funcprobe.analysis.diagnostics import (
+    Clock,
+    Messages,
+    before_measuring,
+    is_independent,
+    left_alone,
+    padded_in_training,
+    unequal_groups,
+)
 from funcprobe.analysis.environment import describe_environment
 from funcprobe.analysis.first_order import First, first_order
 from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options, named
@@ -76,7 +84,9 @@ def probe(
             has no forward derivative.
         method: How ΔF is measured: by "difference" of two evaluations, along a "path" from θ to θ + Δθ on which
             nothing cancels, or, with "auto", by the path where the float error of the difference is above 0.1 % of it.
-            A difference sees θ′ as stored, a path the update itself: they differ by the rounding row.
+            A difference sees θ′ as stored, a path the update itself: they differ by the rounding row. A path is an
+            integral of derivatives and misses jumps: where tokens change experts, or the difference disagrees with it
+            beyond float error, "auto" takes the difference and says so, and "path" is refused.
         tolerance: What two rules of the path have to agree to, relative to Σ|terms|.
         order: 2 adds `δF₂ = ½ D²F[Δθ, Δθ]` and the crossover learning rate.
         bars: Error bars over prompts: "jackknife", "infinitesimal", "bootstrap", None, or "auto": the exact jackknife
@@ -96,7 +106,8 @@ def probe(
 
     Raises:
         InputError: If an option, an observable, a batch or the learning rate is out of range.
-        NumericsError: If scores or gradients are not finite, or a path that was asked for misses its tolerance.
+        NumericsError: If scores or gradients are not finite, or a path that was asked for misses its tolerance or a
+            jump.
         ForwardModeError: In `mode="forward"`, `method="path"` or `order=2`, if the model has no forward derivative.
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
     """
@@ -153,8 +164,8 @@ def take_step(
     with passes.clock("optimizer step"):
         after = step.apply(params, opt_state, loss.gradient, lr=lr, info=loss.info)
         taken = Taken(Move.of(params, after.params, after.update), dict(after.info), loss)
-    said.notes += left_alone(loss.gradient)
-    said.also(before_measuring(passes.evaluation, update, taken.move.size, taken.info))
+    said.notes += [*left_alone(loss.gradient), *padded_in_training(passes.policy, update)]
+    said.also(before_measuring(passes.policy, passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
         said.also(unequal_groups(step.optimizer))
     return taken
@@ -184,6 +195,7 @@ def result_of(
         top=tuple(tree.top_k(move.update, top_k)),
         family=family_of(asked, move, first, found.evidence),
         health=found.health,
+        routing=found.routing,
         step=taken.info,
         evaluation=BatchCounts.of(passes.evaluation),
         update_batch=BatchCounts.of(update),

@@ -35,6 +35,7 @@ from funcprobe import engine
 from funcprobe.analysis.passes import DEFAULT_MICROBATCH
 from funcprobe.errors import InputError, NumericsError, listed
 from funcprobe.policy.module import Policy
+from funcprobe.training.advantages import by_token
 from funcprobe.training.groups import check_lr
 from funcprobe.training.objectives import grpo
 from funcprobe.types import Microbatch, Objective, Params, Progress, Rollouts, Statistic, TokenScores
@@ -210,7 +211,7 @@ def _shares(rollouts: Rollouts, scores: TokenScores) -> Tensor:
 
 
 def _advantages(rollouts: Rollouts, scores: TokenScores) -> Tensor:
-    """Return the advantages `[B, 1]`.
+    """Return the advantages `[B, 1]`, or `[B, T]` where tokens have their own.
 
     Raises:
         InputError: If there are none.
@@ -219,7 +220,8 @@ def _advantages(rollouts: Rollouts, scores: TokenScores) -> Tensor:
         raise InputError(
             "The rollouts have no advantages, which every predictor needs; pass what the objective's prepare returns."
         )
-    return rollouts.advantages.to(scores.logp.device).double()[:, None]
+    place = scores.logp.device
+    return by_token(rollouts.advantages.to(place).double(), rollouts.completion_mask.to(place))
 
 
 def _check_finite(scores: TokenScores, advantage: Tensor, counted: Tensor) -> None:

@@ -57,8 +57,18 @@ class Reading(NamedTuple):
         return self.first_order / self.change if self.change else math.nan
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the change is known to be mostly float error: nothing follows from it."""
+        return not self.change == self.first_order == 0.0 and is_lost(self.change, self.error)
+
+    @property
     def nonlinearity(self) -> float:
-        """|ΔF − δF₁| / |ΔF|: how much of the measured change first order misses; infinite where nothing changed."""
+        """|ΔF − δF₁| / |ΔF|: how much of the measured change first order misses.
+
+        Infinite where nothing changed, and NaN where ΔF is lost in float error.
+        """
+        if self.is_lost:
+            return math.nan
         return abs(self.remainder) / abs(self.change) if self.change else math.inf if self.remainder else 0.0
 
     @property

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from funcprobe.analysis.evidence import Evidence
 from funcprobe.analysis.readings import Reading, bar_from_dict
+from funcprobe.analysis.routing import Routing
 from funcprobe.analysis.text import rows_of, summary_of
 from funcprobe.data.atomic import fresh_directory, write_arrays
 from funcprobe.errors import InputError
@@ -66,6 +67,7 @@ class ProbeResult:
     notes: tuple[str, ...]  #: what was decided on the way
     timings: dict[str, float]  #: seconds by phase
     environment: Json  #: versions, device, threads, precision
+    routing: Routing | None = None  #: tokens that change experts on the way; None for a model that has none
     update: Params | None = None  #: Δθ on request: name-keyed, CPU, float32
     evidence: Evidence | None = field(default=None, compare=False, repr=False)  #: scores on request; not saved
 
@@ -144,6 +146,7 @@ class ProbeResult:
         plain["exchange"] = {name: found._asdict() for name, found in self.exchange.items()}
         plain["family"] = {name: estimate._asdict() for name, estimate in self.family.items()}
         plain["health"] = self.health._asdict()
+        plain["routing"] = None if self.routing is None else self.routing._asdict()
         plain["evaluation"], plain["update_batch"] = self.evaluation._asdict(), self.update_batch._asdict()
         return {"schema_version": SCHEMA_VERSION, **json_safe(plain)}
 
@@ -195,6 +198,7 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
     if version != SCHEMA_VERSION:
         raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
     names = {f.name for f in dataclasses.fields(cls)} - {"update", "evidence"}
+    plain.setdefault("routing", None)  # results had none before mixtures of experts were watched
     if plain.keys() != names:
         raise InputError(f"{file} has other fields than a result: {sorted(plain.keys() ^ names)}; the file is damaged.")
     try:
@@ -206,6 +210,7 @@ def _load(cls: type[ProbeResult], folder: Path) -> ProbeResult:
             BatchCounts(**plain["evaluation"]),
             BatchCounts(**plain["update_batch"]),
         )
+        plain["routing"] = None if plain["routing"] is None else Routing(**plain["routing"])
         plain["top"] = tuple((name, norm) for name, norm in plain["top"])
         plain["warnings"], plain["notes"] = tuple(plain["warnings"]), tuple(plain["notes"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from funcprobe.analysis.continuity import CLOSE
 from funcprobe.analysis.readings import Reading
 from funcprobe.errors import InputError
 
 if TYPE_CHECKING:
     from funcprobe.analysis.sweep_result import Fit, SweepResult
-
-
-#: A prediction is good where it misses at most this much of ΔF.
-CLOSE = 0.05
 
 
 class Law(NamedTuple):
@@ -72,7 +69,7 @@ def close_at(sweep: SweepResult, name: str | None = None) -> list[float]:
     return [
         lr
         for lr, reading, value in zip(sweep.lrs, readings, predicted, strict=True)
-        if value and abs(reading.change - value) <= CLOSE * abs(reading.change)
+        if value and not reading.is_lost and abs(reading.change - value) <= CLOSE * abs(reading.change)
     ]
 
 

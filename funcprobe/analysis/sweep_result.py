@@ -17,6 +17,7 @@ from torch import Tensor
 from funcprobe.analysis.frames import frame_of
 from funcprobe.analysis.readings import Reading, Sampled, is_lost
 from funcprobe.analysis.result import BatchCounts, json_safe
+from funcprobe.analysis.routing import Routing
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError
 from funcprobe.estimators.importance import WeightHealth
@@ -41,6 +42,7 @@ class SweepPoint(NamedTuple):
     sampled: Sampled | None = None  #: replicates over prompts, for bars of what joins several learning rates
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    routing: Routing | None = None  #: tokens that change experts on the way; None for a model that has none
 
     def to_dict(self) -> Json:
         """Return the fields as plain values."""
@@ -48,18 +50,20 @@ class SweepPoint(NamedTuple):
         plain["readings"] = {name: reading.to_dict() for name, reading in self.readings.items()}
         plain["health"] = self.health._asdict()
         plain["sampled"] = None if self.sampled is None else self.sampled.to_dict()
+        plain["routing"] = None if self.routing is None else self.routing._asdict()
         return json_safe(plain)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> SweepPoint:
         """Return what `to_dict` was called on."""
-        sampled = plain["sampled"]
+        sampled, routing = plain["sampled"], plain.get("routing")
         built = {
             "readings": {name: Reading.from_dict(reading) for name, reading in plain["readings"].items()},
             "health": WeightHealth(**plain["health"]),
             "sampled": None if sampled is None else Sampled.from_dict(sampled),
             "warnings": tuple(plain["warnings"]),
             "notes": tuple(plain["notes"]),
+            "routing": None if routing is None else Routing(**routing),
         }
         return cls(**{**plain, **built})
 
@@ -139,6 +143,8 @@ class SweepResult:
     def slope(self, name: str | None = None, *, up_to: float = math.inf) -> Fit:
         """Return the line through log |ΔF| against log η: slope 1 where the step is linear.
 
+        A change that is lost in float error takes no part.
+
         Raises:
             InputError: If there is no such observable, or fewer than two learning rates up to `up_to` changed it.
         """
@@ -157,10 +163,13 @@ class SweepResult:
     def scale_check(self, low: float | None = None, high: float | None = None, name: str | None = None) -> ScaleCheck:
         """Return the ratios between two learning rates of the sweep, by default its smallest and largest.
 
+        By default those at which ΔF is lost in float error are passed over, where there are others.
+
         Raises:
             InputError: If there is no such observable or learning rate.
         """
-        ends = [self._index(self.lrs[0] if low is None else low), self._index(self.lrs[-1] if high is None else high)]
+        known = [lr for lr, r in zip(self.lrs, self.readings(name), strict=True) if not r.is_lost] or self.lrs
+        ends = [self._index(known[0] if low is None else low), self._index(known[-1] if high is None else high)]
         (p, q), (r, s) = [self.points[i] for i in ends], [self.readings(name)[i] for i in ends]
         return ScaleCheck(
             q.lr / p.lr,
@@ -258,6 +267,7 @@ class SweepResult:
         readings = self.readings(name)
         values = [getattr(reading, what) for reading in readings]
         used = [i for i, value in enumerate(values) if self.lrs[i] <= up_to * (1 + 1e-9) and value != 0.0]
+        used = [i for i in used if not readings[i].is_lost]
         if what == "remainder":  # at small learning rates there is always one that float error has eaten
             used = [i for i in used if not is_lost(values[i], readings[i].error)]
         if len(used) < 2:

@@ -26,6 +26,7 @@ def headline_of(sweep: SweepResult, name: str | None = None) -> str:
     if law.fit is None:
         return _without_slope(sweep, name, law)
     inside = [(lr, r) for lr, r in zip(sweep.lrs, readings, strict=True) if lr <= law.up_to * (1 + 1e-9)]
+    inside = [(lr, r) for lr, r in inside if not r.is_lost] or inside
     reach = f"From lr {lr_text(inside[0][0])} to {lr_text(inside[-1][0])}"
     moves = _moves([r.change for _, r in inside], law, fit_text(law.fit))
     vague = all(r.bars and r.bars["change"].low <= 0 <= r.bars["change"].high for _, r in inside)
@@ -131,9 +132,11 @@ def fit_text(fit: Fit) -> str:
 
 def _without_slope(sweep: SweepResult, name: str | None, law: Law) -> str:
     readings, what = sweep.readings(name), label_of(sweep, name)
-    moved = [(lr, r) for lr, r in zip(sweep.lrs, readings, strict=True) if r.change]
+    moved = [(lr, r) for lr, r in zip(sweep.lrs, readings, strict=True) if r.change and not r.is_lost]
+    where = "every learning rate" if len(readings) > 1 else f"lr {lr_text(sweep.lrs[0])}"
+    if not moved and any(r.is_lost for r in readings):
+        return f"At {where} the change of {what} is lost in float error; {_verdict(sweep, name, law)}."
     if not moved:
-        where = "every learning rate" if len(readings) > 1 else f"lr {lr_text(sweep.lrs[0])}"
         return f"At {where} {what} stays at {readings[0].before:.6g} {readings[0].unit}."
     lr, r = moved[-1]
     moves = f"{'rises' if r.change > 0 else 'falls'} by {abs(r.change):.3g} {r.unit}"
@@ -165,7 +168,7 @@ def _verdict(sweep: SweepResult, name: str | None, law: Law) -> str:
     off = [
         (lr, r)
         for lr, r in zip(sweep.lrs, sweep.readings(name), strict=True)
-        if lr <= until and r.nonlinearity > 2 * CLOSE and not is_lost(r.change, r.error)
+        if lr <= until and r.nonlinearity > 2 * CLOSE
     ]
     if off:
         lr, r = off[-1]
@@ -182,6 +185,8 @@ def _found_close(sweep: SweepResult, name: str | None, law: Law) -> str:
     order, close, count = ["first", "second"][law.lead - 1], close_at(sweep, name), len(sweep.lrs)
     if law.lead == 2 and all(r.second_order is None for r in sweep.readings(name)):
         return "its first order is 0, and the second was not asked for"
+    if all(r.is_lost for r in sweep.readings(name)):
+        return f"how close {order} order is to it cannot be told"
     if len(close) == count:
         return f"{order} order is within 5 % of it at every learning rate"
     if not close:
@@ -192,7 +197,7 @@ def _found_close(sweep: SweepResult, name: str | None, law: Law) -> str:
 def _change(reading: Reading) -> str:
     found = reading.bars.get("change")
     bar = "" if found is None else f" ± {found.error:.1e}{'*' if reading.caveats else ''}"
-    return f"{reading.change:+.4e}{bar}"
+    return f"{reading.change:+.4e}{bar}{' (lost)' if reading.is_lost else ''}"
 
 
 def _share(predicted: float | None, change: float) -> str:
@@ -222,7 +227,8 @@ def _remainder(sweep: SweepResult) -> list[str]:
 
 def _scale(sweep: SweepResult) -> list[str]:
     up_to = law_of(sweep).up_to * (1 + 1e-9)
-    inside = [lr for lr in sweep.lrs if lr <= up_to] or list(sweep.lrs)
+    known = [lr for lr, r in zip(sweep.lrs, sweep.readings(), strict=True) if not r.is_lost]
+    inside = [lr for lr in known if lr <= up_to] or known
     if len(inside) < 2:
         return []
     low, high = inside[0], inside[-1]
@@ -234,7 +240,7 @@ def _scale(sweep: SweepResult) -> list[str]:
 
 def _lost(sweep: SweepResult) -> list[str]:
     readings = sweep.readings()
-    if all(subtraction_error(r) is None for r in readings):
+    if all(subtraction_error(r) is None for r in readings):  # a sweep by an older version
         unknown = sweep.mode == "reverse"
         return ["In reverse mode ΔF is a subtraction, whose float error is not estimated."] if unknown else []
     lost = [lr for lr, r in zip(sweep.lrs, readings, strict=True) if is_lost(r.change, subtraction_error(r))]

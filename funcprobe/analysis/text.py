@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
     """Return the result as (what, value) rows, most important first."""
     main, health, n = result.main, result.health, result.evaluation.sequences
-    share = f"  ({main.ratio:.2%} of ΔF)" if main.change else ""
+    share = f"  ({main.ratio:.2%} of ΔF)" if main.change and not main.is_lost else ""
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
     return [
         ("before  F(θ)", f"{main.before:.9f}"),
         ("after   F(θ′)", f"{main.after:.9f}"),
-        ("measured   ΔF", with_error(main.change, main.bars.get("change")) + _by(main)),
+        ("measured   ΔF", with_error(main.change, main.bars.get("change")) + _by(main) + _lost(main)),
         ("predicted  δF₁", with_error(main.first_order, main.bars.get("first_order")) + share),
         ("remainder  ΔF − δF₁", with_error(main.remainder, main.bars.get("remainder"))),
         *_rounding(result),
         *([] if main.error is None else [("float error of ΔF", f"about {main.error:.0e}")]),
         *_curvature(result),
         *_others(result),
+        *_routing(result),
         ("step  ‖Δθ‖₂", f"{result.update_norm:.6e} at lr {result.lr:g}"),
         ("entries too small to move", f"{result.unmoved:.2%}"),
         (
@@ -61,6 +62,16 @@ def _by(reading: Reading) -> str:
     return f"  (by a path of {reading.nodes} node{'s' * (reading.nodes > 1)})" if reading.method == "path" else ""
 
 
+def _lost(reading: Reading) -> str:
+    return "  (lost in float error)" if reading.is_lost else ""
+
+
+def _routing(result: ProbeResult) -> list[tuple[str, str]]:
+    if (found := result.routing) is None:
+        return []
+    return [("tokens that change experts", f"{found.changed} of {found.tokens} ({found.fraction:.2%})")]
+
+
 def _rounding(result: ProbeResult) -> list[tuple[str, str]]:
     part = "  of it rounding of θ′" if result.main.method == "difference" else "rounding of θ′ adds"
     return [(part, "negligible" if result.rounding is None else f"{result.rounding:+.6e}")]
@@ -83,7 +94,9 @@ def _others(result: ProbeResult) -> list[tuple[str, str]]:
     rows = []
     for name in others:
         reading = result.readings[name]
-        rows.append((f"{name}  ΔF", f"{with_error(reading.change, reading.bars.get('change'))} {reading.unit}"))
+        rows.append(
+            (f"{name}  ΔF", f"{with_error(reading.change, reading.bars.get('change'))} {reading.unit}{_lost(reading)}")
+        )
         divergence = reading.first_order == 0.0 and reading.second_order is not None
         predicted = "0" if divergence else with_error(reading.first_order, reading.bars.get("first_order"))
         if reading.second_order is not None:

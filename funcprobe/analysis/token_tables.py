@@ -35,6 +35,7 @@ def token_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
     cells = _contributions(parts)
     cells |= {"logp": parts.scores.logp, "entropy": parts.scores.entropy, **parts.predictors}
     by_row = {"advantage": r.advantages, "reward": r.rewards}
+    given = {name: x[row] if x.ndim == 1 else x[row, position] for name, x in by_row.items() if x is not None}
     return {
         "sequence": row.numpy(),
         "prompt": r.group_ids[row].numpy(),
@@ -42,17 +43,17 @@ def token_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
         "token": np.array(token, dtype=np.int64),
         "text": [shown(t, vocabulary) for t in token],
         **{name: x[row, position].numpy() for name, x in cells.items()},
-        **{name: x[row].numpy() for name, x in by_row.items() if x is not None},
+        **{name: x.numpy() for name, x in given.items()},
     }
 
 
 def sequence_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
-    """Return a row for every sequence: what it did, of which length, advantage and text."""
+    """Return a row for every sequence: what it did, its length, advantage (the mean of its tokens') and text."""
     r, mask = parts.rollouts, parts.mask
     length = mask.sum(1)
     cells = _contributions(parts)
     means = {"logp": parts.scores.logp, "entropy": parts.scores.entropy}
-    by_row = {"advantage": r.advantages, "reward": r.rewards}
+    by_row = {"advantage": _of_rows(r.advantages, mask), "reward": r.rewards}
     ids = completion_ids(parts)
     return {
         "sequence": np.arange(len(r.ids)),
@@ -64,6 +65,12 @@ def sequence_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Column
         **{name: x.numpy() for name, x in by_row.items() if x is not None},
         "text": [_joined(ids[b][mask[b]].tolist(), vocabulary) for b in range(len(r.ids))],
     }
+
+
+def _of_rows(advantages: Tensor | None, mask: Tensor) -> Tensor | None:
+    if advantages is None or advantages.ndim == 1:
+        return advantages
+    return torch.where(mask, advantages, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def prompt_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:

@@ -83,6 +83,7 @@ def write_rollouts(
     try:
         writer = _format(path).write
         _check_free(path, overwrite)
+        _check_advantages(rollouts)
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
     metadata = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_id}
@@ -129,6 +130,14 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise InputError(f"the folder '{path.parent}' does not exist; create it first.")
     if path.is_dir() or (path.exists() and not overwrite):
         raise InputError("this already exists; choose another name, or pass overwrite=True to replace a file.")
+
+
+def _check_advantages(rollouts: Rollouts) -> None:
+    if rollouts.advantages is not None and rollouts.advantages.ndim == 2:
+        raise InputError(
+            "the tokens of a row have advantages of their own, and the file format holds one a row; keep the batch in "
+            "memory, or leave the advantages out."
+        )
 
 
 def _located(path: Path, step: int | None, error: InputError) -> str:

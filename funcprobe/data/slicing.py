@@ -69,7 +69,9 @@ def concatenate(batches: Sequence[Rollouts]) -> Rollouts:
             raise InputError(
                 f"'{name}' is missing in batch {absent[0]} and present in others; give it in all of them or in none."
             )
-        width = columns if name in COLUMN_FIELDS else positions if name in TOKEN_FIELDS else None
+        if name == "advantages" and any(value is not None and value.ndim == 2 for value in values):
+            values = [_by_token(value, batch) for value, batch in zip(values, batches, strict=True)]
+        width = columns if name in COLUMN_FIELDS else positions if _is_by_token(name, values) else None
         joined[name] = None if absent else torch.cat([_widen(value, width) for value in values])
     return _rollouts(joined | {"group_ids": _joined_groups(batches)})
 
@@ -181,8 +183,27 @@ def _positions(rollouts: Rollouts, index: Tensor | Sequence[int] | slice) -> Ten
 def _trim(rollouts: Rollouts) -> Rollouts:
     lengths = rollouts.attention_mask.sum(1)
     columns, positions = int(lengths.max()), max(1, int((lengths - rollouts.prompt_lengths).max()))
-    widths = dict.fromkeys(COLUMN_FIELDS, columns) | dict.fromkeys(TOKEN_FIELDS, positions)
-    return _map(rollouts, lambda name, value: value[:, : widths[name]].contiguous() if name in widths else value)
+
+    def trimmed(name: str, value: Tensor) -> Tensor:
+        if name in COLUMN_FIELDS:
+            return value[:, :columns].contiguous()
+        return value[:, :positions].contiguous() if _is_by_token(name, [value]) else value
+
+    return _map(rollouts, trimmed)
+
+
+def _is_by_token(name: str, values: Sequence[Tensor | None]) -> bool:
+    """Return whether a field has a value for every completion position; advantages may have or not."""
+    return name in TOKEN_FIELDS or (
+        name == "advantages" and any(value is not None and value.ndim == 2 for value in values)
+    )
+
+
+def _by_token(advantages: Tensor | None, rollouts: Rollouts) -> Tensor | None:
+    """Return advantages of rows as those of their tokens, so that batches of both kinds join."""
+    if advantages is None or advantages.ndim == 2:
+        return advantages
+    return torch.where(rollouts.completion_mask, advantages[:, None], 0.0)
 
 
 def _widen(value: Tensor, width: int | None) -> Tensor:

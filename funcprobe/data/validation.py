@@ -52,7 +52,8 @@ def _check_shapes(rollouts: Rollouts) -> None:
     for name, value in rollouts._asdict().items():
         if value is None:
             continue
-        shape = (rows, width) if name in COLUMN_FIELDS else (rows, positions) if name in TOKEN_FIELDS else (rows,)
+        by_token = name in TOKEN_FIELDS or (name == "advantages" and value.ndim == 2)
+        shape = (rows, width) if name in COLUMN_FIELDS else (rows, positions) if by_token else (rows,)
         if tuple(value.shape) != shape:
             raise InputError(f"'{name}' has shape {tuple(value.shape)}; expected {shape} for {rows} rows.")
         if value.dtype != _dtype(name):
@@ -114,7 +115,8 @@ def _check_row_values(rollouts: Rollouts) -> None:
     for name in ("rewards", "advantages"):
         value = getattr(rollouts, name)
         if value is not None:
-            _check_rows(name, value, ~torch.isfinite(value), "every row needs a finite number; drop or mend the row")
+            wrong = ~torch.isfinite(value) & (rollouts.completion_mask if value.ndim == 2 else True)
+            _check_rows(name, value, wrong, "every row needs a finite number; drop or mend the row")
     if top_p is not None:
         _check_rows("top_p", top_p, ~((top_p > 0) & (top_p <= 1)), "expected 0 < top_p <= 1, 1 when unrestricted")
     if top_k is not None:
@@ -123,7 +125,8 @@ def _check_row_values(rollouts: Rollouts) -> None:
 
 def _check_rows(name: str, value: Tensor, wrong: Tensor, hint: str) -> None:
     if (row := _first(wrong)) is not None:
-        raise InputError(f"Row {row}: {name} is {value[row].item()}; {hint}.")
+        first = value[row].reshape(-1)[wrong[row].reshape(-1)][0]
+        raise InputError(f"Row {row}: {name} is {first.item()}; {hint}.")
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -41,7 +41,7 @@ def differentiable_attention(policy: Policy) -> Iterator[None]:
 
     The kernel makes the attention matrices, of the square of the length; here it does so a block of queries at a time.
     """
-    with policy.plain_kernels(), math_attention(), _QueryBlocks(), EveryRow(), _Unchanged():
+    with policy.plain_kernels(), math_attention(), _QueryBlocks(), EveryRow():
         yield
 
 
@@ -61,24 +61,6 @@ class EveryRow(TorchFunctionMode):
             args = (*args[:2], None, *args[3:]) if len(args) > 2 else args
             kwargs = {name: value for name, value in kwargs.items() if name != "padding_idx"}
         return func(*args, **kwargs)
-
-
-class _Unchanged(TorchFunctionMode):
-    """A context in which setting a tensor to itself, or a flag to the value that it has, does nothing.
-
-    peft registers a parametrization for the time of a pass (LoRA on the experts of a mixture), which begins with both;
-    function transforms refuse either on a tensor that they have captured.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Call `func`, unless it changes nothing."""
-        if func is Tensor.set_ and len(args) == 2 and args[0] is args[1]:
-            return args[0]
-        if func is Tensor.requires_grad_ and args[0].requires_grad == (args[1] if len(args) > 1 else True):
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 class Undetached(TorchFunctionMode):
@@ -147,6 +129,14 @@ def _by_query_blocks(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
+    kind = query.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        # the kernel is made of products, which autocast would cast one by one; a backward pass then meets both dtypes
+        low = torch.get_autocast_dtype(kind)
+        query, key, value = (x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value))
+        attn_mask = attn_mask.to(low) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
+        with torch.autocast(kind, enabled=False):
+            return _by_query_blocks(query, key, value, attn_mask, dropout_p, is_causal, **options)
     attend = partial(_attend, dropout_p=dropout_p, **options)
     queries, keys = query.shape[-2], key.shape[-2]
     block = max(SMALLEST_BLOCK, ATTENTION_BUDGET // (math.prod(query.shape[:-2]) * keys))

@@ -89,7 +89,8 @@ class Difference(NamedTuple):
 def difference(policy: Policy, params: Params, direction: Params) -> Difference | None:
     """Return the central difference of the scores of a few tokens along a direction; None where there is none to take.
 
-    Its error is twice that between two steps, one of them half the other, and the rounding of their ends.
+    Its error is thrice that between two steps, one of them half the other, and the rounding of their ends: where a
+    token changes experts between the ends of the shorter one, the two differ by half of what the jump adds.
     """
     size, length = float(tree.norm(tree.select(params, direction))), float(tree.norm(direction))
     eps = arithmetic(policy, params).eps
@@ -101,7 +102,7 @@ def difference(policy: Policy, params: Params, direction: Params) -> Difference 
         return None
     full, half = (ends[0] - ends[1]) / (2 * h), (ends[2] - ends[3]) / h
     rounding = ROUNDING_UNITS * eps * (1 + float(ends[2].abs().max())) * math.sqrt(len(half)) / h
-    return Difference(rollouts, half, 2 * float((full - half).norm()) + 2 * rounding)
+    return Difference(rollouts, half, 3 * float((full - half).norm()) + 2 * rounding)
 
 
 def values(scores: TokenScores, mask: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from funcprobe.errors import FuncprobeError
 from funcprobe.policy.running import Seen, Watch
 from funcprobe.policy.split import Decode, Features, Parts
+from funcprobe.policy.training_only import TrainingTerm
 from funcprobe.types import Params
 
 #: How far two ways of computing one logit may be apart, in units of eps · (1 + the largest logit). A misplaced scale,
@@ -44,6 +45,7 @@ class Checks:
     module: str  #: the class of the module
     results: dict[str, str] = field(default_factory=dict)  #: check -> outcome, a few words
     findings: list[Finding] = field(default_factory=list)
+    training: tuple[TrainingTerm, ...] = ()  #: what training adds, and a step on the copy does not have
     tangents: dict[str, bool] = field(default_factory=dict)  #: mode -> whether its derivative was held, and is right
     undetached: bool = False  #: whether the derivative of what is computed goes through what the module detaches
 

@@ -24,6 +24,7 @@ from funcprobe.policy.refusals import positions_of, refuse_what_cannot_be_copied
 from funcprobe.policy.running import Watch, arguments_of, generators_kept, observed
 from funcprobe.policy.split import Decode, Features, Parts, Readout, splits, whole
 from funcprobe.policy.substitutes import Substitutes, substitutes
+from funcprobe.policy.training_only import training_terms
 from funcprobe.types import Params
 
 log = logging.getLogger(__name__)
@@ -194,6 +195,9 @@ def _policy(skeleton: Skeleton, parts: Parts, params: Params, trial: Trial, chec
                 f"a cached step of {checks.module} does not say what scoring says, so rows are decoded whole",
             )
             parts = parts._replace(decode=None)
+    checks.training = training_terms(skeleton.module, skeleton=skeleton)
+    named = [f"{term.name} {term.value:g}" for term in checks.training]
+    checks.results["what training adds"] = ", ".join(named) if named else "nothing"
     if not parts.readout_names and parts.decode is None and any(True for _ in splits(skeleton)):
         log.warning("%s does not split at its head; it is run whole, with logits in memory", checks.module)
     return Policy(

@@ -19,6 +19,8 @@ STD_EPSILON = 1e-4
 def advantages(rollouts: Rollouts, baseline: str = "group", scale_rewards: str = "group") -> Tensor:
     """Return the advantages `[B]`, float64: those that the rollouts bring, or `(R − baseline) / (std + 1e-4)`.
 
+    Those that the rollouts bring may be `[B, T]`, one of every token, and come back as they are.
+
     The baseline is the mean reward of the row's group, the mean of the group's *other* rows (leave-one-out), or 0. The
     standard deviation is the unbiased one of the group or of the whole batch; `none` divides by nothing. A group
     whose rewards are all equal gets exactly 0 over a group baseline. Base weights play no part here.
@@ -28,7 +30,7 @@ def advantages(rollouts: Rollouts, baseline: str = "group", scale_rewards: str =
             one has no standard deviation or no other rows.
     """
     if rollouts.advantages is not None:
-        return _finite("advantages", rollouts.advantages)
+        return _finite("advantages", rollouts.advantages, rollouts.completion_mask)
     if rollouts.rewards is None:
         raise InputError(
             "The rollouts have neither rewards nor advantages, and a policy gradient needs one of them; add a 'reward' "
@@ -46,6 +48,11 @@ def advantages(rollouts: Rollouts, baseline: str = "group", scale_rewards: str =
         "none": lambda: rewards,
     }[baseline]()
     return numerator / _scale(rewards, centred, group, count, scale_rewards)
+
+
+def by_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """Return advantages `[B]` or `[B, T]` for terms of tokens: `[B, 1]`, or `[B, T]` with 0 where the mask is 0."""
+    return torch.where(mask, advantages, 0.0) if advantages.ndim == 2 else advantages[:, None]
 
 
 def _centred(rewards: Tensor, group: Tensor, count: Tensor) -> Tensor:
@@ -86,9 +93,11 @@ def _check_group_sizes(ids: Tensor, group: Tensor, count: Tensor, scale_rewards:
     )
 
 
-def _finite(name: str, values: Tensor) -> Tensor:
+def _finite(name: str, values: Tensor, mask: Tensor | None = None) -> Tensor:
     wrong = ~torch.isfinite(values)
+    if mask is not None and values.ndim == 2:
+        wrong = wrong & mask  # what stands in holes is never looked at
     if bool(wrong.any()):
-        row = int(wrong.int().argmax())
-        raise InputError(f"Row {row}: {name} is {float(values[row])}; every row needs a finite number.")
+        row, *position = wrong.nonzero()[0].tolist()
+        raise InputError(f"Row {row}: {name} is {float(values[row, *position])}; every row needs a finite number.")
     return values

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.training.advantages import BASELINES, SCALES, advantages
+from funcprobe.training.advantages import BASELINES, SCALES, advantages, by_token
 from funcprobe.training.checks import check_choice, check_number
 from funcprobe.training.modifiers import Modifier, TokenTerms, modified
 from funcprobe.training.ratios import LARGEST, bounded_exp, check_range, k3, reported, weighted_k3
@@ -99,7 +99,7 @@ class PolicyGradient:
         """
         found = advantages(rollouts, self.baseline, self.scale_rewards)
         self._check_reference(rollouts)
-        if not bool(((found != 0) & rollouts.completion_mask.any(1)).any()):
+        if not bool(((by_token(found, rollouts.completion_mask) != 0) & rollouts.completion_mask).any()):
             left = ["the KL term"] * (self.beta != 0) + [m.adds for m in self.modifiers if m.adds is not None]
             warnings.warn(
                 "All advantages are zero, so the policy gradient is zero and the step is "
@@ -152,7 +152,7 @@ class PolicyGradient:
         assert rollouts.advantages is not None
         place = scores.logp.device
         mask, weights = rollouts.completion_mask.to(place), rollouts.token_weights.to(place)
-        advantage = rollouts.advantages.to(place)[:, None]
+        advantage = by_token(rollouts.advantages.to(place), mask)
         logp = torch.where(mask, scores.logp, 0.0)
         old = logp.detach() if rollouts.old_logps is None else rollouts.old_logps.to(place)
         log_token = torch.where(mask, logp - old, 0.0)  # stored values in holes are never looked at

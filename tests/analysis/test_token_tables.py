@@ -50,6 +50,13 @@ BY_HAND = parts_of(
 )
 
 
+def test_advantages_of_tokens_stand_by_their_tokens_and_as_means_of_rows() -> None:
+    by_token = torch.tensor([[1.0, 9.0, 4.0], [2.0, 9.0, 9.0], [5.0, 6.0, 9.0]], dtype=torch.float64)
+    parts = BY_HAND._replace(rollouts=BY_HAND.rollouts._replace(advantages=by_token))
+    assert token_columns(parts)["advantage"].tolist() == [1.0, 4.0, 2.0, 5.0, 6.0]  # 9 stands in holes and padding
+    assert sequence_columns(parts)["advantage"].tolist() == [2.5, 2.0, 5.5]
+
+
 def test_tokens_by_hand() -> None:
     found = token_columns(BY_HAND)
     assert found["sequence"].tolist() == [0, 0, 1, 2, 2]

@@ -1,0 +1,26 @@
+"""TRL's GRPOTrainer and RLOOTrainer: a step's batch as rollouts, and the configuration's loss as an objective.
+
+Everything comes from public things, which a subclass and a callback see: `compute_loss(model, inputs)` gets the
+micro-batches of a step, and `on_pre_optimizer_step` the model and the optimizer just before it is taken.
+
+    class Watched(trl.GRPOTrainer):
+        seen = []                                       # the micro-batches of one step
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            self.seen.append(dict(inputs))              # emptied by the callback, after every step
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    # in on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs)
+    U = rollouts_from_trl(trainer.seen, temperature=args.temperature)
+    pair = fp.from_training(model, optimizer)
+    objective = objective_from_config(args, trainer.seen)
+    step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=args.max_grad_norm or None)
+    fp.probe(pair.policy, step, pair.params, pair.opt_state, E, U)
+
+Nothing here imports trl: inputs are mappings of tensors, and a configuration is any object with its fields.
+"""
+
+from funcprobe.integrations.trl_batches import rollouts_from_trl
+from funcprobe.integrations.trl_objectives import objective_from_config
+
+__all__ = ["objective_from_config", "rollouts_from_trl"]
