@@ -95,7 +95,9 @@ def _fields(
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     del logits  # one array of V entries a token less at the peak
     z = z / temperature.to(z.dtype).unsqueeze(-1)
-    z = _bounded(z.sub_(z.detach().amax(-1, keepdim=True)))  # the shift cancels
+    with torch.no_grad():  # the shift cancels; a detach may be made the identity around this (see `engine.tangent`)
+        largest = z.amax(-1, keepdim=True)
+    z = _bounded(z.sub_(largest))
     weight = z.exp()
     total = _sum(weight)
     log_total = total.log()
