@@ -237,7 +237,8 @@ def attribution_is_complete(case: Case) -> None:
     made = case.make_step(case.policy)
     state = made.optimizer.init(case.params)
     found = fp.attribute(case.policy, made, case.params, state, case.evaluation, case.update, lr=case.lr, bars=None)
-    within(found.completeness_error, 0.0, ROUNDINGS * case.eps, "completeness error")
+    # forward over E, reverse over E and forward over U, each rounded by itself
+    within(found.completeness_error, 0.0, 4 * ROUNDINGS * case.eps, "completeness error")
 
 
 def samples_are_scored_as_drawn(case: Case) -> None:
