@@ -127,7 +127,8 @@ def _raised(pool: Rollouts) -> Rollouts:
 
 def demo() -> tuple[list[Case], Params]:
     """Return one case an update batch on the demo's trained policy, all on one pool of fresh rollouts."""
-    policy, params, optimizer, opt_state, tokenizer = fp.load_checkpoint(prepare_demo().parent / "checkpoint")
+    checkpoint = fp.load_checkpoint(prepare_demo().parent / "checkpoint")
+    policy, params, optimizer, opt_state, tokenizer = checkpoint[:5]
     assert optimizer is not None
     assert opt_state is not None
     size, g = DemoSize(), torch.Generator().manual_seed(0)

@@ -65,6 +65,7 @@ from funcprobe.training.objectives import (
 )
 from funcprobe.training.optimizers import adam, adamw, from_torch, sgd
 from funcprobe.training.step import make_step
+from funcprobe.training.stored import stored
 from funcprobe.types import Estimate, Rollouts, StepResult, TokenBudget, TokenScores
 
 __version__ = "0.1.0"
@@ -126,6 +127,7 @@ __all__ = [
     "score",
     "second_order",
     "sgd",
+    "stored",
     "sweep",
     "top_entropy_quantile",
     "tree",

@@ -27,7 +27,9 @@ class TwoLines(nn.Module):
         return self.head(torch.tanh(self.embed(ids)))
 
 
-def gpt2(dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY, attention: str = "sdpa") -> nn.Module:
+def gpt2(
+    dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY, attention: str = "sdpa", dropout: float = 0.0
+) -> nn.Module:
     """Return a GPT-2: no float32 casts inside, so a float64 one is a float64 reference."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -42,6 +44,7 @@ def gpt2(dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY, atten
             bos_token_id=0,
             eos_token_id=0,
             attn_implementation=attention,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
         )
         return GPT2LMHeadModel(config).to(dtype)
 
@@ -72,7 +75,7 @@ def lora(dtype: torch.dtype = torch.float32) -> nn.Module:
     with seeded(7), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21 calls a deprecated transformers property
         adapted = get_peft_model(
-            qwen2(dtype, tied=False), LoraConfig(r=2, lora_dropout=0.3, target_modules=["q_proj", "v_proj", "lm_head"])
+            qwen2(dtype, tied=False), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"])
         )
         for name, leaf in adapted.named_parameters():
             if "lora_B" in name:

@@ -28,6 +28,7 @@ from funcprobe.estimators.observables import entropy
 from funcprobe.estimators.returns import expected_reward
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
+from funcprobe.training.stored import is_stored
 from funcprobe.types import Gradients, Microbatch, Observable, OptState, Params, Progress, Rollouts
 
 
@@ -182,7 +183,8 @@ def _taken(
         state = opt_state if variant.opt_state is None else variant.opt_state
         with asked.passes.clock("optimizer steps"):
             after = variant.step.apply(params, state, found.gradient, lr=variant.lr, info=found.info)
-            return _Taken(Move.of(params, after.params, after.update), after.info, found.said)
+            move = Move.of(params, after.params, after.update, narrow=is_stored(variant.step.optimizer))
+            return _Taken(move, after.info, found.said)
 
 
 class _Taken(NamedTuple):

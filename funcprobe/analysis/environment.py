@@ -12,8 +12,13 @@ from funcprobe.types import Json, Params
 _PACKAGES = ("funcprobe", "torch", "optree", "numpy", "arviz-stats", "transformers", "peft")
 
 
-def describe_environment(device: torch.device | str = "cpu", params: Params | None = None) -> Json:
-    """Return the versions, the device and the precision that a result was made with, as JSON-safe values."""
+def describe_environment(
+    device: torch.device | str = "cpu", params: Params | None = None, storage: str | None = None
+) -> Json:
+    """Return the versions, the device and the precision that a result was made with, as JSON-safe values.
+
+    `dtype` is what was computed in; `storage` what the step leaves its parameters in, by default the same.
+    """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else (platform.machine() or "cpu")
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in (params or {}).values()})
@@ -24,6 +29,7 @@ def describe_environment(device: torch.device | str = "cpu", params: Params | No
         "device_name": name,
         "threads": torch.get_num_threads(),
         "dtype": ", ".join(dtypes),
+        "storage": ", ".join(dtypes) if storage is None else storage,
         "parameters": sum(p.numel() for p in (params or {}).values()),
     }
 

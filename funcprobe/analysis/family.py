@@ -15,6 +15,7 @@ from funcprobe.analysis.movement import Move
 from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
 from funcprobe.training.step import Step
+from funcprobe.training.stored import is_stored
 from funcprobe.types import Gradients, OptState, Params, StepResult, TokenScores
 
 #: Two updates are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
@@ -46,7 +47,7 @@ class Family:
     def move(self, lr: float) -> Move:
         """Return the step at a learning rate; no model is run."""
         taken = self._taken(lr)
-        return Move.of(self._params, taken.params, taken.update)
+        return Move.of(self._params, taken.params, taken.update, narrow=is_stored(self._step.optimizer))
 
     def first_order(self, move: Move, lr: float, said: Messages) -> First:
         """Return the first order of a step: the reference's, scaled, where the update is a multiple of it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from funcprobe import engine, tree
+from funcprobe.analysis.apart import Apart, first_of_stored, told_apart
 from funcprobe.analysis.change import Measured, measure_change
 from funcprobe.analysis.continuity import remarks
 from funcprobe.analysis.diagnostics import after_measuring, check_ess
@@ -54,9 +56,9 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below the threshold.
     """
     evaluation, options = asked.passes.evaluation, asked.options
-    measured = measure_change(asked, move, first, scores_after)
-    evidence = measured.evidence
-    row = _rounding_row(asked, move, first, evidence)
+    both = _both(asked, move, first, scores_after)
+    evidence, measured, other = both.main, both.measured, both.other
+    row = _rounding_row(asked, move, first, evidence) if both.row is None else both.row
     healths = {name: _health(evidence, o) for name, o in asked.observables.items()}
     health = healths[asked.main[0]]
     asked.said.also(after_measuring(first.scores, evaluation, health))
@@ -70,8 +72,82 @@ def measure_step(asked: Inquiry, move: Move, first: First, scores_after: TokenSc
     if sampled is not None:
         independent, level = asked.independent, options.level
         readings = with_bars(readings, asked.observables, sampled, evidence, healths, independent, level)
+    if other is not None:
+        readings = {name: _beside(asked, name, reading, both, other) for name, reading in readings.items()}
     exchange = _exchange(readings, sampled, options.level)
     return Measurement(readings, exchange, health, row, evidence, sampled, measured.routing)
+
+
+class _Both(NamedTuple):
+    """A step as it was measured, and, where storing sets θ′ apart from θ + Δθ, the other of the two."""
+
+    main: Evidence
+    measured: Measured
+    of_update: bool  #: whether the main one is θ + Δθ
+    other: Evidence | None = None
+    subtractions: Mapping[str, float | None] | None = None  #: of θ′ as stored
+    row: float | None = None  #: the rounding row, where it came with the tangents along θ′ − θ
+
+
+def _both(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> _Both:
+    """Return what was measured: one step, or two where storing θ′ sets it apart from θ + Δθ.
+
+    Where a run stores what it steps in a narrower dtype than the arithmetic's, the main one is θ + Δθ at every learning
+    rate, so that ΔF is compared with its own first order, unless a difference was asked for, which sees θ′.
+    """
+    apart = told_apart(asked, move, first)
+    if apart is None:
+        evidence, measured = _measured(asked, move, first, scores_after)
+        return _Both(evidence, measured, measured.method == "path")
+    method, order = asked.options.method, asked.options.order
+    exactly = move.narrow and apart.held and method != "difference"
+    if exactly and scores_after is None and method != "path":
+        scores_after = asked.passes.scores(move.after, "E at θ′", 0 if first.along is None else order)
+    evidence, measured = _measured(asked, *((apart.exact, first, None) if exactly else (move, first, scores_after)))
+    if exactly or measured.method == "path":
+        along = first_of_stored(asked, apart.stored, first)
+        stored, of_stored = _measured_as_stored(asked, apart, first, along, scores_after)
+        row = None if along is None else _value(along, asked, stored) - _value(first, asked, evidence)
+        return _Both(evidence, measured, True, stored, of_stored.subtractions, row)
+    if not apart.held:  # the path did not converge: θ′ is all there is
+        return _Both(evidence, measured, of_update=False)
+    exact, _ = _measured(asked, apart.exact, first, None)
+    return _Both(evidence, measured, False, exact, measured.subtractions)
+
+
+def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> tuple[Evidence, Measured]:
+    measured = measure_change(asked, move, first, scores_after)
+    return measured.evidence, measured
+
+
+def _measured_as_stored(
+    asked: Inquiry, apart: Apart, first: First, along: First | None, scores_after: TokenScores | None
+) -> tuple[Evidence, Measured]:
+    """Return θ′ measured: by subtraction alone where there are no tangents along θ′ − θ, as in a sweep."""
+    if along is not None:
+        return _measured(asked, apart.stored, along, scores_after)
+    plain = asked._replace(options=dataclasses.replace(asked.options, method="difference"))
+    return _measured(plain, apart.stored, first, scores_after)
+
+
+def _value(first: First, asked: Inquiry, evidence: Evidence) -> float:
+    """Return δF₁ of the first observable along the direction of some tangents."""
+    assert first.along is not None
+    return float(engine.derivative(evidence.of(asked.main[1]), first.along)[1])
+
+
+def _beside(asked: Inquiry, name: str, reading: Reading, both: _Both, other: Evidence) -> Reading:
+    """Return a reading with ΔF of both θ + Δθ and θ′ as stored, the other one with its error bar."""
+    observable, bars = asked.observables[name], dict(reading.bars)
+    found = float(other.change(observable))
+    found = 0.0 if abs(found) <= other.noise(observable) else found
+    what = "stored" if both.of_update else "exact"
+    sampled = _sampled(asked, other) if bars else None
+    if sampled is not None:
+        bars[what] = sampled.bar(name, "change", asked.options.level)
+    exact, stored = (reading.change, found) if both.of_update else (found, reading.change)
+    subtraction = None if both.subtractions is None else both.subtractions[name]
+    return reading._replace(exact=exact, stored=stored, of_update=both.of_update, subtraction=subtraction, bars=bars)
 
 
 def family_of(asked: Inquiry, move: Move, first: First, evidence: Evidence) -> dict[str, Estimate]:
@@ -111,6 +187,7 @@ def _reading(
         measured.nodes,
         measured.errors[name],
         measured.subtractions[name],
+        of_update=measured.method == "path",
     )
 
 

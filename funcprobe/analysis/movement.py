@@ -10,6 +10,9 @@ from torch import Tensor
 from funcprobe import tree
 from funcprobe.types import Params
 
+#: Above this ratio of rounding to update, θ′ as stored is another step than θ + Δθ, and both are told.
+WORTH_TELLING = 1e-2
+
 
 class Movement(NamedTuple):
     """The size of a step, and of the rounding that storing it caused."""
@@ -26,11 +29,12 @@ class Move(NamedTuple):
     after: Params  #: θ′ as stored
     update: Params  #: Δθ as a value
     size: Movement
+    narrow: bool = False  #: whether θ′ is stored in a narrower dtype than it was computed in
 
     @classmethod
-    def of(cls, params: Params, after: Params, update: Params) -> Move:
+    def of(cls, params: Params, after: Params, update: Params, *, narrow: bool = False) -> Move:
         """Measure a step."""
-        return cls(params, after, update, movement(params, after, update))
+        return cls(params, after, update, movement(params, after, update), narrow)
 
     def rounding(self) -> Params:
         """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the update's dtype."""

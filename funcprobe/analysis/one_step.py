@@ -30,6 +30,7 @@ from funcprobe.estimators.custom import check_observable
 from funcprobe.estimators.observables import entropy
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import LossGradient, Step
+from funcprobe.training.stored import is_stored, storage_name
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts, TokenScores
 
 #: Rao–Blackwell, per decision, per token.
@@ -84,7 +85,9 @@ def probe(
             has no forward derivative.
         method: How ΔF is measured: by "difference" of two evaluations, along a "path" from θ to θ + Δθ on which
             nothing cancels, or, with "auto", by the path where the float error of the difference is above 0.1 % of it.
-            A difference sees θ′ as stored, a path the update itself: they differ by the rounding row. A path is an
+            A difference sees θ′ as stored, a path the update itself: they differ by the rounding row. Where that is
+            above 1 % of the update (a bfloat16 run), both are measured, as the reading's `exact` and `stored`, each by
+            this method; with a `stored` optimizer and "auto" the change itself is then that of θ + Δθ. A path is an
             integral of derivatives and misses jumps: where tokens change experts, or the difference disagrees with it
             beyond float error, "auto" takes the difference and says so, and "path" is refused.
         tolerance: What two rules of the path have to agree to, relative to Σ|terms|.
@@ -127,6 +130,7 @@ class Taken(NamedTuple):
     move: Move
     info: dict[str, float]  #: loss, grad_norm, clip_coefficient, lr and what the objective reported
     loss: LossGradient | None  #: the gradient of the loss before clipping, with U's scores; None once it was let go
+    storage: str  #: the dtype that θ′ is stored in, as a word
 
 
 def inquire(
@@ -163,7 +167,8 @@ def take_step(
         loss = step.loss_gradient(params, update, progress=passes.progress)
     with passes.clock("optimizer step"):
         after = step.apply(params, opt_state, loss.gradient, lr=lr, info=loss.info)
-        taken = Taken(Move.of(params, after.params, after.update), dict(after.info), loss)
+        move = Move.of(params, after.params, after.update, narrow=is_stored(step.optimizer))
+        taken = Taken(move, dict(after.info), loss, storage_name(step.optimizer, params))
     said.notes += [*left_alone(loss.gradient), *padded_in_training(passes.policy, update)]
     said.also(before_measuring(passes.policy, passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
@@ -202,7 +207,7 @@ def result_of(
         warnings=tuple(said.warnings),
         notes=tuple(said.notes),
         timings=passes.clock.seconds,
-        environment=describe_environment(passes.policy.device, move.params),
+        environment=describe_environment(passes.policy.device, move.params, taken.storage),
         update=_portable(move.update) if keep_update else None,
         evidence=found.evidence if keep_scores else None,
     )

@@ -40,6 +40,9 @@ class Reading(NamedTuple):
     subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
     bars: Mapping[str, Bar] = {}
     caveats: tuple[str, ...] = ()  #: why the bars are optimistic
+    exact: float | None = None  #: ΔF of θ + Δθ, where rounding of θ′ sets the two apart by over 1 % of Δθ
+    stored: float | None = None  #: ΔF of θ′ as stored, likewise; the change is one of them
+    of_update: bool = False  #: whether the change is that of θ + Δθ, and not that of θ′ as stored
 
     @property
     def after(self) -> float:
@@ -86,7 +89,8 @@ class Reading(NamedTuple):
     def from_dict(cls, plain: Mapping[str, Any]) -> Reading:
         """Return what `to_dict` was called on."""
         bars = {name: bar_from_dict(found) for name, found in plain["bars"].items()}
-        return cls(**{**plain, "bars": bars, "caveats": tuple(plain["caveats"])})
+        by_path = {"of_update": plain["method"] == "path"}  # which is what an older result does not say
+        return cls(**{**by_path, **plain, "bars": bars, "caveats": tuple(plain["caveats"])})
 
 
 def is_lost(value: float, error: float | None) -> bool:

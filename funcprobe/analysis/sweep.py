@@ -23,6 +23,7 @@ from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
 from funcprobe.errors import ForwardModeError, InputError
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import Step
+from funcprobe.training.stored import storage_name
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
 
 
@@ -130,7 +131,7 @@ def sweep(
         warnings=tuple(said.warnings),
         notes=(*said.notes, *_gathered("at", points, "notes")),
         timings=clock.seconds,
-        environment=describe_environment(policy.device, params),
+        environment=describe_environment(policy.device, params, storage_name(step.optimizer, params)),
     )
 
 

@@ -307,6 +307,8 @@ def _quantities(reading: Reading) -> list[tuple[str, float, str, Json]]:
         "remainder": reading.remainder,
         "ratio": reading.ratio,
         "subtraction": reading.subtraction,
+        "exact": reading.exact,
+        "stored": reading.stored,
     }
     rows = []
     for what, value in known.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from funcprobe.analysis.readings import Reading, is_lost
 from funcprobe.analysis.sweep_law import CLOSE, Law, close_at, law_of, remainder_fit, subtraction_error
+from funcprobe.analysis.text import is_stored_narrower, storage_of
 
 if TYPE_CHECKING:
     from funcprobe.analysis.sweep_result import Fit, SweepResult
@@ -48,13 +49,21 @@ def table_of(sweep: SweepResult, name: str | None = None) -> tuple[tuple[str, ..
         predicted = reading.first_order if sign == "₁" else reading.second_order
         by = f"path ({reading.nodes})" if reading.method == "path" else reading.method
         said = (lr_text(point.lr), _change(reading), "" if predicted is None else f"{predicted:+.4e}")
-        rows.append((*said, _share(predicted, reading.change), by, f"{point.health.ess_sequence:.1f}"))
-    return ("lr", "ΔF", f"δF{sign}", f"δF{sign}/ΔF", "by", "ESS"), rows
+        end = (by, f"{point.health.ess_sequence:.1f}")
+        rows.append((*said, _share(predicted, reading.change), *_other(sweep, reading), *end))
+    return ("lr", "ΔF", f"δF{sign}", f"δF{sign}/ΔF", *_other_heading(sweep), "by", "ESS"), rows
 
 
 def remarks_of(sweep: SweepResult) -> list[str]:
     """Return what should be read below the tables, about the main observable: one line each."""
-    return [*_errors(sweep), *_remainder(sweep), *_scale(sweep), *_lost(sweep), *_optimistic(sweep)]
+    return [
+        *_errors(sweep),
+        *_stored_apart(sweep),
+        *_remainder(sweep),
+        *_scale(sweep),
+        *_lost(sweep),
+        *_optimistic(sweep),
+    ]
 
 
 def context_of(sweep: SweepResult) -> str:
@@ -194,6 +203,40 @@ def _found_close(sweep: SweepResult, name: str | None, law: Law) -> str:
     return f"{order} order is within 5 % of it at {len(close)} of {count} learning rates, up to lr {lr_text(close[-1])}"
 
 
+def _apart(sweep: SweepResult) -> list[Reading]:
+    """Return the readings whose θ′ as stored is another step than θ + Δθ, where a run stores what it computes wider."""
+    if not is_stored_narrower(sweep):
+        return []
+    return [r for point in sweep.points for r in point.readings.values() if r.stored is not None]
+
+
+def _other_heading(sweep: SweepResult) -> tuple[str, ...]:
+    """Return the name of the column beside ΔF, where there are two of them."""
+    apart = _apart(sweep)
+    if not apart:
+        return ()
+    return (f"as stored in {storage_of(sweep)}",) if apart[0].of_update else ("exact update",)
+
+
+def _other(sweep: SweepResult, reading: Reading) -> tuple[str, ...]:
+    if not _apart(sweep):
+        return ()
+    value = reading.stored if reading.of_update else reading.exact
+    return ("" if value is None else f"{value:+.4e}",)
+
+
+def _stored_apart(sweep: SweepResult) -> list[str]:
+    apart = [p for p, r in zip(sweep.points, sweep.readings(), strict=True) if r.stored is not None]
+    if not apart:
+        return []
+    what = "the exact update" if apart[0].readings[sweep.observables[0]].of_update else "θ′ as stored"
+    low, high = min(p.rounding_ratio for p in apart), max(p.rounding_ratio for p in apart)
+    return [
+        f"ΔF is that of {what}: at {len(apart)} of {len(sweep.points)} learning rates, up to lr "
+        f"{lr_text(apart[-1].lr)}, storing θ′ in {storage_of(sweep)} loses {low:.0%} to {high:.0%} of ‖Δθ‖."
+    ]
+
+
 def _change(reading: Reading) -> str:
     found = reading.bars.get("change")
     bar = "" if found is None else f" ± {found.error:.1e}{'*' if reading.caveats else ''}"
@@ -240,6 +283,8 @@ def _scale(sweep: SweepResult) -> list[str]:
 
 def _lost(sweep: SweepResult) -> list[str]:
     readings = sweep.readings()
+    if _apart(sweep):
+        return []  # subtractions were made at θ′ as stored, which is another step
     if all(subtraction_error(r) is None for r in readings):  # a sweep by an older version
         unknown = sweep.mode == "reverse"
         return ["In reverse mode ΔF is a subtraction, whose float error is not estimated."] if unknown else []

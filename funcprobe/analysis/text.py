@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from funcprobe.analysis.movement import WORTH_TELLING
 from funcprobe.analysis.readings import Reading
 from funcprobe.estimators.uncertainty import Bar
 
 if TYPE_CHECKING:
     from funcprobe.analysis.result import ProbeResult
+    from funcprobe.analysis.sweep_result import SweepResult
 
 
 def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
@@ -19,8 +21,9 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
     return [
         ("before  F(θ)", f"{main.before:.9f}"),
-        ("after   F(θ′)", f"{main.after:.9f}"),
+        (f"after   F({'θ′' if main.exact is None or not main.of_update else 'θ + Δθ'})", f"{main.after:.9f}"),
         ("measured   ΔF", with_error(main.change, main.bars.get("change")) + _by(main) + _lost(main)),
+        *told_apart(result),
         ("predicted  δF₁", with_error(main.first_order, main.bars.get("first_order")) + share),
         ("remainder  ΔF − δF₁", with_error(main.remainder, main.bars.get("remainder"))),
         *_rounding(result),
@@ -37,6 +40,35 @@ def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
         ("Pareto k̂", khat),
         *_caveats(result),
     ]
+
+
+def told_apart(result: ProbeResult) -> list[tuple[str, str]]:
+    """Return ΔF of the exact update and of θ′ as stored, where rounding sets them apart by over 1 % of Δθ."""
+    main = result.main
+    if result.rounding_ratio <= WORTH_TELLING:
+        return []
+    exact = main.change if main.exact is None and main.of_update else main.exact
+    stored = main.change if main.stored is None and not main.of_update else main.stored
+    bars = {"exact": main.bars.get("exact"), "stored": main.bars.get("stored")}
+    bars["exact" if main.of_update else "stored"] = main.bars.get("change")
+    missing = f"not measured: {result.environment.get('dtype', 'the')} arithmetic does not hold θ + Δθ"
+    return [
+        ("  exact update", missing if exact is None else with_error(exact, bars["exact"])),
+        (
+            f"  as stored in {storage_of(result)}",
+            "not measured" if stored is None else with_error(stored, bars["stored"]),
+        ),
+    ]
+
+
+def storage_of(result: ProbeResult | SweepResult) -> str:
+    """Return the dtype that θ′ is stored in, as a word."""
+    return str(result.environment.get("storage") or result.environment.get("dtype") or "its dtype")
+
+
+def is_stored_narrower(result: ProbeResult | SweepResult) -> bool:
+    """Return whether θ′ is stored in another dtype than it was computed in."""
+    return storage_of(result) != str(result.environment.get("dtype") or "its dtype")
 
 
 def with_error(value: float, found: Bar | None, digits: int = 6) -> str:
@@ -73,7 +105,7 @@ def _routing(result: ProbeResult) -> list[tuple[str, str]]:
 
 
 def _rounding(result: ProbeResult) -> list[tuple[str, str]]:
-    part = "  of it rounding of θ′" if result.main.method == "difference" else "rounding of θ′ adds"
+    part = "rounding of θ′ adds" if result.main.of_update else "  of it rounding of θ′"
     return [(part, "negligible" if result.rounding is None else f"{result.rounding:+.6e}")]
 
 

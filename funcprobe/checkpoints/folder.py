@@ -1,8 +1,9 @@
 """A Hugging Face or TRL checkpoint folder, as policy, parameters, optimizer and optimizer state.
 
 Read are `config.json` with `model.safetensors` (or shards and index), or `adapter_config.json` with
-`adapter_model.safetensors` over a base model; the tokenizer; and `optimizer.pt`. Nothing is unpickled but
-`optimizer.pt`, and that through `weights_only=True`, which admits tensors and plain containers alone.
+`adapter_model.safetensors` over a base model; the tokenizer; `generation_config.json`; and `optimizer.pt`, which
+accelerate calls `optimizer.bin`. Nothing is unpickled but the optimizer's state, and that through `weights_only=True`,
+which admits tensors and plain containers alone.
 """
 
 from __future__ import annotations
@@ -16,14 +17,19 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
+from funcprobe.checkpoints.adapters import adapter_dtypes, load_adapter
+from funcprobe.checkpoints.generation import end_tokens
+from funcprobe.checkpoints.models import load_full, load_tokenizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
 from funcprobe.checkpoints.optimizer_state import FRESH, as_loaded, map_ids_to_names, names_of_groups, state_by_name
+from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage_asked_for, storage_of_run
+from funcprobe.checkpoints.weights import dtypes_of_leaves, header
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.policy.module import Policy, from_module
 from funcprobe.training.optimizers import adamw, from_param_groups
+from funcprobe.training.stored import Storage, stored
 from funcprobe.types import Optimizer, OptState, Params
 
 
@@ -35,6 +41,8 @@ class Checkpoint(NamedTuple):
     optimizer: Optimizer | None  #: with the run's hyperparameters; None where none was asked for
     opt_state: OptState | None  #: the run's moments by name; None where no optimizer was asked for
     tokenizer: Any = None  #: the folder's tokenizer; None where it has none, and for a live pair
+    storage: Storage = {}  # noqa: RUF012  dtype by leaf, where the run keeps it in another one than it is computed in
+    eos_ids: tuple[int, ...] = ()  #: every token that ends a completion, by generation_config.json and the tokenizer
 
 
 def load_checkpoint(
@@ -44,12 +52,18 @@ def load_checkpoint(
     lr: float | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
+    storage: str | torch.dtype | None = "auto",
 ) -> Checkpoint:
     """Return the checkpoint in a folder, with `optimizer.pt` mapped to parameter names or a refusal.
 
     The model is in eval mode, without key-value cache, in `dtype` ("auto": as stored). Trainable are all parameters of
     a full model, and the adapter's of a PEFT folder. The optimizer's moments take the dtype and device of their
     parameters, as `torch.optim.Optimizer.load_state_dict` does; `step` stays as it is.
+
+    `dtype` is what scores, gradients and Δθ are computed in, `storage` what the step leaves parameters and moments in.
+    A bfloat16 run measured in float32 takes its own step: most entries do not move at a small learning rate, and a
+    probe shows both θ′ as stored and θ + Δθ. The optimizer is then a `stored` one; a wrapper's name in the weights'
+    keys (torch.compile, DDP, checkpointing, FSDP, peft) is left out, with a warning, and nothing is written.
 
     Args:
         folder: The checkpoint, such as `outputs/checkpoint-500`.
@@ -61,23 +75,36 @@ def load_checkpoint(
         lr: The learning rate of the step; overrides the saved one in every group.
         dtype: What the weights are loaded as; float32 holds bfloat16 and float16 files exactly.
         device: Where the policy, its parameters and the moments go.
+        storage: The dtype that the run keeps weights and moments in. "auto" reads it leaf by leaf from the headers of
+            the files, and warns where weights and moments differ in it; a dtype sets it for every leaf, and rounds
+            weights that are none of its numbers, with a warning; None stores what is computed.
 
     Raises:
-        CheckpointError: If the folder, the weights, the adapter or the optimizer state cannot be read faithfully.
+        CheckpointError: If the folder, the weights, the adapter or the optimizer state cannot be read faithfully, a
+            weight is not finite, or `dtype` does not hold what `storage` asks for.
         InputError: If `lr` is negative or not finite.
         MissingExtraError: If transformers, or for an adapter peft, is not installed.
     """
-    path = _existing(folder)
+    path, kept = _existing(folder), _storage_dtype(storage)
     _check_request(path, optimizer, lr)
-    if (path / "adapter_config.json").is_file():
+    is_adapter = (path / "adapter_config.json").is_file()
+    if is_adapter:
         module, base = load_adapter(path, base_model, torch_dtype(dtype), device)
     else:
         if base_model is not None:
             raise CheckpointError(f"{path} holds a full model; base_model is for adapter folders, leave it out.")
         module, base = load_full(path, torch_dtype(dtype), device), None
     policy, params = from_module(module)
-    found, state = _optimizer(path, params, optimizer, lr)
-    return Checkpoint(policy, params, found, state, load_tokenizer(path, base))
+    found, state, moments = _optimizer(path, params, optimizer, lr)
+    if kept == "auto":
+        weights = adapter_dtypes(path, module) if is_adapter else dtypes_of_leaves(params, header(path))
+        keeps = storage_of_run(params, weights, moments)
+    else:
+        keeps = {} if kept is None else storage_asked_for(params, kept)
+    params, state = at_storage(params, state, keeps)
+    tokenizer = load_tokenizer(path, base)
+    found = None if found is None else stored(found, keeps)
+    return Checkpoint(policy, params, found, state, tokenizer, keeps, end_tokens(path, module, tokenizer))
 
 
 def load_optimizer(path: str | Path, params: Params, lr: float | None = None) -> tuple[Optimizer, OptState]:
@@ -88,14 +115,20 @@ def load_optimizer(path: str | Path, params: Params, lr: float | None = None) ->
             or if `lr` is None and the saved one is 0.
         InputError: If `lr` is negative or not finite.
     """
-    path = Path(path)
+    found, state, _ = _read_optimizer(Path(path), params, lr)
+    return found, state
+
+
+def _read_optimizer(path: Path, params: Params, lr: float | None) -> tuple[Optimizer, OptState, dict[str, torch.dtype]]:
+    """Return what `load_optimizer` returns, and the dtype that each leaf's moments are saved in."""
     saved = _unpickled(path)
     cls = optimizer_class(saved, path.name)
     groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
     names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
     _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
-    opt_state = as_loaded(state_by_name(saved["state"], names), params, groups, names)
-    return from_param_groups(cls, groups, names_of_groups(groups, names)), opt_state
+    by_name = state_by_name(saved["state"], names)
+    opt_state = as_loaded(by_name, params, groups, names)
+    return from_param_groups(cls, groups, names_of_groups(groups, names)), opt_state, moment_dtypes(by_name, params)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -113,6 +146,19 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
         return "auto"
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise CheckpointError(f"dtype is {dtype!r}; use 'float32', 'bfloat16', 'float16', 'float64' or 'auto'.")
+    return found
+
+
+def _storage_dtype(storage: str | torch.dtype | None) -> torch.dtype | Literal["auto"] | None:
+    if storage is None or storage == "auto":
+        return storage  # type: ignore[return-value]
+    try:
+        found = torch_dtype(storage)
+    except CheckpointError:
+        raise CheckpointError(
+            f"storage is {storage!r}; use 'auto', 'bfloat16', 'float16', 'float32' or None."
+        ) from None
+    assert isinstance(found, torch.dtype)
     return found
 
 
@@ -147,7 +193,7 @@ def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
         raise CheckpointError(f"optimizer is {optimizer!r}; use 'auto', 'fresh' or None.")
     if optimizer == "fresh" and lr is None:
         raise CheckpointError("optimizer 'fresh' has no learning rate of its own; set lr.")
-    if optimizer == "auto" and not (path / "optimizer.pt").is_file():
+    if optimizer == "auto" and not _optimizer_file(path).is_file():
         _refuse_shards(path, "the optimizer state")
         raise CheckpointError(
             f"{path} holds no optimizer.pt, so Adam's moments are unknown and so is the step that the run would take "
@@ -157,11 +203,12 @@ def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
 
 def _optimizer(
     path: Path, params: Params, optimizer: str | None, lr: float | None
-) -> tuple[Optimizer | None, OptState | None]:
+) -> tuple[Optimizer | None, OptState | None, dict[str, torch.dtype]]:
+    """Return the optimizer, its state, and the dtype that each leaf's moments are saved in."""
     if optimizer is None:
-        return None, None
+        return None, None, {}
     if optimizer == "auto":
-        return load_optimizer(path / "optimizer.pt", params, lr)
+        return _read_optimizer(_optimizer_file(path), params, lr)
     warnings.warn(
         "optimizer='fresh': a first AdamW step is sign-like, about lr in every entry whatever the gradient's size, and "
         "represents nothing of the run.",
@@ -170,7 +217,13 @@ def _optimizer(
     )
     assert lr is not None  # _check_request has seen to it
     fresh = adamw(lr, weight_decay=0.0)
-    return fresh, fresh.init(params)
+    return fresh, fresh.init(params), {}
+
+
+def _optimizer_file(path: Path) -> Path:
+    """Return the file of the optimizer's state: `optimizer.pt`, or `optimizer.bin`, as accelerate calls the same."""
+    whole, other = path / "optimizer.pt", path / "optimizer.bin"
+    return other if other.is_file() and not whole.is_file() else whole
 
 
 def _unpickled(path: Path) -> dict[str, Any]:
@@ -232,5 +285,5 @@ def _refuse_shards(path: Path, what: str) -> None:
 
 _SHARDS = {
     "DeepSpeed": ("global_step*", "*_optim_states.pt", "zero_to_fp32.py", "*_model_states.pt"),
-    "FSDP": ("optimizer_[0-9]*", "pytorch_model_fsdp*", "*.distcp", "optimizer.bin"),
+    "FSDP": ("optimizer_[0-9]*", "pytorch_model_fsdp*", "*.distcp"),
 }

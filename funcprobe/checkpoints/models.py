@@ -1,6 +1,6 @@
-"""Models and tokenizers from local folders through transformers and peft, held against what the files hold.
+"""Models and tokenizers from local folders through transformers, held against what the files hold.
 
-Both libraries fill what a file lacks with random weights and a log line. Here that is an error.
+transformers fills what a file lacks with random weights and a log line. Here that is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from funcprobe.checkpoints.weights import WRAPPERS, check_finite, header, plain_name, refuse_unmerged, wrapped
 from funcprobe.errors import CheckpointError, FuncprobeWarning, missing_extra
 from funcprobe.policy import copying
 from funcprobe.types import Params
@@ -34,6 +35,7 @@ def load_full(path: str | Path, dtype: torch.dtype | str, device: str | torch.de
     except ImportError as error:
         missing = missing_extra("transformers", "hf", "reading a Hugging Face checkpoint")
         raise missing from error
+    keys = _wrapped_keys(path)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -45,39 +47,15 @@ def load_full(path: str | Path, dtype: torch.dtype | str, device: str | torch.de
                 dtype=dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported in `info`, and refused below with the names
+                **keys,
             )
     except Exception as error:  # whatever transformers, safetensors or a JSON parser say about a folder
-        raise CheckpointError(f"transformers cannot read the model in {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"transformers cannot read the model in {path}: {first_line(error)}") from error
     module, info = loaded
     _check_complete(path, info)
-    return _ready(module.requires_grad_(True), device)
-
-
-def load_adapter(
-    path: Path, base_model: str | Path | nn.Module | None, dtype: torch.dtype | str, device: str | torch.device = "cpu"
-) -> tuple[nn.Module, Path | None]:
-    """Return (the base model with the adapter in a folder, where the base lies); only the adapter is trainable.
-
-    Every key in `adapter_model.safetensors` is held against the live names: file `…lora_A.weight` is live
-    `…lora_A.default.weight`, and likewise for `modules_to_save`.
-
-    Raises:
-        CheckpointError: If the base is not found, or the adapter's keys or shapes do not fit it.
-        MissingExtraError: If peft is not installed.
-    """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        missing = missing_extra("peft", "hf", "reading an adapter")
-        raise missing from error
-    base, where = _base(path, base_model, dtype)
-    try:
-        with quiet():
-            module = PeftModel.from_pretrained(base, str(path), is_trainable=True, local_files_only=True)
-    except Exception as error:  # peft raises what the failing step happens to raise
-        raise CheckpointError(f"The adapter in {path} does not fit the base model: {_mismatch(error)}") from error
-    _check_adapter(path, module)
-    return _ready(module, device), where
+    _check_tied(path, module)
+    check_finite(path, module)
+    return ready(module.requires_grad_(True), device)
 
 
 def load_tokenizer(*folders: Path | None) -> Any:
@@ -100,7 +78,7 @@ def load_tokenizer(*folders: Path | None) -> Any:
         with quiet():
             return reader.from_pretrained(str(found), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers, sentencepiece and JSON parsers each raise their own
-        raise CheckpointError(f"The tokenizer in {found} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"The tokenizer in {found} cannot be read: {first_line(error)}") from error
 
 
 def structural_copy(module: nn.Module, params: Params | None = None) -> nn.Module:
@@ -136,55 +114,6 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _base(
-    path: Path, base_model: str | Path | nn.Module | None, dtype: torch.dtype | str
-) -> tuple[nn.Module, Path | None]:
-    if isinstance(base_model, nn.Module):
-        module = structural_copy(base_model)
-        return (module if dtype == "auto" else module.to(dtype)), None
-    named = base_model if base_model is not None else _named_base(path)
-    given = Path(named).expanduser()
-    where = _only_place(path, given, [given] if base_model is not None else [given, path / given, path.parent / given])
-    try:
-        return load_full(where or str(named), dtype), where
-    except CheckpointError as error:
-        if where is not None:
-            raise
-        raise CheckpointError(
-            f"The base model '{named}' of the adapter in {path} was found neither as a folder (as given, or beside the "
-            "adapter) nor in the local Hugging Face cache; give its folder as base_model."
-        ) from error
-
-
-def _only_place(path: Path, named: Path, candidates: list[Path]) -> Path | None:
-    """Return the one folder among the candidates that holds a model, or None.
-
-    Raises:
-        CheckpointError: If several do: a relative name says nothing about where it was relative to.
-    """
-    places = {c.resolve(): c for c in candidates if (c / "config.json").is_file()}
-    if len(places) > 1:
-        listed = " and ".join(str(place) for place in places)
-        raise CheckpointError(
-            f"The base model '{named}' of the adapter in {path} is a relative path that leads to several models: "
-            f"{listed}. Give the one that the adapter was trained on as base_model."
-        )
-    return next(iter(places.values()), None)
-
-
-def _named_base(path: Path) -> str:
-    from peft import PeftConfig
-
-    try:
-        with quiet():
-            named = PeftConfig.from_pretrained(str(path), local_files_only=True).base_model_name_or_path
-    except Exception as error:  # a damaged file raises whatever its parser raises
-        raise CheckpointError(f"{path / 'adapter_config.json'} cannot be read: {_first_line(error)}") from error
-    if not named:
-        raise CheckpointError(f"{path / 'adapter_config.json'} names no base model; give its folder as base_model.")
-    return str(named)
-
-
 def _names_generic_tokenizer(folder: Path) -> bool:
     config = folder / "tokenizer_config.json"
     if not config.is_file() or not (folder / "tokenizer.json").is_file():
@@ -196,64 +125,73 @@ def _names_generic_tokenizer(folder: Path) -> bool:
     return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
-    missing, mismatched = sorted(info.get("missing_keys") or ()), list(info.get("mismatched_keys") or ())
-    if missing or mismatched:
-        detail = f"the file lacks {_listing(missing)}" if missing else f"shapes differ: {_listing(mismatched)}"
-        raise CheckpointError(f"The weights in {path} do not fill the model of config.json: {detail}.")
-    if unexpected := sorted(info.get("unexpected_keys") or ()):
+def _wrapped_keys(path: str | Path) -> dict[str, Any]:
+    """Return how transformers is told to leave a wrapper's name out of the weights' keys; nothing where there is none.
+
+    Raises:
+        CheckpointError: If two keys are one weight without their wrappers.
+    """
+    folder = Path(path)
+    try:
+        keys = header(folder) if folder.is_dir() else {}
+    except CheckpointError:
+        return {}  # transformers says what is wrong with the file
+    first = wrapped(folder, keys)
+    if first is None:
+        return {}
+    warnings.warn(
+        f"The weights in {path} were saved inside a wrapper ('{first}'); its name is left out in reading, as in "
+        f"'{plain_name(first)}'.",
+        FuncprobeWarning,
+        stacklevel=4,
+    )
+    return {"key_mapping": dict(WRAPPERS)}
+
+
+def _check_tied(path: str | Path, module: Any) -> None:
+    """Say so where the configuration ties the head to the embedding, and the file holds another one."""
+    config = module.config.get_text_config()
+    ends = module.get_input_embeddings(), module.get_output_embeddings()
+    if getattr(config, "tie_word_embeddings", False) and all(hasattr(end, "weight") for end in ends):
+        if ends[0].weight is ends[1].weight:
+            return
         warnings.warn(
-            f"The weights in {path} hold more than the model takes ({_listing(unexpected)}); that is left out.",
+            f"config.json in {path} ties the head to the embedding, and the weights hold a head that differs from it; "
+            "they are read as two, as transformers reads them. If the run trained one, save it with "
+            "save_pretrained again.",
             FuncprobeWarning,
             stacklevel=4,
         )
 
 
-def _check_adapter(path: Path, module: nn.Module) -> None:
-    """Hold the file's keys and shapes against the adapter that was built on the base.
-
-    Raises:
-        CheckpointError: Naming what is missing, unexpected or of another shape.
-    """
-    from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-
-    with safe_open(str(path / "adapter_model.safetensors"), framework="pt") as file:
-        stored = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  no mapping
-    with quiet():
-        expected = get_peft_model_state_dict(module, save_embedding_layers=False)
-    whole = module.state_dict()  # embeddings may be saved beside the adapter, under their own names
-    live = {key: tuple(t.shape) for key, t in [*whole.items(), *expected.items()]}
-    missing = sorted(set(expected) - set(stored))
-    if missing or (unexpected := sorted(set(stored) - set(live))):
-        detail = (
-            f"the file lacks {_listing(missing)}" if missing else f"the base has no place for {_listing(unexpected)}"
-        )
-        raise CheckpointError(f"The adapter in {path} does not fit the base model: {detail}.")
-    if wrong := [key for key in stored if stored[key] != live[key]]:
-        raise CheckpointError(
-            f"The adapter in {path} does not fit the base model: '{wrong[0]}' has shape {stored[wrong[0]]} in the file "
-            f"and {live[wrong[0]]} on the base."
+def _check_complete(path: str | Path, info: dict[str, Any]) -> None:
+    missing, mismatched = sorted(info.get("missing_keys") or ()), list(info.get("mismatched_keys") or ())
+    if missing or mismatched:
+        detail = f"the file lacks {listing(missing)}" if missing else f"shapes differ: {listing(mismatched)}"
+        raise CheckpointError(f"The weights in {path} do not fill the model of config.json: {detail}.")
+    if unexpected := sorted(info.get("unexpected_keys") or ()):
+        refuse_unmerged(path, unexpected)
+        warnings.warn(
+            f"The weights in {path} hold more than the model takes ({listing(unexpected)}); that is left out.",
+            FuncprobeWarning,
+            stacklevel=4,
         )
 
 
-def _ready(module: nn.Module, device: str | torch.device) -> nn.Module:
+def ready(module: nn.Module, device: str | torch.device) -> nn.Module:
+    """Return a module in eval mode, without cache, on a device."""
     module.eval().to(device)
     module.config.use_cache = False  # type: ignore[union-attr]
     return module
 
 
-def _mismatch(error: Exception) -> str:
-    """Return the line that names the leaf, where there is one."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    return next((line for line in lines if "size mismatch" in line), _first_line(error))
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, or its class."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _listing(names: list[Any], limit: int = 3) -> str:
+def listing(names: list[Any], limit: int = 3) -> str:
+    """Return the first of many names, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(str(name) for name in names[:limit]) + more

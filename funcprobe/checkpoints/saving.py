@@ -15,6 +15,7 @@ from funcprobe.checkpoints.optimizer_state import map_ids_to_names
 from funcprobe.errors import CheckpointError, missing_extra
 from funcprobe.training.groups import Group
 from funcprobe.training.optimizers import LiftedOptimizer, PureOptimizer, state_to_torch
+from funcprobe.training.stored import Storage, narrowed, narrowed_state
 from funcprobe.tree import same_keys
 from funcprobe.types import OptState, Params
 
@@ -33,7 +34,8 @@ def save_checkpoint(
     `module` gives configuration and frozen weights, `params` the trainable leaves; neither is changed. The ids in
     `optimizer.pt` are the decayed leaves in `named_parameters()` order, then the others, by the decay rule of the
     installed transformers; group 1 exists even where it is empty, as under LoRA. Every group keeps the hyperparameters
-    that its leaves have in `optimizer`, learning rate included. Written beside and renamed, so nothing is half there.
+    that its leaves have in `optimizer`, learning rate included. What a `stored` optimizer keeps in a narrower dtype is
+    written in that, weights and moments, as its run would. Written beside and renamed, so nothing is half there.
 
     Raises:
         CheckpointError: If the folder exists and is not empty, if the module cannot save itself, or if the groups could
@@ -48,7 +50,9 @@ def save_checkpoint(
         raise CheckpointError(f"A {type(module).__name__} cannot save itself; expected a transformers or peft model.")
     trainable: Params = {name: p for name, p in module.named_parameters() if p.requires_grad}
     same_keys(trainable, params, what="module's trainable leaves and the parameters")
-    params = {name: params[name] for name in trainable}
+    storage: Storage = getattr(optimizer, "storage", {})
+    opt_state = narrowed_state(opt_state, params, storage)
+    params = narrowed({name: params[name] for name in trainable}, storage)
     saved = trainer_state_dict(module, params, optimizer, opt_state)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

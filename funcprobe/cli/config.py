@@ -48,6 +48,12 @@ class Config(Strict):
     )
     lr: float | None = key(None, "a number ≥ 0, or none", "learning rate; none: the saved one", ge=0)
     dtype: str = key("float32", "the name of a floating-point dtype, or auto", "what the weights are loaded as")
+    storage: str | None = key(
+        "auto",
+        "auto, none, or the name of a floating-point dtype",
+        "what the run keeps weights and moments in; auto: as saved",
+        min_length=1,
+    )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", "where the model runs; auto: CUDA where there is one")
     evaluation: FilePath = key(..., "the path of a rollout file", "rollouts E that measure the step")
     update: FilePath = key(..., "the path of a rollout file", "rollouts U that the step is taken on")

@@ -90,12 +90,19 @@ The configuration is that of `run`, whose keys may be given here as well (see
 
 SAMPLE = """\
 Draw rollouts of a checkpoint for a file of prompts, and write them with the
-sampler's log-probabilities and rewards, ready for `funcprobe run`."""
+sampler's log-probabilities and rewards, ready for `funcprobe run`. A completion
+ends with any end token of the checkpoint: those of its generation_config.json,
+and the tokenizer's."""
 
 SAMPLE_EPILOG = """\
 example:
   funcprobe sample outputs/checkpoint-500 prompts.txt --temperature 1 \\
-      --group-size 8 --reward my_rewards:exact_match --output evaluation.parquet"""
+      --group-size 8 --reward my_rewards:exact_match --output evaluation.parquet
+
+A prompt that is a list of chat messages, [{"role": "user", "content": "..."}], goes
+through the chat template of the checkpoint's own tokenizer (tokenizer_config.json
+or chat_template.jinja), which opens the assistant's turn. Text is encoded as it
+stands, and prompt_ids are taken as they are."""
 
 DEMO = """\
 Make a small policy with its own tokenizer, train it by supervised and then by RL

@@ -123,6 +123,7 @@ def _checkpoint(config: Config) -> Checkpoint:
         optimizer=config.optimizer,
         lr=config.lr,
         dtype=config.dtype,
+        storage=config.storage,
         device=config.device,
     )
 

@@ -82,7 +82,10 @@ def _ids(prompt: Any, tokenizer: Any, where: str) -> list[int]:
     if tokenizer is None:
         raise InputError(f"{where}: this is text, and the checkpoint folder has no tokenizer; give prompt_ids instead.")
     if is_chat and not getattr(tokenizer, "chat_template", None):
-        raise InputError(f"{where}: these are chat messages, and the tokenizer has no chat template; give plain text.")
+        raise InputError(
+            f"{where}: these are chat messages, and the tokenizer has no chat template (tokenizer_config.json or "
+            "chat_template.jinja of the checkpoint); give plain text or prompt_ids."
+        )
     try:
         return _encoded(prompt, tokenizer)
     except Exception as error:  # tokenizers and their templates raise whatever they like

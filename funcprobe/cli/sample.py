@@ -46,7 +46,7 @@ def sample_command(options: argparse.Namespace) -> Rollouts:
             generator=torch.Generator().manual_seed(options.seed),
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
-            eos_id=getattr(tokenizer, "eos_token_id", None),
+            eos_id=checkpoint.eos_ids,
             group_size=options.group_size,
             reward=reward,
             tokenizer=tokenizer,

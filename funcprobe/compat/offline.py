@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from funcprobe.analysis.result import json_safe
+from funcprobe.checkpoints.adapters import load_adapter
 from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
-from funcprobe.checkpoints.models import load_adapter, load_full, load_tokenizer
+from funcprobe.checkpoints.models import load_full, load_tokenizer
 from funcprobe.compat import buffers
 from funcprobe.compat.batches import Batch
 from funcprobe.compat.components import Preconditioner, ProbeComponents

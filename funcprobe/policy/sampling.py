@@ -8,7 +8,8 @@ to tokens whose cumulative probability lies within rounding of the uniform.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ def sample(
     *,
     generator: torch.Generator,
     max_new_tokens: int,
-    eos_id: int | None,
+    eos_id: int | Sequence[int] | None,
     temperature: float = 1.0,
     group_size: int = 1,
     reward: Reward | None = None,
@@ -46,11 +47,11 @@ def sample(
 ) -> Rollouts:
     """Return rollouts of the policy, `group_size` rows a prompt, in the order of the prompts.
 
-    A completion ends with `eos_id`, which belongs to it, or after `max_new_tokens`. `sampling_logps` `[B, T]` are the
-    log-probabilities of the tokens, `log softmax(z / temperature)` in float64, nats. Equal prompts are one
-    group. A policy that can decode by a key-value cache does so, over left-padded prompts, as long as what it draws has
-    the log-probabilities that scoring gives; otherwise the whole row is run again for every token. Only `generator` is
-    drawn from, `8 · B · max_new_tokens` bytes of it at once.
+    A completion ends with the first `eos_id`, which belongs to it, or after `max_new_tokens`. `sampling_logps`
+    `[B, T]` are the log-probabilities of the tokens, `log softmax(z / temperature)` in float64, nats. Equal prompts
+    are one group. A policy that can decode by a key-value cache does so, over left-padded prompts, as long as what it
+    draws has the log-probabilities that scoring gives; otherwise the whole row is run again for every token. Only
+    `generator` is drawn from, `8 · B · max_new_tokens` bytes of it at once.
 
     Args:
         policy: What is drawn from.
@@ -58,7 +59,8 @@ def sample(
         prompts: Token ids of every prompt, without padding.
         generator: The only source of randomness; the draws depend on its device, not on the policy's.
         max_new_tokens: The longest completion, the end token included.
-        eos_id: The token that ends a completion; None lets every completion run to its full length.
+        eos_id: The token that ends a completion, or several, any of which does (`Checkpoint.eos_ids`); None, or none
+            of them, lets every completion run to its full length.
         temperature: What logits are divided by, for every row.
         group_size: Completions drawn for each prompt.
         reward: `reward(prompts=..., completions=...)` -> one number a row, called once, with keywords as in TRL.
@@ -72,7 +74,8 @@ def sample(
             does not return one finite number a row.
         NumericsError: If the policy's probabilities are not finite; the message names the prompt.
     """
-    _check(policy, prompts, max_new_tokens, eos_id, temperature, group_size, batch_size)
+    _check(policy, prompts, max_new_tokens, temperature, group_size, batch_size)
+    ends = torch.tensor(_end_ids(policy, eos_id), dtype=torch.int64, device=policy.device)
     rows = [list(prompt) for prompt in prompts for _ in range(group_size)]
     uniforms = torch.rand(
         (len(rows), max_new_tokens), generator=generator, dtype=torch.float64, device=generator.device
@@ -80,7 +83,7 @@ def sample(
     drawn: dict[int, _Drawn] = {}
     for batch in _batches(rows, batch_size):
         of_batch = [rows[i] for i in batch]
-        given = uniforms[batch].to(policy.device), temperature, eos_id
+        given = uniforms[batch].to(policy.device), temperature, ends
         with torch.no_grad():
             found = _draw(policy, params, start(policy, params, of_batch, max_new_tokens), *given)
             if policy.decode is not None and not _as_scored(policy, params, of_batch, found, temperature):
@@ -110,9 +113,9 @@ class _Drawn(NamedTuple):
 
 
 def _draw(
-    policy: Policy, params: Params, rows: GrowingRows, uniforms: Tensor, temperature: float, eos_id: int | None
+    policy: Policy, params: Params, rows: GrowingRows, uniforms: Tensor, temperature: float, ends: Tensor
 ) -> list[_Drawn]:
-    """Draw one completion for every row, a column at a time, until all have ended."""
+    """Draw one completion for every row, a column at a time, until all have ended with one of `ends` [k]."""
     tokens, logps = [], []
     ended = torch.zeros(len(uniforms), dtype=torch.bool, device=uniforms.device)
     lengths = torch.zeros(len(uniforms), dtype=torch.int64, device=uniforms.device)
@@ -121,7 +124,7 @@ def _draw(
         tokens.append(token)
         logps.append(logp)
         lengths += ~ended
-        ended |= token == eos_id if eos_id is not None else False
+        ended |= torch.isin(token, ends)
         if bool(ended.all()):
             break
         rows.append(token)  # an ended row goes on beside the others; what it draws is cut off below
@@ -185,7 +188,6 @@ def _check(
     policy: Policy,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    eos_id: int | None,
     temperature: float,
     group_size: int,
     batch_size: int,
@@ -195,12 +197,24 @@ def _check(
             raise InputError(f"{name} is {count!r}; expected a whole number of at least 1.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise InputError(f"The temperature is {temperature}; expected a number above 0 (1 is the policy itself).")
-    if eos_id is not None and not 0 <= eos_id < policy.vocab_size:
-        raise InputError(f"eos_id is {eos_id}; expected a token id below {policy.vocab_size}, or None.")
     if len(prompts) == 0:
         raise InputError("There are no prompts to sample from; give at least one.")
     for number, prompt in enumerate(prompts):
         _check_prompt(policy, number, prompt, max_new_tokens)
+
+
+def _end_ids(policy: Policy, eos_id: int | Sequence[int] | None) -> list[int]:
+    """Return the tokens that end a completion.
+
+    Raises:
+        InputError: If one is no token id of the policy.
+    """
+    several = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
+    for found in several:
+        if isinstance(found, bool) or not hasattr(found, "__index__") or not 0 <= found < policy.vocab_size:
+            many = ", several of them" if isinstance(eos_id, Iterable) else ""
+            raise InputError(f"eos_id is {found!r}; expected a token id below {policy.vocab_size}{many}, or None.")
+    return [operator.index(found) for found in several]
 
 
 def _check_prompt(policy: Policy, number: int, prompt: Sequence[int], max_new_tokens: int) -> None:

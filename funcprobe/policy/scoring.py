@@ -95,16 +95,14 @@ def _fields(
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     del logits  # one array of V entries a token less at the peak
     z = z / temperature.to(z.dtype).unsqueeze(-1)
-    with torch.no_grad():  # the shift cancels; a detach may be made the identity around this (see `engine.tangent`)
-        largest = z.amax(-1, keepdim=True)
-    z = _bounded(z.sub_(largest))
+    z = _bounded(z.sub_(_held(z).amax(-1, keepdim=True)))  # the shift cancels
     weight = z.exp()
     total = _sum(weight)
     log_total = total.log()
     drawn = z.gather(-1, token.unsqueeze(-1)).squeeze(-1).double()
     logp = torch.where(drawn <= IMPOSSIBLE, -torch.inf, drawn - log_total)
     parts = (log_total, weight, z, total)
-    log_sum, w, x, norm = (p.detach() for p in parts) if constant_entropy else parts
+    log_sum, w, x, norm = (_held(p) for p in parts) if constant_entropy else parts
     entropy = log_sum - _sum(w * x) / norm
     if not stats:
         return torch.stack([logp, entropy], dim=-1)
@@ -113,13 +111,19 @@ def _fields(
     return torch.stack([logp, entropy, *extra], dim=-1)
 
 
+def _held(x: Tensor) -> Tensor:
+    """Return x without its derivatives, also where what a *module* detaches is differentiated (`engine.kernels`)."""
+    held: Tensor = torch.ops.aten.detach(x)
+    return held
+
+
 def _bounded(z: Tensor) -> Tensor:
     """Return the shifted logits with every entry below `IMPOSSIBLE` at it, a constant; most batches have none.
 
     Looking for one reads the array once and keeps nothing. Values that `vmap` batches cannot be looked at from Python,
     and the bound is then laid on without a look.
     """
-    below = (z.detach().amin(-1) < IMPOSSIBLE).any()
+    below = (_held(z).amin(-1) < IMPOSSIBLE).any()
     try:
         banned = bool(below)
     except RuntimeError:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from funcprobe.analysis.sweep_law import law_of, remainder_fit
 from funcprobe.analysis.sweep_result import Fit, SweepResult
 from funcprobe.analysis.sweep_text import fit_text, label_of, lr_text
+from funcprobe.analysis.text import is_stored_narrower, storage_of
 from funcprobe.report.canvas import legend_outside, new_axes, write
-from funcprobe.report.sweep_marks import Mark, draw_crosses, draw_marks, draw_rings, marks_of
+from funcprobe.report.sweep_marks import Mark, draw_beside, draw_crosses, draw_marks, draw_rings, marks_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,8 +37,9 @@ def plot_sweep(sweep: SweepResult, name: str | None = None, ax: Axes | None = No
     Triangles are measured, upward where ΔF > 0, dark where by path and light where by difference, with their intervals
     over prompts (dashed where known to be optimistic, down to the lower edge where they hold 0). Rings are the
     subtraction of two evaluations where a path was used instead; crossed is what float error holds more than a tenth
-    of. δF₁ goes with η and δF₂ with η². Upright lines stand where first order ends to be within 5 %, and where |δF₂| =
-    |δF₁|. The title gives the slope of the line through log |ΔF| and its R², over the learning rates of `law_of`.
+    of. Squares are θ′ as stored in a narrower dtype, where that is another step than θ + Δθ. δF₁ goes with η and δF₂
+    with η². Upright lines stand where first order ends to be within 5 %, and where |δF₂| = |δF₁|. The title gives the
+    slope of the line through log |ΔF| and its R², over the learning rates of `law_of`.
 
     Raises:
         InputError: If there is no such observable.
@@ -46,12 +48,16 @@ def plot_sweep(sweep: SweepResult, name: str | None = None, ax: Axes | None = No
     readings, law = sweep.readings(name), law_of(sweep, name)
     ax = new_axes() if ax is None else ax
     marks = marks_of(sweep, name, "change")
-    rings = [(lr, r) for lr, r in zip(sweep.lrs, readings, strict=True) if r.method == "path"]
+    narrower, each = is_stored_narrower(sweep), list(zip(sweep.lrs, readings, strict=True))
+    rings = [] if narrower else [(lr, r) for lr, r in each if r.method == "path"]
+    others = [(lr, r.stored if r.of_update else r.exact) for lr, r in each if narrower]
+    beside = [(lr, value) for lr, value in others if value is not None]
     span = _span(sweep, name)
-    _frame(ax, span, marks, [r.subtraction for _, r in rings if r.subtraction is not None])
+    _frame(ax, span, marks, [r.subtraction for _, r in rings if r.subtraction is not None] + [v for _, v in beside])
     _predictions(ax, sweep, name, span)
     draw_marks(ax, marks, "ΔF")
     draw_rings(ax, rings, str(sweep.environment.get("dtype", "float")))
+    draw_beside(ax, beside, f"as stored in {storage_of(sweep)}" if readings[0].of_update else "exact update")
     draw_crosses(ax, marks, rings)
     _ends(ax, sweep, name)
     _words(ax, sweep, name, "|ΔF|", _slope(sweep, law.fit, law.up_to))

@@ -99,6 +99,20 @@ def draw_rings(ax: Axes, rings: list[tuple[float, Reading]], dtype: str) -> None
         ax.plot([lr for lr, _ in some], y, "o", label=f"{dtype} subtraction", **style)
 
 
+def draw_beside(ax: Axes, values: list[tuple[float, float]], label: str) -> None:
+    """Draw the other of two steps, where storing θ′ sets them apart, as squares."""
+    if values:
+        y = _inside(ax, [value for _, value in values])
+        style: dict[str, Any] = {
+            "color": _INK,
+            "markerfacecolor": "none",
+            "markersize": 7,
+            "clip_on": False,
+            "zorder": 5,
+        }
+        ax.plot([lr for lr, _ in values], y, "s", label=label, **style)
+
+
 def draw_crosses(ax: Axes, marks: list[Mark], rings: list[tuple[float, Reading]], more: str = "") -> None:
     """Cross what float error holds more than a tenth of, and rings that are so far off their number."""
     lost = [(m.lr, m.value) for m in marks if m.lost]

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from funcprobe.analysis.result import ProbeResult
 from funcprobe.analysis.sweep_result import SweepResult
-from funcprobe.analysis.text import rows_of
+from funcprobe.analysis.text import is_stored_narrower, rows_of, storage_of
 from funcprobe.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -109,7 +109,18 @@ def headline(result: ProbeResult) -> str:
         verb = "raises" if result.change > 0 else "lowers"
         share = f" ({abs(result.change / result.before):.2%})" if result.before else ""
         moved = f"{verb} {what} by {abs(result.change):.3g} {result.unit}{share}"
-    return f"One step at lr {result.lr:g} {moved}. {_verdict(result)}"
+    return f"One step at lr {result.lr:g} {moved}. {_verdict(result)}{_as_stored(result)}"
+
+
+def _as_stored(result: ProbeResult) -> str:
+    """Say what the other of the two steps does, where storing θ′ sets it apart from θ + Δθ."""
+    main = result.main
+    if main.exact is None or main.stored is None or not is_stored_narrower(result):
+        return ""
+    value = main.stored if main.of_update else main.exact
+    who = f"As stored in {storage_of(result)} the step" if main.of_update else "The exact update, unrounded,"
+    verb = "raises" if value > 0 else "lowers"
+    return f" {who} {f'{verb} it by {abs(value):.3g}' if value else 'leaves it where it is'}."
 
 
 def _verdict(result: ProbeResult) -> str:
@@ -179,7 +190,8 @@ def bare_table(**options: Any) -> Any:
 def cost_of(result: ProbeResult | SweepResult) -> str:
     """Return how the numbers were made: mode, precision, device, parameters, seconds."""
     place, seconds = result.environment, sum(result.timings.values())
+    stored = f" stored in {storage_of(result)}" if is_stored_narrower(result) else ""
     return (
-        f"First order in {result.mode} mode, {place.get('dtype', '')} on {place.get('device', '')}, "
+        f"First order in {result.mode} mode, {place.get('dtype', '')}{stored} on {place.get('device', '')}, "
         f"{place.get('parameters', 0):,} trainable parameters, {seconds:.1f} s"
     )

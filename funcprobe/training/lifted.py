@@ -132,8 +132,8 @@ class LiftedOptimizer:
             copy.grad = gradient.get(name)
         groups: list[dict[str, Any]] = []
         for names, hyper in assignments(self.groups, params, lr):
-            pinned = _pinned(hyper, params[names[0]].dtype) if wide and names else hyper
-            groups.append({**pinned, **(_differentiable(hyper) if graph else {}), "params": [copies[n] for n in names]})
+            fixed = pinned(hyper, params[names[0]].dtype) if wide and names else hyper
+            groups.append({**fixed, **(_differentiable(hyper) if graph else {}), "params": [copies[n] for n in names]})
         taken = inspect.signature(self.cls).parameters
         instance = self.cls(groups, **{k: v for k, v in groups[0].items() if k in taken and k != "params"})
         for name, copy in copies.items():
@@ -163,7 +163,7 @@ def refuse(cls: type[torch.optim.Optimizer]) -> None:
         raise InputError("SparseAdam takes sparse gradients, and gradients are dense here; use Adam.")
 
 
-def _pinned(hyper: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+def pinned(hyper: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return the hyperparameters with Adafactor's dtype-dependent default epsilon at its value for `dtype`."""
     eps = hyper.get("eps")
     if isinstance(eps, tuple) and eps[0] is None:

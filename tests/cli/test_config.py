@@ -134,6 +134,7 @@ def test_every_objective_is_built_with_its_options(name: str, tmp_path: Path) ->
         ("force: 'on'", "force: found 'on', expected true or false"),
         ("force: 1", "force: found 1, expected true or false"),
         ("rounding: maybe", "rounding: found 'maybe', expected auto, true or false"),
+        ("storage: 16", "storage: found 16, expected auto, none, or the name of a floating-point dtype"),
         ("dtype: 16", "dtype: found 16, expected the name of a floating-point dtype"),
         ("output: none", "output: found none, expected the path of a folder"),
         ("output: ''", "output: found '', expected the path of a folder"),

@@ -111,6 +111,8 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
         ({"rounding": True}, lambda result: result.rounding is not None),
         ({"rounding": False}, lambda result: result.rounding is None),
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
+        ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.unmoved > 0),
+        ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
         ({"keep_update": True, "microbatch_tokens": 7}, lambda result: result.update is not None),
         ({"objective": {"name": "reinforce"}}, lambda result: abs(result.step["loss"]) > 1e-3),
     ],
@@ -239,6 +241,8 @@ def test_a_run_that_fails_late_leaves_the_disk_as_it_was(
         ({"device": "meta:x"}, "device: found 'meta:x', which cannot be used here ("),
         ({"dtype": "float17"}, "dtype is 'float17'; use 'float32'"),
         ({"dtype": "int8"}, "dtype is 'int8'; use 'float32'"),
+        ({"storage": "float17"}, "storage is 'float17'; use 'auto'"),
+        ({"storage": "float64"}, "storage is float64, and 'model.embed_tokens.weight' is computed in float32"),
         ({"base_model": "somewhere"}, "base_model is for adapter folders"),
         ({"objective": {"name": "grpo", "beta": 0.1}}, "the rollouts have no ref_logps"),
     ],
@@ -303,9 +307,17 @@ def test_a_missing_optimizer_state_is_refused(world: World, tmp_path: Path, refu
 def test_a_model_that_returns_no_numbers_names_the_sequences(world: World, tmp_path: Path, refused: Refused) -> None:
     config, checkpoint = with_checkpoint(world, tmp_path)
     weights = load_file(checkpoint / "model.safetensors")
-    weights["model.norm.weight"][:] = torch.nan
+    weights["model.norm.weight"][:] = 3e38  # a number still; the logits made of it are none
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     assert "not finite for sequence 0, 1, 2, 3, 4 and 19 more" in refused("run", config)
+
+
+def test_a_weight_that_is_no_number_is_named(world: World, tmp_path: Path, refused: Refused) -> None:
+    config, checkpoint = with_checkpoint(world, tmp_path)
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"][:] = torch.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert "not finite: 'model.norm.weight' holds 16 of 16 entries" in refused("run", config)
 
 
 def test_a_missing_configuration_is_one_line(tmp_path: Path, refused: Refused) -> None:

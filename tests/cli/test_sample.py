@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,46 @@ def test_rollouts_are_drawn_scored_and_ready_for_run(
 
     config = world.config(tmp_path, evaluation="evaluation.parquet", update="update.parquet")
     assert main(["run", str(config)]) == 0
+
+
+@pytest.mark.parametrize("ends", [3, [2, 5], [4]])
+def test_a_completion_ends_with_every_end_token_of_the_checkpoint(
+    world: World, prompts: Path, tmp_path: Path, ends: int | list[int]
+) -> None:
+    folder = shutil.copytree(world.folder / "checkpoint", tmp_path / "checkpoint")
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "eos_token_id": ends}))
+    changed = words(world, prompts, tmp_path / "e.jsonl", "--group-size", "16")
+    changed[1] = str(folder)
+    assert main(changed) == 0
+    stops = {build_tokenizer().eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    rows = [json.loads(line)["completion_ids"] for line in (tmp_path / "e.jsonl").read_text().splitlines()[1:]]
+    assert not any(stops & set(row[:-1]) for row in rows)
+    assert all(row[-1] in stops or len(row) == 4 for row in rows)
+    assert any(row[-1] in stops - {build_tokenizer().eos_token_id} for row in rows)
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_chat_prompts_take_the_checkpoints_template(world: World, tmp_path: Path, place: str) -> None:
+    template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}={% endif %}"
+    folder = shutil.copytree(world.folder / "checkpoint", tmp_path / "checkpoint")
+    if place.endswith("jinja"):
+        (folder / place).write_text(template)
+    else:
+        (folder / place).write_text(json.dumps({**json.loads((folder / place).read_text()), "chat_template": template}))
+    path = write(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "12"}]}])
+    changed = words(world, path, tmp_path / "e.jsonl")
+    changed[1] = str(folder)
+    assert main(changed) == 0
+    found = read_rollouts(tmp_path / "e.jsonl")
+    assert found.ids[0, : found.prompt_lengths[0]].tolist() == [ONE, TWO, EQUALS]
+
+
+def test_chat_prompts_without_a_template_are_one_calm_line(world: World, tmp_path: Path, refused: Refused) -> None:
+    path = write(tmp_path / "chat.jsonl", [{"prompt": [{"role": "user", "content": "12"}]}])
+    line = refused(*words(world, path, tmp_path / "e.jsonl"))
+    assert "has no chat template (tokenizer_config.json or chat_template.jinja of the checkpoint)" in line
+    assert not (tmp_path / "e.jsonl").exists()
 
 
 def test_equal_seeds_draw_equal_rollouts_and_others_do_not(world: World, prompts: Path, tmp_path: Path) -> None:

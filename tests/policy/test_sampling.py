@@ -247,6 +247,24 @@ def test_probabilities_that_are_not_finite_name_the_prompt() -> None:
         draw(*fp.from_module(Poisoned()), prompts=[[1], [5], [2]])
 
 
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ends", [(0, 3), [5, 2, 4], torch.tensor([1, 6]), np.array([3])])
+def test_a_completion_ends_with_the_first_of_several_tokens(way: str, ends: Any) -> None:
+    policy, params = build(way)
+    free, found = (completions(draw(policy, params, eos_id=end)) for end in (None, ends))
+    stops = {int(end) for end in ends}
+    for whole, cut in zip(free, found, strict=True):
+        first = next((t for t, token in enumerate(whole) if token in stops), len(whole) - 1)
+        assert cut == whole[: first + 1]
+    assert any(len(cut) < len(whole) for whole, cut in zip(free, found, strict=True))
+
+
+def test_one_end_token_is_a_list_of_one_and_none_an_empty_one() -> None:
+    policy, params = build("gpt2 / cache")
+    assert completions(draw(policy, params, eos_id=EOS)) == completions(draw(policy, params, eos_id=[EOS]))
+    assert completions(draw(policy, params, eos_id=None)) == completions(draw(policy, params, eos_id=()))
+
+
 BAD = [
     ({"temperature": 0.0}, "The temperature is 0.0; expected a number above 0"),
     ({"temperature": float("nan")}, "The temperature is nan"),
@@ -254,6 +272,11 @@ BAD = [
     ({"group_size": 1.5}, "group_size is 1.5"),
     ({"batch_size": -1}, "batch_size is -1"),
     ({"eos_id": 7}, "eos_id is 7; expected a token id below 7, or None"),
+    ({"eos_id": [0, 7]}, "eos_id is 7; expected a token id below 7, several of them, or None"),
+    ({"eos_id": [-1]}, "eos_id is -1; expected a token id below 7"),
+    ({"eos_id": 1.0}, "eos_id is 1.0; expected a token id below 7"),
+    ({"eos_id": True}, "eos_id is True; expected a token id below 7"),
+    ({"eos_id": "</s>"}, "eos_id is '<'; expected a token id below 7"),
     ({"prompts": []}, "There are no prompts"),
     ({"prompts": [[1], []]}, "Prompt 1 is empty"),
     ({"prompts": [[1, 7]]}, "Prompt 0 holds token id 7, outside the vocabulary of 7"),
