@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families.building import NO_FORWARD_MODE, Family
+from tests.families.building import ASKED, NO_FORWARD_MODE, Family
 
 LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 DELTA_RULE = {
@@ -120,6 +120,12 @@ HYBRIDS = (
         quick=True,
         refused=NO_FORWARD_MODE,
     ),
-    Family("rwkv", "rwkv", "a recurrence with a state of its own", {"attention_hidden_size": 32, "context_length": 64}),
+    Family(
+        "rwkv",
+        "rwkv",
+        "a recurrence that rescales its own weights in eval mode",
+        {"attention_hidden_size": 32, "context_length": 64},
+        refused=dict.fromkeys(ASKED, "writes to its parameter"),
+    ),
     Family("xlstm", "xlstm", "a matrix memory", {"hidden_size": 128, "num_heads": 4}),
 )
