@@ -10,7 +10,7 @@ NUMERIC := tests/analysis tests/benchmarks/test_stateful.py tests/cli/test_demo.
 ROUNDED := tests/analysis/test_attribution_edges.py tests/analysis/test_expansion.py tests/benchmarks/test_stateful.py \
 	tests/cli/test_demo.py tests/compat tests/policy tests/training/test_step.py tests/training/test_updates.py
 
-.PHONY: help demo test kernels threads browser check format bench notebooks clean
+.PHONY: help demo test families kernels threads browser check format bench notebooks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -33,6 +33,9 @@ kernels: $(STAMP) ## the numeric part with the arithmetic of an old processor an
 
 threads: $(STAMP) ## a smaller part of it with two threads
 	OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 $(PYTEST) $(ROUNDED)
+
+families: $(STAMP) ## many architectures and adapters, asked the same (docs/families.md)
+	$(PYTEST) -m "families or not families" tests/families
 
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser

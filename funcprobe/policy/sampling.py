@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import InputError, NumericsError, listed
+from funcprobe.policy.checks import COARSEST_FLOAT32, ROUNDING_UNITS
+from funcprobe.policy.growing import GrowingRows, start
 from funcprobe.policy.module import Policy
 from funcprobe.policy.rewards import Reward, load_reward, rewards_of
+from funcprobe.policy.scoring import score
 from funcprobe.types import Params, Progress, Rollouts
 
 __all__ = ["Reward", "load_reward", "sample"]
@@ -45,8 +49,9 @@ def sample(
 
     A completion ends with the first `eos_id`, which belongs to it, or after `max_new_tokens`. `sampling_logps`
     `[B, T]` are the log-probabilities of the tokens, `log softmax(z / temperature)` in float64, nats. Equal prompts
-    are one group. A policy that can decode by a key-value cache does so, over left-padded prompts; otherwise the whole
-    row is run again for every token. Only `generator` is drawn from, `8 · B · max_new_tokens` bytes of it at once.
+    are one group. A policy that can decode by a key-value cache does so, over left-padded prompts, as long as what it
+    draws has the log-probabilities that scoring gives; otherwise the whole row is run again for every token. Only
+    `generator` is drawn from, `8 · B · max_new_tokens` bytes of it at once.
 
     Args:
         policy: What is drawn from.
@@ -77,9 +82,13 @@ def sample(
     )
     drawn: dict[int, _Drawn] = {}
     for batch in _batches(rows, batch_size):
-        state = _start(policy, params, [rows[i] for i in batch], max_new_tokens)
+        of_batch = [rows[i] for i in batch]
+        given = uniforms[batch].to(policy.device), temperature, ends
         with torch.no_grad():
-            found = _draw(policy, params, state, uniforms[batch].to(policy.device), temperature, ends)
+            found = _draw(policy, params, start(policy, params, of_batch, max_new_tokens), *given)
+            if policy.decode is not None and not _as_scored(policy, params, of_batch, found, temperature):
+                policy = _without_cache(policy)
+                found = _draw(policy, params, start(policy, params, of_batch, max_new_tokens), *given)
         drawn |= zip(batch, found, strict=True)
         if progress is not None:
             progress("sampling", len(drawn), len(rows))
@@ -104,7 +113,7 @@ class _Drawn(NamedTuple):
 
 
 def _draw(
-    policy: Policy, params: Params, rows: _Rows, uniforms: Tensor, temperature: float, ends: Tensor
+    policy: Policy, params: Params, rows: GrowingRows, uniforms: Tensor, temperature: float, ends: Tensor
 ) -> list[_Drawn]:
     """Draw one completion for every row, a column at a time, until all have ended with one of `ends` [k]."""
     tokens, logps = [], []
@@ -123,6 +132,35 @@ def _draw(
     return [_Drawn(token[:length], logp[:length]) for token, logp, length in columns]
 
 
+def _as_scored(
+    policy: Policy, params: Params, prompts: list[list[int]], drawn: list[_Drawn], temperature: float
+) -> bool:
+    """Return whether two rows drawn by a cache, the longest and the most padded, have the logps that scoring gives.
+
+    A copy's decoding is tried on a few tokens when it is made, which is before a cache forgets what left its window.
+    """
+    rows = range(len(prompts))
+    longest = max(rows, key=lambda i: len(prompts[i]) + len(drawn[i].tokens))
+    few = sorted({longest, min(rows, key=lambda i: len(prompts[i]))})
+    of_few = [prompts[i] for i in few], [drawn[i].tokens for i in few]
+    scored = score(policy, params, rollouts_from_lists(*of_few, temperature=temperature)).logp
+    own = pad_sequence([torch.tensor(drawn[i].logps, dtype=torch.float64) for i in few], batch_first=True)
+    off, largest = float((own.to(scored.device) - scored).abs().max()), float(scored.abs().max())
+    eps = max(torch.finfo(p.dtype).eps for p in params.values())
+    # NaN is not what scoring gives; where it is, whole rows have it too, and the prompt is named
+    return off <= max(COARSEST_FLOAT32, ROUNDING_UNITS * eps) * (1 + largest)
+
+
+def _without_cache(policy: Policy) -> Policy:
+    """Return the policy without its cached decoding, having said so."""
+    if policy.checks is not None:
+        policy.checks.found(
+            "decoding",
+            f"a cached step of {policy.checks.module} does not say what scoring says, so rows are decoded whole",
+        )
+    return replace(policy, decode=None)
+
+
 def _choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return a token [n] drawn by inverse cumulative distribution, and its log-probability in float64.
 
@@ -138,60 +176,6 @@ def _choose(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor
     token = token.clamp(max=logits.shape[-1] - 1)  # NaN sorts behind everything
     logp = log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
     return token, torch.where(torch.isfinite(total), logp, torch.nan)
-
-
-class _CachedRows:
-    """Left-padded prompts with a key-value cache: a step runs the newest token alone."""
-
-    def __init__(self, policy: Policy, params: Params, prompts: list[list[int]]) -> None:
-        assert policy.decode is not None
-        self.decode, self.params, self.cache = policy.decode, params, None
-        self.ids = _pad(prompts, "left", policy.device)
-        self.mask = _pad([[1] * len(prompt) for prompt in prompts], "left", policy.device).bool()
-
-    def last_hidden(self) -> Tensor:
-        """Return the features [n, D] that predict the next token of every row."""
-        hidden, self.cache = self.decode(self.params, self.ids, self.mask, self.cache)
-        return hidden
-
-    def append(self, token: Tensor) -> None:
-        """Add one token [n] to the rows."""
-        self.ids = token.unsqueeze(1)
-        self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=True)
-
-
-class _WholeRows:
-    """Right-padded rows, run from their first token at every step: what any module can do."""
-
-    def __init__(self, policy: Policy, params: Params, prompts: list[list[int]], room: int) -> None:
-        self.features, self.params = policy.features, params
-        self.ids = torch.nn.functional.pad(_pad(prompts, "right", policy.device), (0, room))
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=policy.device)
-        self.rows = torch.arange(len(prompts), device=policy.device)
-
-    def last_hidden(self) -> Tensor:
-        """Return the features [n, D] that predict the next token of every row."""
-        ids = self.ids[:, : int(self.lengths.max())]
-        mask = torch.arange(ids.shape[1], device=ids.device) < self.lengths.unsqueeze(1)
-        return self.features(self.params, ids, mask)[self.rows, self.lengths - 1]
-
-    def append(self, token: Tensor) -> None:
-        """Add one token [n] to the rows."""
-        self.ids[self.rows, self.lengths] = token
-        self.lengths = self.lengths + 1
-
-
-_Rows = _CachedRows | _WholeRows
-
-
-def _start(policy: Policy, params: Params, prompts: list[list[int]], room: int) -> _Rows:
-    if policy.decode is None:
-        return _WholeRows(policy, params, prompts, room)
-    return _CachedRows(policy, params, prompts)
-
-
-def _pad(rows: list[list[int]], side: str, device: torch.device) -> Tensor:
-    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_side=side).to(device)
 
 
 def _batches(rows: list[list[int]], batch_size: int) -> list[list[int]]:

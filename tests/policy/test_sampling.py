@@ -89,6 +89,48 @@ def test_the_end_token_belongs_to_the_completion_and_nothing_follows(way: str) -
     assert torch.equal(drawn.completion_mask, torch.arange(6) < lengths[:, None])
 
 
+def forgetful(policy: fp.Policy, window: int) -> fp.Policy:
+    """Return the policy with a cache that keeps a few tokens, as one does whose window is not the model's."""
+
+    def decode(params: Params, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        seen = ids if cache is None else torch.cat([cache, ids], dim=1)
+        lengths = mask.sum(1).clamp(max=window).tolist()
+        found = [
+            policy.features(params, row[None, -n:], mask[:1, -n:])[0, -1] for row, n in zip(seen, lengths, strict=True)
+        ]
+        return torch.stack(found), seen
+
+    return dataclasses.replace(policy, decode=decode)
+
+
+@pytest.mark.parametrize("window", [3, 8])
+def test_a_cache_that_forgets_is_noticed_and_rows_are_decoded_whole(window: int) -> None:
+    policy, params = build("qwen2 / cache")
+    whole = draw(dataclasses.replace(policy, decode=None), params, batch_size=5)
+    found = draw(forgetful(policy, window), params, batch_size=5)
+    assert completions(found) == completions(whole)
+    assert found.sampling_logps is not None
+    off = (fp.score(policy, params, found).logp - found.sampling_logps).abs().max()
+    assert float(off) < 2e-5  # as in the test of the sampling logps
+    assert policy.checks is not None
+    assert any("rows are decoded whole" in note for note in policy.checks.notes)
+
+
+def test_a_cache_that_forgets_nothing_is_kept() -> None:
+    policy, params = build("qwen2 / cache")
+    calls = []
+
+    def counted(*given: Any) -> tuple[Tensor, Any]:
+        calls.append(given[1].shape)
+        assert policy.decode is not None
+        return policy.decode(*given)
+
+    draw(dataclasses.replace(policy, decode=counted), params, max_new_tokens=6, eos_id=None, batch_size=5)
+    assert len(calls) == 6 * 3  # 12 rows, 5 at a time, and a step for every token
+    assert policy.checks is not None
+    assert not any("whole" in note for note in policy.checks.notes)
+
+
 def test_without_an_end_token_every_completion_is_full() -> None:
     assert {len(row) for row in completions(draw(*build("gpt2 / cache"), eos_id=None))} == {6}
 
