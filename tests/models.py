@@ -68,14 +68,15 @@ def qwen2(dtype: torch.dtype = torch.float32, *, tied: bool = True) -> nn.Module
         return Qwen2ForCausalLM(config).to(dtype)
 
 
-def lora(dtype: torch.dtype = torch.float32) -> nn.Module:
+def lora(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
     """Return a Qwen2 with LoRA on attention and on the head, both factors away from zero."""
     from peft import LoraConfig, get_peft_model
 
     with seeded(7), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft 0.21 calls a deprecated transformers property
         adapted = get_peft_model(
-            qwen2(dtype, tied=False), LoraConfig(r=2, target_modules=["q_proj", "v_proj", "lm_head"])
+            qwen2(dtype, tied=False),
+            LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "lm_head"]),
         )
         for name, leaf in adapted.named_parameters():
             if "lora_B" in name:

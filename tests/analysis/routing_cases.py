@@ -91,6 +91,7 @@ def mixture(name: str, dtype: torch.dtype = torch.float32, experts: str | None =
         num_experts_per_tok=2,
         max_position_embeddings=64,
         initializer_range=0.3,
+        router_aux_loss_coef=0.0,  # which a run of TRL adds, and a probe warns of
         bos_token_id=1,
         eos_token_id=0,
         pad_token_id=0,

@@ -76,7 +76,8 @@ def qwen2(**options: Any) -> Qwen2ForCausalLM:
 
 def gpt2() -> GPT2LMHeadModel:
     torch.manual_seed(1)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2))
+    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, **still))
 
 
 def lora(base: nn.Module, **options: Any) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import funcprobe as fp
 from funcprobe import ProbeResult
+from funcprobe.errors import FuncprobeWarning
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
 from funcprobe.policy.training_only import training_cautions, training_terms
 from tests.integrations.cases import (
@@ -154,7 +156,13 @@ def test_our_step_is_that_of_rloo(folder: Path, options: dict[str, Any]) -> None
 def looked_at(trainer: Any, model: nn.Module, optimizer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:
     """Probe the live pair: sample E, take the step, measure; and ask what the run adds to it."""
     training_terms(model)
-    return probed(fp.from_training(model, optimizer), trainer, inputs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = probed(fp.from_training(model, optimizer), trainer, inputs)
+    dropout = any("lora_dropout is 0.1" in str(warning.message) for warning in caught)
+    assert dropout == any("lora_" in name for name, _ in model.named_parameters())
+    assert len([warning for warning in caught if issubclass(warning.category, FuncprobeWarning)]) == dropout
+    return found
 
 
 def probed(pair: fp.Checkpoint, trainer: Any, inputs: list[dict[str, Any]]) -> ProbeResult:

@@ -100,8 +100,8 @@ def test_it_counts_in_either_mode(train: bool) -> None:
 
 
 def test_an_adapters_own_dropout() -> None:
-    assert brief(training_terms(models.lora())) == [("dropout", "lora_dropout", 0.3)]
-    (term,) = training_terms(models.lora())
+    assert brief(training_terms(models.lora(dropout=0.3))) == [("dropout", "lora_dropout", 0.3)]
+    (term,) = training_terms(models.lora(dropout=0.3))
     assert len(term.modules) == 5  # q_proj and v_proj of two layers, and the head
     from peft import LoHaConfig, get_peft_model
 
