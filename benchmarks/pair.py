@@ -123,7 +123,7 @@ def rollouts(shape: Shape, vocabulary: int, count: int, seed: int) -> Rollouts:
     draw = random.Random(seed)
     rows = [[draw.randrange(vocabulary) for _ in range(shape.length)] for _ in range(count)]
     return fp.rollouts_from_lists(
-        [row[:PROMPT] for row in rows],
+        [rows[i - i % 4][:PROMPT] for i in range(count)],
         [row[PROMPT:] for row in rows],
         temperature=TEMPERATURE,
         rewards=[draw.gauss(0, 1) for _ in rows],

@@ -220,7 +220,7 @@ def _random_rollouts(size: Size, seed: int) -> Rollouts:
     draw = random.Random(seed)
     rows = [[draw.randrange(size.vocabulary) for _ in range(size.length)] for _ in range(size.sequences)]
     return fp.rollouts_from_lists(
-        [row[:PROMPT] for row in rows],
+        [rows[i - i % 2][:PROMPT] for i in range(len(rows))],
         [row[PROMPT:] for row in rows],
         temperature=TEMPERATURE,
         rewards=[draw.gauss(0, 1) for _ in rows],

@@ -8,7 +8,7 @@ is held against `s(θ + hv) − s(θ − hv)`, on the few tokens on which the co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,9 +22,9 @@ from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Params, Rollouts, TokenScores
 
-#: The sizes of the two steps relative to the leaves that move: the finer one is large enough for float32 (a change of
-#: some 2e-3 of scores that are rounded at 1e-7), and a quarter of the coarser.
-STEPS = 1e-2, 2.5e-3
+#: The larger of two steps, as a part of the leaves that move and in nats of the score that moves most, whichever is
+#: less; the smaller one is a quarter of it. So what is seen is some 1e-3 nats, of scores that float32 rounds at 1e-7.
+STEP, STEP_OF_SCORES = 1e-2, 1e-2
 
 #: What a tangent may be off beside rounding, relative to the difference: what is lost is some per cent at least.
 SLACK = 5e-3
@@ -58,18 +58,21 @@ def hold(
     if checks is None:
         return True
     if mode not in checks.tangents:
-        held = difference(policy, params, direction)
+        if not _can_be_told(policy, params, direction):
+            return True  # nothing moves, or the arithmetic is too coarse: another direction may say more
+        found = _tangents(checks, lambda: tangent(few(policy)))
+        moves = float(found[0].abs().max() if weights is None else found[0].abs() / weights.abs().sum())
+        held = difference(policy, params, direction, moves)
         if held is None:
-            return True  # nothing moves, or the arithmetic is too coarse to tell: another direction may say more
+            return True
         held = held if weights is None else held.weighted(weights)
-        checks.tangents[mode] = _holds(mode, checks, held, tangent)
+        checks.tangents[mode] = _holds(mode, checks, held, found)
     return checks.tangents[mode]
 
 
 class Difference(NamedTuple):
     """Central differences of scores at two steps."""
 
-    rollouts: Rollouts
     coarse: Tensor  #: [n] at the larger step
     fine: Tensor  #: [n] at the smaller one
     rounding: float  #: the Euclidean error of the finer one by rounding
@@ -91,24 +94,42 @@ class Difference(NamedTuple):
         # what sums to less than its terms is told to a tenth of their slack
         slack = 0.1 * SLACK * float((c * self.fine).norm())
         coarse, fine = ((c @ slope).reshape(1) for slope in (self.coarse, self.fine))
-        return Difference(self.rollouts, coarse, fine, float(c.norm()) * self.rounding + slack)
+        return Difference(coarse, fine, float(c.norm()) * self.rounding + slack)
 
 
-def difference(policy: Policy, params: Params, direction: Params) -> Difference | None:
-    """Return central differences of the scores of a few tokens along a direction; None where there is none to take."""
+def difference(policy: Policy, params: Params, direction: Params, moves: float) -> Difference | None:
+    """Return central differences of the scores of a few tokens along a direction; None where one end is not finite.
+
+    `moves` is how fast the fastest of these scores moves, by the tangent that is to be held: it sizes the steps.
+    """
     size, length = float(tree.norm(tree.select(params, direction))), float(tree.norm(direction))
-    eps = arithmetic(policy, params).eps
-    if not (0 < length < math.inf and size > 0) or eps > COARSEST:
-        return None
-    rollouts, found, largest = few(policy), [], 0.0
-    for h in (step * size / length for step in STEPS):
-        ends = [_end(policy, params, direction, rollouts, sign * h) for sign in (1, -1)]
+    largest = STEP * size / length
+    h = min(largest, STEP_OF_SCORES / moves) if moves > 0 else largest
+    rollouts, found, scores = few(policy), [], 0.0
+    for step in (h, h / 4):
+        ends = [_end(policy, params, direction, rollouts, sign * step) for sign in (1, -1)]
         if not all(bool(torch.isfinite(end).all()) for end in ends):
             return None
-        largest = float(ends[0].abs().max())
-        found.append((ends[0] - ends[1]) / (2 * h))
-    rounding = ROUNDING_UNITS * eps * (1 + largest) * math.sqrt(len(found[1])) * length / (STEPS[1] * size)
-    return Difference(rollouts, found[0], found[1], rounding)
+        scores = float(ends[0].abs().max())
+        found.append((ends[0] - ends[1]) / (2 * step))
+    rounding = ROUNDING_UNITS * arithmetic(policy, params).eps * (1 + scores) * math.sqrt(len(found[1])) / (h / 4)
+    return Difference(found[0], found[1], rounding)
+
+
+def _tangents(checks: Checks, take: Callable[[], Tensor]) -> list[Tensor]:
+    """Return the tangent as training takes it, and, where the module detaches something, with that taken along."""
+    known, found = checks.undetached, []
+    for undetached in (False, True) if checks.detaches and not known else (known,):
+        checks.undetached = undetached
+        found.append(take())
+    checks.undetached = known
+    return found
+
+
+def _can_be_told(policy: Policy, params: Params, direction: Params) -> bool:
+    """Return whether anything moves, in arithmetic that has differences to speak of."""
+    moves = 0 < float(tree.norm(direction)) < math.inf and float(tree.norm(tree.select(params, direction))) > 0
+    return moves and arithmetic(policy, params).eps <= COARSEST
 
 
 def values(scores: TokenScores, mask: Tensor) -> Tensor:
@@ -130,25 +151,21 @@ def few(policy: Policy) -> Rollouts:
     return to_device(made, policy.device)
 
 
-def _holds(mode: str, checks: Checks, held: Difference, tangent: Tangent) -> bool:
-    """Return whether a derivative holds, trying it without and with what the module detaches.
+def _holds(mode: str, checks: Checks, held: Difference, found: Sequence[Tensor]) -> bool:
+    """Return whether a derivative holds, as training takes it or, where there are two, with what the module detaches.
 
     The two are told apart by which is nearer, however small their distance: what is detached may be a per cent.
     """
-    known = checks.undetached
-    checks.undetached = False
-    trained = tangent(held.rollouts)
-    checks.undetached = True
-    whole = tangent(held.rollouts)
+    trained, whole = found[0], found[-1]
     nearer = held.off(whole) == 0.0 and held.apart(whole) < held.apart(trained)
-    checks.undetached = known or (nearer and _share(trained, whole) > DETACHED)
-    off = held.off(whole if checks.undetached else trained)
-    if checks.undetached and not known:
+    if nearer and _share(trained, whole) > DETACHED:
+        checks.undetached = True
         checks.found(
             "tangent",
             f"the module detaches what its output depends on ({_share(trained, whole):.1%} of a derivative): on E that "
             "is taken along, in the gradient on U it is left out, as training does",
         )
+    off = held.off(whole if checks.undetached else trained)
     checks.results[f"the {mode} derivative is the derivative"] = f"no: off by {off:.1%}" if off else "yes"
     return off == 0.0
 

@@ -47,6 +47,7 @@ class Checks:
     findings: list[Finding] = field(default_factory=list)
     training: tuple[TrainingTerm, ...] = ()  #: what training adds, and a step on the copy does not have
     tangents: dict[str, bool] = field(default_factory=dict)  #: mode -> whether its derivative was held, and is right
+    detaches: bool = False  #: whether the module detaches anything
     undetached: bool = False  #: whether the derivative of what is computed goes through what the module detaches
 
     def found(self, kind: str, text: str, *, warns: bool = False) -> None:

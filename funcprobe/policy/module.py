@@ -96,7 +96,7 @@ def _copied(module: nn.Module, params: Params) -> Policy:
     """
     trial, why = _trial(module), ""
     for instance_forwards in (False, True)[: 1 + any(True for _ in own_forwards(module))]:
-        checks = Checks(type(module).__name__)
+        checks = Checks(type(module).__name__, detaches=trial.seen.watch.detaches)
         skeleton = _skeleton(module, trial, checks, instance_forwards)
         for parts in (*splits(skeleton), whole(skeleton)):
             try:

@@ -33,12 +33,14 @@ class Watch(TorchFunctionMode):
         self.eps = 0.0  #: of the coarsest dtype
         self.autocast: torch.dtype | None = None  #: that some operation ran under
         self.fused_attention = False
+        self.detaches = False  #: whether something was detached on the way
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Call `func`, and look at its result."""
         found = func(*args, **(kwargs or {}))
+        self.detaches |= func is Tensor.detach
         self.fused_attention |= func is torch.nn.functional.scaled_dot_product_attention
         if isinstance(found, Tensor) and found.requires_grad and found.is_floating_point():
             self.eps = max(self.eps, torch.finfo(found.dtype).eps)

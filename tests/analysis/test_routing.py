@@ -214,8 +214,14 @@ def test_a_choice_that_is_not_one_a_token_changes_all_of_them() -> None:
         return scores.flatten().topk(3).values.sum() + scores.flatten()[scores.flatten().topk(3).indices].sum()
 
     with models.seeded(3):
-        policy, params = fp.from_module(Chooses(call).double())
-    passes = Passes.over(policy, E, {"entropy": fp.entropy()}, None, None, Clock())
+        policy, params = fp.from_module(Chooses(lambda scores: torch.zeros(())).double())
+
+    def features(at: fp.types.Params, ids: Tensor, mask: Tensor) -> Tensor:  # not causal: from_module would refuse it
+        return policy.features(at, ids, mask) + call(at["gate.weight"][ids])
+
+    passes = Passes.over(
+        dataclasses.replace(policy, features=features), E, {"entropy": fp.entropy()}, None, None, Clock()
+    )
     found = []
     for at in (params, {**params, "gate.weight": params["gate.weight"].flip(-1)}):
         found.append(Choices(passes))

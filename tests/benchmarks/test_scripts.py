@@ -82,7 +82,9 @@ def test_flops_are_within_their_targets(lora: bool, count: int, target: float, m
     monkeypatch.setitem(pair.MODELS, "narrow", narrow)
     shape = pair.Shape(model="narrow", lora=lora, evaluation=4, update=4, length=32, microbatch=4)
     built = pair.build(shape)
-    found = {name: comparing.flops(run) for name, run in sweep.runs(built, count).items()}
+    runs = sweep.runs(built, count)
+    runs["functional"]()  # its copy of the model is held against a difference, once
+    found = {name: comparing.flops(run) for name, run in runs.items()}
     assert found["functional"] / found["stateful"] <= target
 
 

@@ -38,8 +38,13 @@ def batch(sizes: list[int], seed: int) -> Rollouts:
     """Return prompts of the given numbers of rollouts, ragged, with holes and rewards."""
     rollouts = models.rollouts(sum(sizes), seed, holes=True)
     groups = [10 * number for number, size in enumerate(sizes) for _ in range(size)]
-    shuffled = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
-    return rollouts._replace(group_ids=torch.tensor(groups)[shuffled])  # a prompt's rollouts need not stand together
+    shuffled = torch.tensor(groups)[torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))]
+    # a prompt's rollouts need not stand together; all of its tokens are the prompt's number, since no model is run
+    prompt = torch.arange(rollouts.ids.shape[1]) < rollouts.prompt_lengths.min()
+    ids = torch.where(prompt, shuffled[:, None], rollouts.ids)
+    return rollouts._replace(
+        group_ids=shuffled, ids=ids, prompt_lengths=torch.full_like(rollouts.prompt_lengths, int(prompt.sum()))
+    )
 
 
 sizes = st.lists(st.integers(2, 4), min_size=2, max_size=4)
