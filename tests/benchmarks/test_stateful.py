@@ -28,6 +28,9 @@ from funcprobe.engine import math_attention
 from funcprobe.types import Params, Rollouts
 from tests import models
 
+# dropout is off in both, and a probe says so of a run
+pytestmark = pytest.mark.filterwarnings("ignore:Dropout acts in training:funcprobe.errors.FuncprobeWarning")
+
 LIMIT = 1e-9
 WEIGHTINGS = ("per_decision", "sequence")
 
