@@ -198,8 +198,7 @@ class _Taken(NamedTuple):
 def _outcome(asked: Inquiry, name: str, variant: Variant, update: Rollouts, taken: _Taken, first: First) -> SweepPoint:
     evaluation, update, said = asked.passes.evaluation, variant.on(update), Messages(quiet=True)
     said.notes += taken.said.notes
-    policy = asked.passes.policy
-    said.also([*taken.said.warnings, *before_measuring(policy, evaluation, update, taken.move.size, taken.info)])
+    said.also([*taken.said.warnings, *before_measuring(evaluation, update, taken.move.size, taken.info)])
     if variant.lr is not None:
         said.also(unequal_groups(variant.step.optimizer))
     own = asked._replace(said=said, independent=is_independent(evaluation, update))

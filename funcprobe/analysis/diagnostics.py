@@ -78,11 +78,9 @@ class Clock:
 
 
 def before_measuring(
-    policy: Policy, evaluation: Rollouts, update: Rollouts, moved: Movement, info: Mapping[str, float]
+    evaluation: Rollouts, update: Rollouts, moved: Movement, info: Mapping[str, float]
 ) -> Iterator[str]:
-    """Yield what should be known of the policy, the batches and the step before anything is measured."""
-    terms = () if policy.checks is None else policy.checks.training
-    yield from training_cautions(tuple(term for term in terms if term.kind != "left padding"), update)
+    """Yield what should be known of the batches and the step before anything is measured."""
     if moved.norm == 0.0:
         yield f"The step is zero at learning rate {info['lr']:g}: no parameter moves, and neither does anything else."
     shared = overlap(evaluation, update)

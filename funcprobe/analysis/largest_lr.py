@@ -83,7 +83,7 @@ def largest_lr(
     asked = Inquiry(passes, wanted, options, Messages(), is_independent(evaluation, update))
     gradient, info = step.gradient(params, update, progress=progress)
     family = Family(asked, step, params, opt_state, gradient, info, low)
-    asked.said.also(before_measuring(policy, evaluation, update, family.size, {**family.info, "lr": low}))
+    asked.said.also(before_measuring(evaluation, update, family.size, {**family.info, "lr": low}))
 
     best, tried = family.point(low, family.move(low)), 2
     if broken := _broken(best, asked.main[1], bounds):

@@ -170,7 +170,7 @@ def take_step(
         move = Move.of(params, after.params, after.update, narrow=is_stored(step.optimizer))
         taken = Taken(move, dict(after.info), loss, storage_name(step.optimizer, params))
     said.notes += left_alone(loss.gradient)
-    said.also(before_measuring(passes.policy, passes.evaluation, update, taken.move.size, taken.info))
+    said.also(before_measuring(passes.evaluation, update, taken.move.size, taken.info))
     if lr is not None:
         said.also(unequal_groups(step.optimizer))
     return taken

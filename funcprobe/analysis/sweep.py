@@ -119,7 +119,7 @@ def sweep(
     for point in family.points(todo, chunk):
         kept.add(point)
     points = tuple(kept.points[lr] for lr in lrs)
-    said.also(before_measuring(policy, evaluation, update, family.size, {**family.info, "lr": lrs[-1]}))
+    said.also(before_measuring(evaluation, update, family.size, {**family.info, "lr": lrs[-1]}))
     said.also(unequal_groups(step.optimizer))
     said.also(_gathered("At", points, "warnings"))
     return SweepResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from funcprobe import engine, tree
-from funcprobe.errors import NumericsError
+from funcprobe.errors import FuncprobeWarning, NumericsError
 from funcprobe.estimators.importance import sampler_mismatch
 from funcprobe.policy.module import Policy
+from funcprobe.policy.training_only import training_cautions
 from funcprobe.training.groups import check_lr
 from funcprobe.training.optimizers import clip_by_global_norm
 from funcprobe.training.unreached import check_reached, reached
@@ -103,6 +105,9 @@ class Step:
     def loss_gradient(self, params: Params, rollouts: Rollouts, progress: Progress | None = None) -> LossGradient:
         """Return what `gradient` returns, and the scores `[B, T]` of U at which it was taken.
 
+        Warns with FuncprobeWarning of what training adds to the model and this step does not have: dropout, noise, a
+        router's loss, each with its probability or coefficient.
+
         Raises:
             InputError: As `gradient`.
             NumericsError: As `gradient`.
@@ -118,6 +123,7 @@ class Step:
             progress=progress,
             what="gradient",
         )
+        self._caution(rollouts)
         gradient = {name: None if name in found.unreached else g for name, g in found.gradient.items()}
         check_reached(gradient)
         _check_finite(found.gradient, "gradient of the loss")
@@ -125,6 +131,11 @@ class Step:
         mismatch = sampler_mismatch(found.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
         return LossGradient(gradient, {**info, **sampler}, found.scores)
+
+    def _caution(self, rollouts: Rollouts) -> None:
+        terms = () if self.policy.checks is None else self.policy.checks.training
+        for text in training_cautions(tuple(term for term in terms if term.kind != "left padding"), rollouts):
+            warnings.warn(text, FuncprobeWarning, stacklevel=4)
 
     def apply(
         self,

@@ -148,3 +148,28 @@ def test_a_comparison_bars_no_difference_that_is_lost() -> None:
     assert math.isfinite(found.difference("one").error)  # the base step is far above what was lost
     assert [row[1].endswith("(lost)") for row in table_of(found)[1]] == [False, True, True]
     assert "nothing follows from it" in found.summary()
+
+
+@pytest.mark.parametrize("lr", [1e-2, 1e-4, 1e-6])
+def test_under_autocast_a_path_tells_what_a_subtraction_cannot(lr: float) -> None:
+    """The leaves are float32 and so are the nodes; each derivative is as accurate as bfloat16, and nothing cancels."""
+    from accelerate import Accelerator
+
+    found = {}
+    for name, module in {
+        "float32": models.qwen2(),
+        "autocast": Accelerator(mixed_precision="bf16", cpu=True).prepare(models.qwen2()),
+    }.items():
+        policy, params = fp.from_module(module)
+        step = fp.make_step(policy, fp.grpo(), fp.sgd(lr))
+        rollouts = models.rollouts(12, seed=1), models.rollouts(12, seed=2)
+        found[name] = fp.probe(policy, step, params, step.optimizer.init(params), *rollouts, bars=None)
+    wide, low = found["float32"], found["autocast"]
+    assert low.main.method == "path"
+    assert not low.main.is_lost
+    assert low.main.error is not None
+    # two bfloat16 roundings of 4e-3 in the gradient that made the step, and one in each derivative along it
+    assert low.change == pytest.approx(wide.change, rel=0.05)
+    assert low.main.subtraction is not None
+    if lr < 1e-5:  # scores of bfloat16 do not see so small a step
+        assert abs(low.main.subtraction - wide.change) > abs(wide.change)
