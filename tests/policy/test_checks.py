@@ -186,6 +186,9 @@ def test_autocast_of_accelerate_is_kept() -> None:
     objective = fp.grpo()
     gradient, _ = fp.make_step(policy, objective, fp.sgd(1.0)).gradient(params, rollouts)
     assert set(gradient) == set(params)
+    five_lines = torch.func.grad(fp.anchored(fp.entropy(), policy, rollouts, params))(params)
+    assert all(bool(torch.isfinite(g).all()) for g in five_lines.values())
+    assert float(tree.norm(five_lines)) > 0
 
 
 def test_autocast_around_a_call_is_refused() -> None:
