@@ -81,15 +81,23 @@ def positions_of(module: nn.Module) -> int | None:
 
 def ids_below(module: nn.Module) -> int:
     """Return a bound that small token ids stay below: the vocabulary, where a module says what reads its ids."""
-    tables = [
-        part.get_input_embeddings()  # type: ignore[operator]
-        for part in module.modules()
-        if hasattr(type(part), "get_input_embeddings")
-    ]
-    sizes = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]
+    own = next((size for part in module.modules() if (size := _vocabulary(part)) is not None), None)
     # a table that is not the ids' may be of positions, or shorter
-    sizes = sizes or [part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)]
+    sizes = (
+        [part.num_embeddings for part in module.modules() if isinstance(part, nn.Embedding)] if own is None else [own]
+    )
     return max(2, min([*sizes, 64]))
+
+
+def _vocabulary(part: nn.Module) -> int | None:
+    """Return the size of the table that a part says it reads ids by; None where it says nothing."""
+    if not hasattr(type(part), "get_input_embeddings"):
+        return None
+    try:
+        table = part.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # a vision tower, which reads none
+        return None
+    return table.num_embeddings if isinstance(table, nn.Embedding) else None
 
 
 def rows_share_frequencies(module: nn.Module) -> set[str]:

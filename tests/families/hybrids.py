@@ -127,5 +127,4 @@ HYBRIDS = (
         {"attention_hidden_size": 32, "context_length": 64},
         refused=dict.fromkeys(ASKED, "writes to its parameter"),
     ),
-    Family("xlstm", "xlstm", "a matrix memory", {"hidden_size": 128, "num_heads": 4}),
 )
