@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcprobe.errors import InputError
+from funcprobe.policy.copying import uncompiled
 
 
 class Watch(TorchFunctionMode):
@@ -150,7 +151,7 @@ def observed(module: nn.Module, rows: Sequence[Tensor], seed: int = 0) -> Seen:
         named |= {address(b): name for name, b in buffers.items() if name not in seen.written}
         named.pop(0, None)
         try:
-            with as_it_was(module), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            with as_it_was(module), _eagerly(module), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what the libraries say of two tokens is not about the user's own
                 torch.manual_seed(seed)  # of generators that are put back
                 _own_buffers(module, seen.written)
@@ -232,6 +233,12 @@ def _run(module: nn.Module, row: Tensor, named: Mapping[int, str], watch: Watch)
             "or an object with such `.logits`."
         )
     return found[0]
+
+
+def _eagerly(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which nothing is compiled; it loads the compiler, so only where there is need of it."""
+    compiled = any(uncompiled(part) is not part or part._compiled_call_impl is not None for part in module.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _own_buffers(module: nn.Module, written: Mapping[str, str]) -> None:
