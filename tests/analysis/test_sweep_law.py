@@ -99,3 +99,12 @@ def test_an_unknown_observable_is_refused() -> None:
     for function in (law_of, remainder_fit, close_at):
         with pytest.raises(InputError, match="no observable 'kl'"):
             function(found, "kl")
+
+
+def test_a_reading_that_float_error_ate_is_close_to_nothing() -> None:
+    found = sweep(order=1)
+    lr = close_at(found)[-1]
+    reading = found.readings()[found.lrs.index(lr)]
+    lost = with_reading(found, lr, error=0.2 * abs(reading.change))
+    assert lost.readings()[found.lrs.index(lr)].is_lost
+    assert close_at(lost) == [other for other in close_at(found) if other != lr]
