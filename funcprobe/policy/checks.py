@@ -9,7 +9,7 @@ named. What fails is refused, mended with a word, or run in a way that passes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +25,9 @@ from funcprobe.types import Params
 #: How far two ways of computing one logit may be apart, in units of eps · (1 + the largest logit). A misplaced scale,
 #: cap or position is off by far more; kernels that sum in another order by about the root of the hidden size.
 ROUNDING_UNITS = 32.0
+
+#: Entries of a leaf up to which its gradient is made to see whether it is finite.
+SMALL = 2**20
 
 #: And never asked to be closer than this: parts of a float64 transformers model are float32 inside.
 COARSEST_FLOAT32 = 1e-5
@@ -173,7 +176,7 @@ def _proved(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts
         again = [z[: len(r)] for z, r in zip(_logits(parts, params, ids, mask), trial.rows, strict=True)]
     if not trial.gap(again) <= trial.tolerance:
         raise Rejected("two passes over the same rows differ: it draws random numbers in eval mode")
-    missed = sorted(unreached & _reached(trial.seen, params))
+    missed = sorted(unreached & _reached(trial.seen.logits, trial.seen.leaves)) if unreached else []
     if missed:
         raise Rejected(f"it does not react to '{missed[0]}', as the module itself does")
     checks.results["logits are the module's own"] = f"to {apart:.1e} (at most {trial.tolerance:.1e})"
@@ -195,39 +198,45 @@ def _compared(parts: Parts, params: Params, trial: Trial) -> tuple[float, frozen
     logits = [z[: len(row)] for z, row in zip(together, trial.rows, strict=True)]
     if watch.eps != trial.seen.watch.eps:
         raise Rejected(f"it computes in another precision (eps {watch.eps:.1e}, not {trial.seen.watch.eps:.1e})")
-    found = _sensitivities(logits, list(leaves.values()))
-    if found is None:
-        return trial.gap(logits), frozenset(), True
-    unreached = frozenset(name for name, g in zip(leaves, found, strict=True) if g is None)
-    finite = all(bool(torch.isfinite(_values(g)).all()) for g in found if g is not None)
-    return trial.gap(logits), unreached, finite
+    unreached = frozenset(params) - _reached(logits, leaves)
+    return trial.gap(logits), unreached, _is_finite(logits, [leaves[n] for n in params if n not in unreached])
 
 
-def _reached(seen: Seen, params: Params) -> frozenset[str]:
-    """Return the leaves that the module's own logits depend on."""
-    found = _sensitivities(seen.logits, [seen.leaves[name] for name in params])
-    if found is None:
-        return frozenset()
-    return frozenset(name for name, g in zip(params, found, strict=True) if g is not None)
+def _reached(logits: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> frozenset[str]:
+    """Return the leaves at which the graph of some logits ends."""
+    names = {id(leaf): name for name, leaf in leaves.items()}
+    found, seen, todo = set(), set(), [z.grad_fn for z in logits]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None and id(leaf) in names:
+            found.add(names[id(leaf)])
+        todo += [before for before, _ in node.next_functions]
+    return frozenset(found)
 
 
-def _sensitivities(logits: Sequence[Tensor], leaves: Sequence[Tensor]) -> tuple[Tensor | None, ...] | None:
-    """Return what the finite logits' sum of squares pulls back to every leaf, None where it reaches none.
+def _is_finite(logits: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
+    """Return whether what the finite logits' sum of squares pulls back is finite.
 
-    No number of a result is made of it: it tells which leaves are read. Without a backward pass, None for all of it.
+    It is pulled back to the first leaf, which stands before all others, and to small ones: what is not finite on the
+    way shows there, and gradients of large matrices are never made. No number of a result is made of it.
 
     Raises:
         torch.OutOfMemoryError: As it came.
     """
+    chosen = [leaf for k, leaf in enumerate(leaves) if k == 0 or leaf.numel() <= SMALL]
     total = sum((torch.where(torch.isfinite(z), z, 0.0).double().square().sum() for z in logits), torch.zeros(()))
-    if not total.requires_grad:
-        return (None,) * len(leaves)
+    if not chosen or not total.requires_grad:
+        return True
     try:
-        return torch.autograd.grad(total, list(leaves), allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(total, chosen, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, NotImplementedError):  # said, in a sentence, where a gradient is asked for
-        return None
+        return True
+    return all(bool(torch.isfinite(_values(g).sum())) for g in found if g is not None)
 
 
 def _tell_rows(checks: Checks, apart: float | None) -> None:
