@@ -257,12 +257,26 @@ def forward_arithmetic(policy: Policy, order: Literal[1, 2] = 1) -> Iterator[Non
         yield
 
 
+def transform_errors() -> AbstractContextManager[None]:
+    """Return a context in which torch's words for what function transforms cannot see through become a sentence."""
+    return _in_our_words(
+        "an operation that function transforms do not see through",
+        "so torch.func cannot differentiate it; probe(...) does, by plain autograd.",
+        ", ",
+    )
+
+
+def forward_mode_errors() -> AbstractContextManager[None]:
+    """Return a context in which torch's ways of saying 'no forward derivative' become one, which names the module."""
+    return _in_our_words("an operation without a forward derivative", 'use mode="reverse".', "; ")
+
+
 @contextmanager
-def transform_errors() -> Iterator[None]:
-    """Turn torch's words for an operation that function transforms cannot see through into one sentence of ours.
+def _in_our_words(what: str, then: str, between: str) -> Iterator[None]:
+    """Say what the module that was running has, what torch said of it, and what to do then.
 
     Raises:
-        ForwardModeError: In their place.
+        ForwardModeError: In place of what torch says of such operations.
         RuntimeError: Any other one, as it came.
     """
     try:
@@ -271,27 +285,5 @@ def transform_errors() -> Iterator[None]:
         if not any(mark in str(error) for mark in _MARKS):
             raise
         raise ForwardModeError(
-            f"{running_module(error.__traceback__)} has an operation that function transforms do not see through "
-            f'("{first_sentence(error)}"), so torch.func cannot differentiate it; probe(...) does, by '
-            "plain autograd."
-        ) from error
-
-
-@contextmanager
-def forward_mode_errors() -> Iterator[None]:
-    """Turn torch's ways of saying 'no forward derivative' into one of ours, which names the module.
-
-    Raises:
-        ForwardModeError: In their place.
-        RuntimeError: Any other one, as it came.
-    """
-    try:
-        yield
-    except (RuntimeError, NotImplementedError) as error:
-        said = str(error)
-        if not any(mark in said for mark in _MARKS):
-            raise
-        raise ForwardModeError(
-            f"{running_module(error.__traceback__)} has an operation without a forward derivative "
-            f'("{first_sentence(error)}"); use mode="reverse".'
+            f'{running_module(error.__traceback__)} has {what} ("{first_sentence(error)}"){between}{then}'
         ) from error

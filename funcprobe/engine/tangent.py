@@ -119,10 +119,12 @@ def difference(policy: Policy, params: Params, direction: Params, moves: float) 
 def _tangents(checks: Checks, take: Callable[[], Tensor]) -> list[Tensor]:
     """Return the tangent as training takes it, and, where the module detaches something, with that taken along."""
     known, found = checks.undetached, []
-    for undetached in (False, True) if checks.detaches and not known else (known,):
-        checks.undetached = undetached
-        found.append(take())
-    checks.undetached = known
+    try:
+        for undetached in (False, True) if checks.detaches and not known else (known,):
+            checks.undetached = undetached
+            found.append(take())
+    finally:
+        checks.undetached = known
     return found
 
 
