@@ -171,5 +171,5 @@ def test_under_autocast_a_path_tells_what_a_subtraction_cannot(lr: float) -> Non
     # two bfloat16 roundings of 4e-3 in the gradient that made the step, and one in each derivative along it
     assert low.change == pytest.approx(wide.change, rel=0.05)
     assert low.main.subtraction is not None
-    if lr < 1e-5:  # scores of bfloat16 do not see so small a step
-        assert abs(low.main.subtraction - wide.change) > abs(wide.change)
+    if lr < 1e-5:  # scores of bfloat16 do not see so small a step: their difference is noise, or nothing at all
+        assert abs(low.main.subtraction - wide.change) >= abs(wide.change)
