@@ -30,17 +30,17 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import engine, tree
-from funcprobe.analysis.diagnostics import Clock
-from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import path
-from funcprobe.analysis.inquiry import PATH_TOLERANCE
-from funcprobe.analysis.passes import Passes
 from funcprobe.checkpoints.folder import Checkpoint
 from funcprobe.cli.demo import prepare_demo
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, draw_rollouts
 from funcprobe.data.rollouts import take, to_device
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import Passes
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.options import PATH_TOLERANCE
+from funcprobe.measurement.path import path
+from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params, Rollouts, StepResult
 
 LR, EACH, BATCHES, STATEFUL = 1.6e-6, 256, 64, 8

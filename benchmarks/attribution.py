@@ -24,7 +24,7 @@ import torch
 from pair import Pair, build
 
 from funcprobe import engine, tree
-from funcprobe.analysis.predictors import STATS
+from funcprobe.attribution.predictors import STATS
 from funcprobe.data.rollouts import take
 from funcprobe.training.response import respond
 from funcprobe.types import Params, Rollouts

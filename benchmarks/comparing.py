@@ -20,7 +20,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from funcprobe import engine
-from funcprobe.analysis.environment import describe_environment
+from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params
 
 #: What `--quick` takes in place of the defaults; what is said beside it still counts.

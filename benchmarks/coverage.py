@@ -48,10 +48,10 @@ from benchmarks.prompted import (
     uneven,
 )
 from funcprobe import engine
-from funcprobe.analysis.environment import describe_environment
 from funcprobe.estimators.importance import effective_sample_size, prefix_weights, sequence_weights
 from funcprobe.estimators.returns import expected_reward
 from funcprobe.estimators.uncertainty import Method, bar, promise_broken, replicates
+from funcprobe.results.environment import describe_environment
 from funcprobe.types import Observable, Rollouts, TokenScores
 
 REPLICATIONS, LEVEL, DRAWS = 2000, 0.95, 400

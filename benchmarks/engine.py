@@ -35,7 +35,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from funcprobe import engine, tree
-from funcprobe.analysis.environment import describe_environment
+from funcprobe.results.environment import describe_environment
 
 HERE = Path(__file__).parent
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from workload import Size
 
-from funcprobe.analysis.environment import describe_environment
+from funcprobe.results.environment import describe_environment
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 PASSES = ("scoring", "forward_mode", "forward_uncut", "second_order", "reverse_mode")

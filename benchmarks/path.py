@@ -24,11 +24,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import funcprobe as fp
 from funcprobe import engine, tree
-from funcprobe.analysis.diagnostics import Clock
-from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import path, subtraction_error
-from funcprobe.analysis.passes import Passes
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import Passes
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.path import path, subtraction_error
+from funcprobe.results.environment import describe_environment
 
 LRS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
 OBSERVABLES = {

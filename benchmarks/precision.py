@@ -35,10 +35,10 @@ from torch import nn
 
 import funcprobe as fp
 from funcprobe import engine, tree
-from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import subtraction_error
 from funcprobe.data.rollouts import to_device
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.path import subtraction_error
+from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params, Rollouts
 
 LRS = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
@@ -121,7 +121,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             method="auto",
             bars=None,
             lr=lr,
-            keep_update=True,
+            keep_delta=True,
         )
         assert new.update is not None
         rows.append(_row(lr, old, new, truth.along(new.update), truth.along(old.param_update)))

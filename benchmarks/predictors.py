@@ -35,11 +35,11 @@ import torch
 from torch import Tensor
 
 import funcprobe as fp
-from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.predictors import predict
+from funcprobe.attribution.predictors import predict
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, Trained, draw_rollouts, train
 from funcprobe.data.rollouts import take
+from funcprobe.results.environment import describe_environment
 from funcprobe.training.step import Step
 from funcprobe.types import OptState, Params, Rollouts
 

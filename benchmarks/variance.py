@@ -41,12 +41,12 @@ from torch import Tensor
 import funcprobe as fp
 from benchmarks import prompted, record
 from funcprobe import engine
-from funcprobe.analysis.environment import describe_environment
 from funcprobe.cli.demo import prepare_demo
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, draw_rollouts
 from funcprobe.estimators.observables import Entropy
 from funcprobe.estimators.returns import ExpectedReward, expected_reward
+from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params, Rollouts, TokenScores
 
 PROMPTS, EACH, REPLICATIONS, CHUNK = 64, 8, 1000, 100

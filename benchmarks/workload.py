@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import engine
-from funcprobe.analysis.one_step import probe
+from funcprobe.analysis.probe import probe
 from funcprobe.data.rollouts import microbatches, take, to_device
 from funcprobe.engine import kernels
 from funcprobe.policy.module import Policy

@@ -10,31 +10,30 @@ Layers, each importing only from those above it in this table and from `types`, 
 
     layer         what lives there
     data          rollouts: build, validate, slice, read and write
+    objectives    advantages and losses, as functions of scores
     policy        nn.Module -> (policy, params); scores of a batch; sampling
+    optimizers    pure optimizers, their groups and their states
     engine        values, gradients and directional derivatives of any function of scores
     estimators    importance weights and the observables made of them
-    training      objectives, optimizers, the pure step
+    training      the pure step, and what it answers to a change of its gradient
+    measurement   one update on held-out rollouts: first and second order, measured change, error bars
     checkpoints   Hugging Face folders, adapters, optimizer states, live training loops
-    analysis      one step or many, measured and predicted
-    report        tables and figures
+    attribution   what parameters, prompts and tokens contribute
+    results       what a verb returns: to be read, printed, saved and loaded
+    analysis      the verbs, one a file
+    report        tables, figures and pages
     cli           the command line
     compat        the stateful system's names, thin on top
     integrations  other trainers' batches and configurations, thin on top
 """
 
 from funcprobe import errors, tree
-from funcprobe.analysis.attribution import attribute, attribute_evaluation
-from funcprobe.analysis.attribution_result import Attribution
+from funcprobe.analysis.attribute import attribute, attribute_evaluation
 from funcprobe.analysis.compare import Variant, compare
-from funcprobe.analysis.comparison import Comparison
-from funcprobe.analysis.expansion import SecondOrder, second_order
 from funcprobe.analysis.largest_lr import LargestLr, largest_lr
-from funcprobe.analysis.one_step import probe
-from funcprobe.analysis.predictors import predict
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.result import ProbeResult
+from funcprobe.analysis.probe import probe
 from funcprobe.analysis.sweep import sweep
-from funcprobe.analysis.sweep_result import SweepResult
+from funcprobe.attribution.predictors import predict
 from funcprobe.checkpoints.folder import Checkpoint, load_checkpoint
 from funcprobe.checkpoints.live import from_training
 from funcprobe.checkpoints.saving import save_checkpoint
@@ -45,10 +44,9 @@ from funcprobe.estimators.custom import observable
 from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import entropy, entropy_family
 from funcprobe.estimators.returns import expected_reward, mean_length
-from funcprobe.policy.module import Policy, from_module
-from funcprobe.policy.sampling import sample
-from funcprobe.policy.scoring import score
-from funcprobe.training.objectives import (
+from funcprobe.measurement.readings import Reading
+from funcprobe.measurement.second_order import SecondOrder, second_order
+from funcprobe.objectives.by_name import (
     bnpo,
     cispo,
     clip_cov,
@@ -63,9 +61,16 @@ from funcprobe.training.objectives import (
     rloo,
     top_entropy_quantile,
 )
-from funcprobe.training.optimizers import adam, adamw, from_torch, sgd
+from funcprobe.optimizers.factories import adam, adamw, from_torch, sgd
+from funcprobe.optimizers.stored import stored
+from funcprobe.policy.module import Policy, from_module
+from funcprobe.policy.sampling import sample
+from funcprobe.policy.scoring import score
+from funcprobe.results.attribution import Attribution
+from funcprobe.results.comparison import Comparison
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.sweep import SweepResult
 from funcprobe.training.step import make_step
-from funcprobe.training.stored import stored
 from funcprobe.types import Estimate, Rollouts, StepResult, TokenBudget, TokenScores
 
 __version__ = "0.1.0"

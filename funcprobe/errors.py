@@ -45,6 +45,29 @@ class FuncprobeWarning(UserWarning):
     """A result is usable but something about it should be known."""
 
 
+class Note(str):
+    """A sentence beside numbers, with the kind by which programs tell it from others: no one reads its words.
+
+    Example:
+        >>> note = Note("overlap", "2 of 8 evaluation sequences also stand in the batch.")
+        >>> note.kind, note.startswith("2 of 8")
+        ('overlap', True)
+    """
+
+    __slots__ = ("kind",)
+    kind: str
+
+    def __new__(cls, kind: str, text: str) -> Note:
+        """Return the note of that kind."""
+        made = super().__new__(cls, text)
+        made.kind = kind
+        return made
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """Return what a copy is made of."""
+        return self.kind, str(self)
+
+
 def listed(names: Iterable[object], limit: int = 5) -> str:
     """Return the first few of several things, and how many more there are.
 

@@ -14,7 +14,7 @@ from funcprobe.data.files import read_rollouts, write_rollouts
 from funcprobe.data.rollouts import concatenate, rollouts_from_padded, split, take
 from funcprobe.errors import InputError
 from funcprobe.estimators.observables import entropy_family
-from funcprobe.training import objectives
+from funcprobe.objectives import by_name as objectives
 from funcprobe.types import Params, Rollouts
 from tests import models
 from tests.data.cases import assert_same

@@ -11,24 +11,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from funcprobe.analysis.comparison import Comparison
-from funcprobe.analysis.diagnostics import Messages, before_measuring, is_independent, left_alone, unequal_groups
-from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.family import point_of
-from funcprobe.analysis.first_order import First, first_orders
-from funcprobe.analysis.inquiry import Inquiry, options_of
-from funcprobe.analysis.movement import Move
-from funcprobe.analysis.one_step import asked_for, inquire
-from funcprobe.analysis.passes import DEFAULT_MICROBATCH
-from funcprobe.analysis.result import BatchCounts
-from funcprobe.analysis.sweep_result import SweepPoint
+from funcprobe.analysis.probe import asked_for, inquire
+from funcprobe.engine.passes import DEFAULT_MICROBATCH
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
 from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import entropy
 from funcprobe.estimators.returns import expected_reward
+from funcprobe.measurement.cautions import before_measuring, is_independent, left_alone, unequal_groups
+from funcprobe.measurement.first_order import First, first_orders
+from funcprobe.measurement.measure import measure_step
+from funcprobe.measurement.messages import Messages
+from funcprobe.measurement.move import Move
+from funcprobe.measurement.options import Inquiry, options_of
+from funcprobe.optimizers.stored import is_stored
 from funcprobe.policy.module import Policy
+from funcprobe.results.comparison import Comparison
+from funcprobe.results.environment import describe_environment
+from funcprobe.results.probe import BatchCounts
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.training.step import Step
-from funcprobe.training.stored import is_stored
 from funcprobe.types import Gradients, Microbatch, Observable, OptState, Params, Progress, Rollouts
 
 
@@ -96,7 +97,7 @@ def compare(
     asked = inquire(policy, evaluation, update, wanted, options_of(rounding=False, **options), microbatch, progress)
     asked = asked._replace(said=Messages(quiet=True))
     gradients = _Gradients(asked, params, update)
-    outcomes: dict[str, SweepPoint] = {}
+    outcomes: dict[str, Outcome] = {}
     infos: dict[str, dict[str, float]] = {}
     shared: First | None = None
     names = list(variants)
@@ -195,7 +196,7 @@ class _Taken(NamedTuple):
     said: Messages  #: of the way to its gradient
 
 
-def _outcome(asked: Inquiry, name: str, variant: Variant, update: Rollouts, taken: _Taken, first: First) -> SweepPoint:
+def _outcome(asked: Inquiry, name: str, variant: Variant, update: Rollouts, taken: _Taken, first: First) -> Outcome:
     evaluation, update, said = asked.passes.evaluation, variant.on(update), Messages(quiet=True)
     said.notes += taken.said.notes
     said.also([*taken.said.warnings, *before_measuring(evaluation, update, taken.move.size, taken.info)])
@@ -203,7 +204,7 @@ def _outcome(asked: Inquiry, name: str, variant: Variant, update: Rollouts, take
         said.also(unequal_groups(variant.step.optimizer))
     own = asked._replace(said=said, independent=is_independent(evaluation, update))
     with _naming(name):
-        return point_of(own, taken.info["lr"], taken.move, first)
+        return measure_step(own, taken.move, first, taken.info)[0]
 
 
 @contextmanager

@@ -6,15 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, ess_fraction, is_independent
-from funcprobe.analysis.family import Family
-from funcprobe.analysis.inquiry import Inquiry, Options
-from funcprobe.analysis.one_step import asked_for
-from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.sweep_result import SweepPoint
+from funcprobe.analysis.probe import asked_for
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.errors import InputError, NumericsError
+from funcprobe.measurement.cautions import before_measuring, ess_fraction, is_independent
+from funcprobe.measurement.learning_rates import Family
+from funcprobe.measurement.messages import Messages
+from funcprobe.measurement.options import Inquiry, Options
+from funcprobe.measurement.readings import Reading
 from funcprobe.policy.module import Policy
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.training.step import Step
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
 
@@ -27,7 +29,7 @@ class LargestLr(NamedTuple):
 
     lr: float
     limited_by: str | None  #: what the next larger one tried breaks; None where even the upper end keeps all bounds
-    point: SweepPoint  #: what the step does at `lr`
+    point: Outcome  #: what the step does at `lr`
     tried: int  #: learning rates that were scored
     notes: tuple[str, ...] = ()  #: where a bound could not be judged
 
@@ -93,13 +95,13 @@ def largest_lr(
         )
     kept = [best]  # by rising learning rate
     top = _tried(family, high, bounds)
-    if isinstance(top, SweepPoint):
+    if isinstance(top, Outcome):
         return LargestLr(high, None, top, tried, _unjudged([best, top], bounds))
     limited_by = top
     while high / low > 1 + relative:
         middle, tried = math.sqrt(low) * math.sqrt(high), tried + 1
         found = _tried(family, middle, bounds)
-        if isinstance(found, SweepPoint):
+        if isinstance(found, Outcome):
             low = middle
             kept.append(found)
         else:
@@ -141,7 +143,7 @@ def _bounds(
     return bounds
 
 
-def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> SweepPoint | str:
+def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> Outcome | str:
     """Return what the step does at a learning rate, or the bound that it breaks."""
     try:
         point = family.point(lr, family.move(lr))
@@ -150,7 +152,7 @@ def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> SweepPoint
     return _broken(point, family.asked.main[1], bounds) or point
 
 
-def _broken(point: SweepPoint, observable: Observable, bounds: Mapping[str, float]) -> str | None:
+def _broken(point: Outcome, observable: Observable, bounds: Mapping[str, float]) -> str | None:
     """Return the first bound that a point breaks, with what was found; NaN keeps none."""
     found = {"min_ess": ess_fraction(point.health, observable), **_found(_main(point))}
     for name, bound in bounds.items():
@@ -170,7 +172,7 @@ def _found(reading: Reading) -> dict[str, float]:
     return {"max_abs_delta": max(0.0, change - reading.error), "max_nonlinearity": least / most}
 
 
-def _unjudged(kept: Sequence[SweepPoint], bounds: Mapping[str, float]) -> tuple[str, ...]:
+def _unjudged(kept: Sequence[Outcome], bounds: Mapping[str, float]) -> tuple[str, ...]:
     """Return a note where a point counts as keeping a bound on ΔF because ΔF is lost in float error there."""
     lost = [point.lr for point in kept if _main(point).is_lost]
     on_change = [name for name in ("max_abs_delta", "max_nonlinearity") if name in bounds]
@@ -182,5 +184,5 @@ def _unjudged(kept: Sequence[SweepPoint], bounds: Mapping[str, float]) -> tuple[
     return (f"{where}: the answer is no more than the largest learning rate that does not visibly break a bound.",)
 
 
-def _main(point: SweepPoint) -> Reading:
+def _main(point: Outcome) -> Reading:
     return next(iter(point.readings.values()))

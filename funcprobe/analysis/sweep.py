@@ -9,21 +9,24 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from funcprobe.analysis.diagnostics import Clock, Messages, before_measuring, is_independent, unequal_groups
-from funcprobe.analysis.environment import describe_environment
-from funcprobe.analysis.family import Family
-from funcprobe.analysis.identity import identity_of
-from funcprobe.analysis.inquiry import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options
-from funcprobe.analysis.journal import Journal
-from funcprobe.analysis.one_step import asked_for
-from funcprobe.analysis.passes import DEFAULT_MICROBATCH, Passes
-from funcprobe.analysis.readings import BarMethod
-from funcprobe.analysis.result import BatchCounts
-from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
+from funcprobe.analysis.probe import asked_for
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import DEFAULT_MICROBATCH, Passes
 from funcprobe.errors import ForwardModeError, InputError
+from funcprobe.measurement.cautions import before_measuring, is_independent, unequal_groups
+from funcprobe.measurement.identity import identity_of
+from funcprobe.measurement.learning_rates import Family
+from funcprobe.measurement.messages import Messages
+from funcprobe.measurement.options import PATH_TOLERANCE, Inquiry, MeasureMethod, Mode, Options
+from funcprobe.measurement.readings import BarMethod
+from funcprobe.optimizers.stored import storage_name
 from funcprobe.policy.module import Policy
+from funcprobe.results.environment import describe_environment
+from funcprobe.results.journal import Journal
+from funcprobe.results.probe import BatchCounts
+from funcprobe.measurement.outcome import Outcome
+from funcprobe.results.sweep import SweepResult
 from funcprobe.training.step import Step
-from funcprobe.training.stored import storage_name
 from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
 
 
@@ -165,7 +168,7 @@ def _numbers(lrs: Sequence[float]) -> list[float]:
         raise InputError(f"lrs is {lrs!r}; expected several learning rates, such as [1e-7, 1e-6, 1e-5].") from error
 
 
-def _gathered(at: str, points: Sequence[SweepPoint], field: Literal["warnings", "notes"]) -> list[str]:
+def _gathered(at: str, points: Sequence[Outcome], field: Literal["warnings", "notes"]) -> list[str]:
     """Return what points have to say, each text once, with the learning rates at which it was said."""
     where: dict[str, list[str]] = {}
     for point in points:

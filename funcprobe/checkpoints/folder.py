@@ -27,9 +27,9 @@ from funcprobe.checkpoints.optimizer_state import FRESH, as_loaded, map_ids_to_n
 from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage_asked_for, storage_of_run
 from funcprobe.checkpoints.weights import dtypes_of_leaves, header
 from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.optimizers.factories import adamw, from_param_groups
+from funcprobe.optimizers.stored import Storage, stored
 from funcprobe.policy.module import Policy, from_module
-from funcprobe.training.optimizers import adamw, from_param_groups
-from funcprobe.training.stored import Storage, stored
 from funcprobe.types import Optimizer, OptState, Params
 
 

@@ -13,8 +13,8 @@ from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import bitsandbytes_optimizer
 from funcprobe.checkpoints.optimizer_state import state_by_name
 from funcprobe.errors import CheckpointError
+from funcprobe.optimizers.factories import from_param_groups
 from funcprobe.policy.module import from_module
-from funcprobe.training.optimizers import from_param_groups
 from funcprobe.types import Optimizer, OptState, Params
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from funcprobe.errors import InputError
-from funcprobe.training.groups import IMPLEMENTATION, NOTES
-from funcprobe.training.lifted import refuse
+from funcprobe.optimizers.any_class import refuse
+from funcprobe.optimizers.groups import IMPLEMENTATION, NOTES
 
 Class = type[torch.optim.Optimizer]
 

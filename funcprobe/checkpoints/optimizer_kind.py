@@ -15,7 +15,7 @@ import torch
 from funcprobe.checkpoints.optimizer_fit import fitting
 from funcprobe.checkpoints.optimizer_state import FRESH, check_layout
 from funcprobe.errors import CheckpointError, FuncprobeWarning
-from funcprobe.training.groups import check_lr
+from funcprobe.optimizers.groups import check_lr
 
 _UNKNOWN = "an optimizer that is not known here"
 _SUPPORTED = (

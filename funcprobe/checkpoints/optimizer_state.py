@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from funcprobe.errors import CheckpointError
-from funcprobe.training.state import as_tensor
+from funcprobe.optimizers.state import as_tensor
 from funcprobe.types import OptState, Params
 
 Shape = tuple[int, ...]

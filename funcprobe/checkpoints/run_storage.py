@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcprobe.errors import CheckpointError, FuncprobeWarning
-from funcprobe.training.stored import as_held, is_moment
+from funcprobe.optimizers.stored import as_held, is_moment
 from funcprobe.types import OptState, Params
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprobe import __version__
-from funcprobe.analysis import attribution_file
-from funcprobe.analysis.attribution import attribute
-from funcprobe.analysis.attribution_result import Attribution
-from funcprobe.analysis.part_bars import BARRED
-from funcprobe.analysis.token_tables import TOKEN_TABLES, Columns
+from funcprobe.analysis.attribute import attribute
+from funcprobe.attribution.part_bars import BARRED
+from funcprobe.attribution.token_tables import TOKEN_TABLES, Columns
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.prepare import check_output, collected_warnings, memory_advice, prepared, resolved
 from funcprobe.cli.progress import Bars
@@ -22,6 +20,8 @@ from funcprobe.errors import ConfigError, missing_extra
 from funcprobe.report.attribution_figures import save_attribution_figures
 from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.heat_map import environment, heat_map
+from funcprobe.results import attribution_file
+from funcprobe.results.attribution import Attribution
 
 BATCHES = ("update", "evaluation")
 

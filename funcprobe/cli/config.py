@@ -96,7 +96,7 @@ class Config(Strict):
     ess_threshold: float = key(0.1, "a number from 0 to 1", "least effective sample, of all rollouts", ge=0, le=1)
     on_low_ess: Literal["warn", "raise"] = key("warn", "warn or raise", "warn or raise below ess_threshold")
     top_k: int = key(10, "an integer ≥ 0", "how many of the most moved leaves are listed", ge=0)
-    keep_update: bool = key(False, "true or false", "write Δθ beside the result, as safetensors")
+    keep_delta: bool = key(False, "true or false", "write Δθ beside the result, as safetensors")
     output: FilePath = key(Path("results"), "the path of a folder", "where the results go")
     force: bool = key(False, "true or false", "replace the results of an earlier run in output")
 
@@ -130,7 +130,7 @@ class Config(Strict):
 
     def probing(self) -> dict[str, Any]:
         """Return the options that the commands of one step share, by the names of their keywords."""
-        names = ("observables", "rounding", "top_k", "keep_update")
+        names = ("observables", "rounding", "top_k", "keep_delta")
         own = {name: getattr(self, name) for name in names}
         return {**own, "order": 2 if self.order == 2 else 1, **self.measuring()}  # "auto" is 1 where there is one step
 
@@ -162,7 +162,7 @@ def dump(config: Config) -> str:
 
 def describe_keys() -> str:
     """Return a line a key: its name, its default, what it means."""
-    from funcprobe.training.objectives import OBJECTIVES
+    from funcprobe.objectives.by_name import OBJECTIVES
 
     lines = []
     for name, field in Config.model_fields.items():

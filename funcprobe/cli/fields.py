@@ -64,7 +64,7 @@ class ObjectiveConfig(Strict):
 
     def build(self) -> Objective:
         """Return the objective itself."""
-        from funcprobe.training.objectives import objective
+        from funcprobe.objectives.by_name import objective
 
         return objective(self.name, **self.model_dump(exclude={"name"}))
 
@@ -78,7 +78,7 @@ class VariantConfig(ObjectiveConfig):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, values: Any) -> Any:
-        from funcprobe.training.objectives import options_of
+        from funcprobe.objectives.by_name import options_of
 
         if not isinstance(values, dict):
             return values
@@ -135,7 +135,7 @@ def objective_model(name: str) -> type[ObjectiveConfig]:
     Raises:
         ConfigError: If there is no such objective.
     """
-    from funcprobe.training.objectives import BASES, OBJECTIVES, VARIANTS
+    from funcprobe.objectives.by_name import BASES, OBJECTIVES, VARIANTS
 
     if name not in OBJECTIVES:
         near = next(iter(difflib.get_close_matches(name, OBJECTIVES, n=1)), None)

@@ -55,7 +55,7 @@ example:
   funcprobe sweep config.yaml --lrs 1e-6,2e-6,4e-6 --also reward --output my-sweep
 
 The configuration is that of `run`, whose keys may be given here as well (see
-`funcprobe run --help`); lr, rounding, top_k and keep_update belong to a run and
+`funcprobe run --help`); lr, rounding, top_k and keep_delta belong to a run and
 are not looked at. Results go to OUTPUT-sweep.
 
   --lrs FIRST:LAST:COUNT   required: the learning rates, or a list with commas

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 
 from funcprobe import __version__
-from funcprobe.analysis.one_step import probe
-from funcprobe.analysis.result import ProbeResult
+from funcprobe.analysis.probe import probe
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.prepare import check_output, collected_warnings, memory_advice, prepared, resolved
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.report.figures import save_figure
 from funcprobe.report.terminal import print_summary, summary_text
+from funcprobe.results.probe import ProbeResult
 
 #: What a run writes; a folder that holds anything else is not replaced, forced or not.
 WRITTEN = {"result.json", "config.yaml", "summary.txt", "measured_vs_predicted.png", "update.safetensors"}

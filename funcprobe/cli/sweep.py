@@ -10,7 +10,6 @@ from pathlib import Path
 
 from funcprobe import __version__
 from funcprobe.analysis.sweep import check_lrs, sweep
-from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.prepare import check_output, collected_warnings, memory_advice, prepared, resolved
 from funcprobe.cli.progress import Bars
@@ -18,6 +17,7 @@ from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import ConfigError, InputError
 from funcprobe.report.sweep_figures import save_sweep_figures
 from funcprobe.report.sweep_table import print_sweep, sweep_text
+from funcprobe.results.sweep import SweepResult
 
 #: What a sweep writes; a folder that holds anything else is not replaced, forced or not.
 WRITTEN = {"sweep.json", "sweep.csv", "config.yaml", "summary.txt", "sweep.png", "remainder.png"}

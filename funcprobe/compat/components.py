@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from funcprobe import tree
-from funcprobe.analysis.diagnostics import Clock, Messages
-from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.first_order import first_order
-from funcprobe.analysis.inquiry import Inquiry, Options
-from funcprobe.analysis.passes import Passes
 from funcprobe.checkpoints.live import from_training
 from funcprobe.compat import buffers, settings
 from funcprobe.compat.batches import Batch, prompts_in, rows_of_prompts
 from funcprobe.compat.buffers import Buffer
 from funcprobe.compat.entropy_is import DeltaEntropyIS
 from funcprobe.compat.preconditioner import preconditioned
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.first_order import first_order
+from funcprobe.measurement.messages import Messages
+from funcprobe.measurement.options import Inquiry, Options
+from funcprobe.optimizers.unreached import reached, with_zeros
 from funcprobe.training.step import make_step
-from funcprobe.training.unreached import reached, with_zeros
 from funcprobe.types import Params
 
 log = logging.getLogger(__name__)

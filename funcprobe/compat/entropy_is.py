@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from funcprobe import tree
-from funcprobe.analysis.one_step import probe
-from funcprobe.analysis.result import ProbeResult
+from funcprobe.analysis.probe import probe
 from funcprobe.checkpoints.live import from_training, unwrapped
 from funcprobe.compat import settings
 from funcprobe.compat.batches import Batch, for_the_loss, rows_of_prompts, to_rollouts
 from funcprobe.compat.settings import Importance
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.estimators.importance import log_ratios
+from funcprobe.results.probe import ProbeResult
 from funcprobe.training.step import make_step
 from funcprobe.types import Rollouts
 
@@ -123,7 +123,7 @@ class DeltaEntropyIS:
                 microbatch=rows_of_prompts(importance.microbatch, evaluation),
                 rounding=False,
                 top_k=SHOWN_LEAVES,
-                keep_update=True,
+                keep_delta=True,
                 keep_scores=True,
             )
 
@@ -157,7 +157,7 @@ class DeltaEntropyIS:
 
     def _numbers(self, found: ProbeResult, importance: Importance) -> dict[str, Any]:
         whole, per_token = (found.readings[name] for name in ("sequence", "token"))
-        assert found.update is not None  # asked for with keep_update
+        assert found.update is not None  # asked for with keep_delta
         l2 = float(tree.norm(found.update))
         self.logger.info("[GT] H_orig=%.6f, H_upd=%.6f nats per sequence", whole.before, whole.after)
         largest = ", ".join(f"{name} {norm:.2e}" for name, norm in found.top)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from funcprobe.analysis.result import json_safe
 from funcprobe.checkpoints.adapters import load_adapter
 from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
 from funcprobe.checkpoints.models import load_full, load_tokenizer
@@ -24,9 +23,10 @@ from funcprobe.compat.entropy_is import DeltaEntropyIS
 from funcprobe.compat.sampling import Source
 from funcprobe.compat.sections import Sections
 from funcprobe.errors import CheckpointError, ConfigError
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.state import state_to_torch
 from funcprobe.policy.module import from_module
-from funcprobe.training.pure import PureOptimizer
-from funcprobe.training.state import state_to_torch
+from funcprobe.results.probe import json_safe
 from funcprobe.types import Rollouts
 
 #: What the stateful system calls dtypes.

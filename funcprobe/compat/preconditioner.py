@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from funcprobe.errors import InputError
-from funcprobe.training.pure import PureOptimizer
+from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.types import Optimizer, OptState, Params
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from funcprobe.compat.clipping import Clipped
 from funcprobe.errors import ConfigError
 from funcprobe.estimators.observables import Integrand, entropy
-from funcprobe.training.groups import check_lr
-from funcprobe.training.objectives import PolicyGradient, dr_grpo
+from funcprobe.objectives.by_name import PolicyGradient, dr_grpo
+from funcprobe.optimizers.groups import check_lr
 from funcprobe.types import Observable
 
 #: `estimator.x_estimator_mode`, and the integrand of the entropy that it means.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from funcprobe.errors import InputError
+from funcprobe.objectives.ratios import LARGEST_REPORTED
 from funcprobe.types import Rollouts, TokenScores
 
 Proposal = Literal["anchor", "sampler"]
@@ -23,9 +24,6 @@ Weighting = Literal["per_decision", "sequence"]
 
 #: Rollouts below which a Pareto tail cannot be fitted.
 FEWEST_FOR_KHAT = 25
-
-#: Nats at which a token's ratio is cut off where it is only reported: a mean of any number of e^600 is finite.
-LARGEST_REPORTED = 600.0
 
 
 def log_ratios(scores: TokenScores, anchor: TokenScores, rollouts: Rollouts, proposal: Proposal = "anchor") -> Tensor:

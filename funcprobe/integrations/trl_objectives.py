@@ -25,11 +25,11 @@ from torch import Tensor
 
 from funcprobe.errors import FuncprobeWarning, InputError, listed
 from funcprobe.integrations.trl_batches import Inputs, chosen_tokens, micro_batches
-from funcprobe.training.accumulated import Accumulated
-from funcprobe.training.modifiers import EntropyBonus, Modifier
-from funcprobe.training.objectives import rloo
-from funcprobe.training.policy_gradient import PolicyGradient
-from funcprobe.training.token_selection import TopEntropyQuantile
+from funcprobe.objectives.accumulated import Accumulated
+from funcprobe.objectives.by_name import rloo
+from funcprobe.objectives.modifiers import EntropyBonus, Modifier
+from funcprobe.objectives.policy_gradient import PolicyGradient
+from funcprobe.objectives.token_selection import TopEntropyQuantile
 
 AGGREGATION = {
     "grpo": "sequence_mean",

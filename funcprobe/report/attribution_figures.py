@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from funcprobe.analysis.attribution_result import Attribution, Batch
-from funcprobe.analysis.token_tables import Columns, movers
+from funcprobe.attribution.token_tables import Columns, movers
 from funcprobe.errors import InputError
 from funcprobe.report.canvas import legend_outside, new_axes, write
 from funcprobe.report.figure_text import drawable, set_families
+from funcprobe.results.attribution import Attribution, Batch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

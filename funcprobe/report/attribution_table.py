@@ -7,11 +7,11 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from funcprobe.analysis.attribution_result import Attribution
-from funcprobe.analysis.attribution_text import SHOWN, ledger_rows, share, ways_rows
-from funcprobe.analysis.token_tables import Columns, correlations, movers
+from funcprobe.attribution.token_tables import Columns, correlations, movers
 from funcprobe.report.terminal import as_text, bare_table, cost_of, headline, show
 from funcprobe.report.visible_text import visible
+from funcprobe.results.attribution import Attribution
+from funcprobe.results.attribution_words import SHOWN, ledger_rows, share, ways_rows
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

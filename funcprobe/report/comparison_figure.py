@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from funcprobe.analysis.comparison import Comparison
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.report.canvas import legend_outside, new_axes
+from funcprobe.results.comparison import Comparison
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

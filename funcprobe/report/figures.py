@@ -6,9 +6,9 @@ import math
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from funcprobe.analysis.result import ProbeResult
 from funcprobe.report.canvas import legend_outside, new_axes, write
 from funcprobe.report.terminal import WORDS
+from funcprobe.results.probe import ProbeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

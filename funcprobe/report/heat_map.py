@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from funcprobe.analysis.attribution_result import Attribution, Batch
 from funcprobe.errors import InputError, missing_extra
 from funcprobe.report.heat_map_page import Page, page_of, signed
+from funcprobe.results.attribution import Attribution, Batch
 
 if TYPE_CHECKING:
     from jinja2 import Environment

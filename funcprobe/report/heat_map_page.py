@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from funcprobe.analysis.attribution_result import Attribution, Batch
-from funcprobe.analysis.attribution_text import ledger_rows, share, ways_rows
-from funcprobe.analysis.decoding import shown
-from funcprobe.analysis.token_parts import TokenParts
-from funcprobe.analysis.token_tables import Columns, completion_ids, prompt_columns, sequence_columns, token_columns
+from funcprobe.attribution.decoding import shown
+from funcprobe.attribution.token_parts import TokenParts
+from funcprobe.attribution.token_tables import Columns, completion_ids, prompt_columns, sequence_columns, token_columns
 from funcprobe.report.colour_classes import LegendRow, class_name, classes_of
 from funcprobe.report.terminal import headline
 from funcprobe.report.visible_text import visible
+from funcprobe.results.attribution import Attribution, Batch
+from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
 
 
 class Run(NamedTuple):

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from funcprobe.analysis.sweep_law import law_of, remainder_fit
-from funcprobe.analysis.sweep_result import Fit, SweepResult
-from funcprobe.analysis.sweep_text import fit_text, label_of, lr_text
-from funcprobe.analysis.text import is_stored_narrower, storage_of
 from funcprobe.report.canvas import legend_outside, new_axes, write
 from funcprobe.report.sweep_marks import Mark, draw_beside, draw_crosses, draw_marks, draw_rings, marks_of
+from funcprobe.results.probe_words import is_stored_narrower, storage_of
+from funcprobe.results.sweep import Fit, SweepResult
+from funcprobe.results.sweep_law import law_of, remainder_fit
+from funcprobe.results.sweep_words import fit_text, label_of, lr_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,14 +50,14 @@ def plot_sweep(sweep: SweepResult, name: str | None = None, ax: Axes | None = No
     marks = marks_of(sweep, name, "change")
     narrower, each = is_stored_narrower(sweep), list(zip(sweep.lrs, readings, strict=True))
     rings = [] if narrower else [(lr, r) for lr, r in each if r.method == "path"]
-    others = [(lr, r.stored if r.of_update else r.exact) for lr, r in each if narrower]
+    others = [(lr, r.stored if r.of_delta else r.exact) for lr, r in each if narrower]
     beside = [(lr, value) for lr, value in others if value is not None]
     span = _span(sweep, name)
     _frame(ax, span, marks, [r.subtraction for _, r in rings if r.subtraction is not None] + [v for _, v in beside])
     _predictions(ax, sweep, name, span)
     draw_marks(ax, marks, "ΔF")
     draw_rings(ax, rings, str(sweep.environment.get("dtype", "float")))
-    draw_beside(ax, beside, f"as stored in {storage_of(sweep)}" if readings[0].of_update else "exact update")
+    draw_beside(ax, beside, f"as stored in {storage_of(sweep)}" if readings[0].of_delta else "exact update")
     draw_crosses(ax, marks, rings)
     _ends(ax, sweep, name)
     _words(ax, sweep, name, "|ΔF|", _slope(sweep, law.fit, law.up_to))

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from funcprobe.analysis.readings import Reading, is_lost
-from funcprobe.analysis.sweep_law import subtraction_error
-from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.estimators.uncertainty import Bar
+from funcprobe.measurement.readings import Reading, is_lost
+from funcprobe.results.sweep import SweepResult
+from funcprobe.results.sweep_law import subtraction_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

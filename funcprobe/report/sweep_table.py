@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import IO, TYPE_CHECKING
 
-from funcprobe.analysis.sweep_result import SweepResult
-from funcprobe.analysis.sweep_text import caption_of, context_of, headline_of, remarks_of, table_of
 from funcprobe.report.terminal import as_text, bare_table, cost_of, show
+from funcprobe.results.sweep import SweepResult
+from funcprobe.results.sweep_words import caption_of, context_of, headline_of, remarks_of, table_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
-from funcprobe.analysis.result import ProbeResult
-from funcprobe.analysis.sweep_result import SweepResult
-from funcprobe.analysis.text import is_stored_narrower, rows_of, storage_of
 from funcprobe.errors import missing_extra
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.probe_words import is_stored_narrower, rows_of, storage_of
+from funcprobe.results.sweep import SweepResult
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -117,8 +117,8 @@ def _as_stored(result: ProbeResult) -> str:
     main = result.main
     if main.exact is None or main.stored is None or not is_stored_narrower(result):
         return ""
-    value = main.stored if main.of_update else main.exact
-    who = f"As stored in {storage_of(result)} the step" if main.of_update else "The exact update, unrounded,"
+    value = main.stored if main.of_delta else main.exact
+    who = f"As stored in {storage_of(result)} the step" if main.of_delta else "The exact update, unrounded,"
     verb = "raises" if value > 0 else "lowers"
     return f" {who} {f'{verb} it by {abs(value):.3g}' if value else 'leaves it where it is'}."
 

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.result import ProbeResult
 from funcprobe.errors import InputError
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, pareto_khat, sequence_weights
+from funcprobe.measurement.evidence import Evidence
 from funcprobe.report.canvas import legend_outside, new_axes
+from funcprobe.results.probe import ProbeResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import PureOptimizer
+from funcprobe.optimizers.factories import PureOptimizer
+from funcprobe.optimizers.unreached import with_zeros
 from funcprobe.training.step import Step
-from funcprobe.training.unreached import with_zeros
 from funcprobe.types import Gradients, Optimizer, OptState, Params
 
 Form = Literal["auto", "additive", "jacobian"]

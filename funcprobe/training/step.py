@@ -12,11 +12,11 @@ import torch
 from funcprobe import engine, tree
 from funcprobe.errors import FuncprobeWarning, NumericsError
 from funcprobe.estimators.importance import sampler_mismatch
+from funcprobe.optimizers.factories import clip_by_global_norm
+from funcprobe.optimizers.groups import check_lr
+from funcprobe.optimizers.unreached import check_reached, reached
 from funcprobe.policy.module import Policy
 from funcprobe.policy.training_only import training_cautions
-from funcprobe.training.groups import check_lr
-from funcprobe.training.optimizers import clip_by_global_norm
-from funcprobe.training.unreached import check_reached, reached
 from funcprobe.types import (
     Gradients,
     Microbatch,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import funcprobe as fp
-from funcprobe.training.optimizers import Group
+from funcprobe.objectives.variants import clip_cov, drop_negatives, entropy_bonus, kl_cov, top_entropy_quantile
+from funcprobe.optimizers.factories import Group
 from funcprobe.training.step import Step
-from funcprobe.training.variants import clip_cov, drop_negatives, entropy_bonus, kl_cov, top_entropy_quantile
 from funcprobe.types import Objective, Observable, Optimizer, OptState, Params, Rollouts
 from tests import models
 from tests.analysis.cases import E, U, prompted

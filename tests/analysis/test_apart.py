@@ -11,13 +11,13 @@ import torch
 
 import funcprobe as fp
 from funcprobe import tree
-from funcprobe.analysis.movement import WORTH_TELLING, Move
-from funcprobe.analysis.result import ProbeResult
-from funcprobe.analysis.sweep_result import SweepResult
-from funcprobe.analysis.sweep_text import remarks_of, table_of
+from funcprobe.measurement.move import WORTH_TELLING, Move
+from funcprobe.optimizers.stored import stored
 from funcprobe.report.sweep_figures import plot_sweep
 from funcprobe.report.terminal import headline, summary_text
-from funcprobe.training.stored import stored
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.sweep import SweepResult
+from funcprobe.results.sweep_words import remarks_of, table_of
 from funcprobe.types import Params
 from tests import models
 from tests.analysis.cases import E, U
@@ -68,7 +68,7 @@ def test_both_changes_are_measured_by_every_method(method: Any, lr: float) -> No
     assert reading.exact == pytest.approx(exact, rel=1e-3, abs=1e-4 * size)
     assert reading.stored == pytest.approx(as_stored, rel=1e-3, abs=1e-4 * size)
     assert reading.change == (reading.stored if method == "difference" else reading.exact)
-    assert reading.of_update == (method != "difference")
+    assert reading.of_delta == (method != "difference")
     assert result.rounding == pytest.approx(row, rel=1e-3, abs=1e-6 * size)
     assert set(reading.bars) == {"change", "first_order", "remainder", "ratio"} | {
         "exact" if method == "difference" else "stored"
@@ -93,7 +93,7 @@ def test_reverse_mode_gives_both_by_subtraction() -> None:
     assert result.main.exact == pytest.approx(exact, rel=1e-6)
     assert result.main.stored == result.main.subtraction == pytest.approx(as_stored, rel=1e-6)
     assert result.rounding == pytest.approx(row, rel=1e-6)
-    assert (result.main.method, result.main.of_update) == ("difference", True)
+    assert (result.main.method, result.main.of_delta) == ("difference", True)
 
 
 def test_what_does_not_move_is_the_runs() -> None:
@@ -107,7 +107,7 @@ def test_what_does_not_move_is_the_runs() -> None:
 
 def test_storage_in_the_arithmetics_dtype_tells_nothing_apart() -> None:
     result = Low(torch.float32, None).probe()
-    assert (result.main.exact, result.main.stored, result.main.of_update) == (None, None, False)
+    assert (result.main.exact, result.main.stored, result.main.of_delta) == (None, None, False)
     assert "as stored" not in result.summary()
     assert result.environment["storage"] == result.environment["dtype"] == "float32"
 
@@ -146,11 +146,11 @@ def test_results_are_saved_with_both(tmp_path: Path) -> None:
     result.save(tmp_path / "r")
     plain = json.loads((tmp_path / "r" / "result.json").read_text())["readings"]
     (reading,) = plain.values()
-    assert (reading["exact"], reading["stored"], reading["of_update"]) == (result.main.exact, result.main.stored, True)
+    assert (reading["exact"], reading["stored"], reading["of_delta"]) == (result.main.exact, result.main.stored, True)
     assert ProbeResult.load(tmp_path / "r").main == result.main
-    for name in ("exact", "stored", "of_update"):  # as an older result was written
+    for name in ("exact", "stored", "of_delta"):  # as an older result was written
         del reading[name]
-    assert fp.Reading.from_dict(reading).of_update == (reading["method"] == "path")
+    assert fp.Reading.from_dict(reading).of_delta == (reading["method"] == "path")
 
 
 def test_a_sweep_tells_both_at_every_learning_rate(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_sweep_tells_both_at_every_learning_rate(tmp_path: Path) -> None:
     found = low.sweep([1e-6, 1e-4, 1e-2])
     for lr, reading in zip(found.lrs, found.readings(), strict=True):
         exact, as_stored, _ = low.truth(lr)
-        assert reading.of_update
+        assert reading.of_delta
         assert reading.exact == reading.change == pytest.approx(exact, rel=2e-3)
         # by subtraction alone: eight roundings of a score are 1e-6 nats, averaged over E's tokens
         assert reading.stored == reading.subtraction == pytest.approx(as_stored, rel=5e-2, abs=2e-7)
@@ -204,7 +204,7 @@ def test_a_stored_result_that_its_optimizer_shifts_is_told_apart_too() -> None:
     H = fp.anchored(fp.entropy(), policy, E, params)
     assert reading.change == reading.stored == pytest.approx(float(H(taken.params) - H(params)), rel=1e-9)
     assert reading.exact == pytest.approx(float(H(tree.add(params, taken.update)) - H(params)), rel=1e-9)
-    assert not reading.of_update
+    assert not reading.of_delta
 
 
 def test_a_move_knows_whether_it_was_stored_narrower() -> None:

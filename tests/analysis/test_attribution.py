@@ -13,9 +13,9 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import engine
-from funcprobe.analysis.token_parts import token_parts
+from funcprobe.attribution.token_parts import token_parts
 from funcprobe.errors import ForwardModeError, InputError, NumericsError
-from funcprobe.training.variants import top_entropy_quantile
+from funcprobe.objectives.variants import top_entropy_quantile
 from funcprobe.types import OptimizerResult, OptState, Params, Rollouts, TokenScores
 from tests import models
 from tests.analysis.attribution_cases import LR, OBSERVABLES, Collision, Stepped, squared
@@ -59,7 +59,7 @@ def test_one_attribution_is_another() -> None:
         assert torch.equal(getattr(one, of).total, getattr(two, of).total)
     assert one.leaves == two.leaves
     taken = case.step(case.params, case.state, case.update)
-    assert one.result.update_norm == pytest.approx(float(fp.tree.norm(taken.update)), rel=1e-12)
+    assert one.result.delta_norm == pytest.approx(float(fp.tree.norm(taken.update)), rel=1e-12)
 
 
 def counted(step: Any = None, **options: Any) -> tuple[list[str], list[str]]:
@@ -157,7 +157,7 @@ def test_the_result_beside_the_parts_is_a_probe() -> None:
     assert (found.observable, found.unit) == ("mine", "nats per token")
     assert found.first_order == probed.first_order
     assert found.result.update is None
-    with_update = fp.attribute(case.policy, case.step, case.params, case.state, E, U, keep_update=True, top_k=1)
+    with_update = fp.attribute(case.policy, case.step, case.params, case.state, E, U, keep_delta=True, top_k=1)
     assert with_update.result.update is not None
     assert len(with_update.result.top) == 1
 
@@ -184,7 +184,7 @@ def test_an_objective_and_an_observable_of_ones_own(form: str) -> None:
     assert set(found.update.through) == {"logp", "collision"}
     assert found.update.predictors == {}
     assert found.influence is not None
-    off = (found.influence.of_update() - found.update.total.sum(1)).abs().max()
+    off = (found.influence.of_batch() - found.update.total.sum(1)).abs().max()
     assert float(off) <= 1e-12 * found.update.magnitude()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning
-from funcprobe.training.variants import top_entropy_quantile
+from funcprobe.objectives.variants import top_entropy_quantile
 from tests.analysis.attribution_cases import (
     FLOAT64,
     OBJECTIVES,

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import funcprobe as fp
-from funcprobe.analysis.decoding import shown, vocabulary_of
+from funcprobe.attribution.decoding import shown, vocabulary_of
 from tests.analysis.attribution_cases import Stepped
 from tests.analysis.cases import E, U
 

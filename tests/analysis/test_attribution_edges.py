@@ -13,7 +13,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.training.groups import Group
+from funcprobe.optimizers.groups import Group
 from funcprobe.training.response import respond
 from tests import models
 from tests.analysis.cases import Case, E, U

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import funcprobe as fp
-from funcprobe.analysis.attribution_result import TABLES
 from funcprobe.errors import InputError
+from funcprobe.results.attribution import TABLES
 from tests.analysis.attribution_cases import LR, OBSERVABLES, Stepped
 from tests.analysis.test_attribution_decoding import tokenizer
 from tests.training.cases import assert_same
@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "plain": (("two lines",), {}),
     "everything": (
         ("gpt2", "grpo, kl", "adamw", 0.05),
-        {"influence": "prompts", "tokenizer": tokenizer("words", True), "keep_update": True, "bars": "jackknife"},
+        {"influence": "prompts", "tokenizer": tokenizer("words", True), "keep_delta": True, "bars": "jackknife"},
     ),
     "chosen leaves": (("two lines",), {"influence": "sequences", "leaves": ["head.bias"]}),
     "a statistic": (("two lines",), {"observable": OBSERVABLES["collision"]}),

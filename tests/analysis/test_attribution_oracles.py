@@ -12,7 +12,7 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import tree
-from funcprobe.training.variants import entropy_bonus
+from funcprobe.objectives.variants import entropy_bonus
 from funcprobe.types import Params
 from tests.analysis.attribution_cases import LR, OBSERVABLES, Stepped, holed
 from tests.analysis.cases import E, U

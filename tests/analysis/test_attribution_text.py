@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.analysis.attribution_text import SHOWN, html_of, ledger_rows, mover_rows, sections, share, ways_rows
-from funcprobe.analysis.text import with_error
+from funcprobe.results.attribution_words import SHOWN, html_of, ledger_rows, mover_rows, sections, share, ways_rows
+from funcprobe.results.probe_words import with_error
 from tests.analysis.attribution_cases import Stepped
 from tests.analysis.cases import U
 from tests.analysis.test_attribution_decoding import tokenizer

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import engine, tree
-from funcprobe.analysis import expansion
-from funcprobe.analysis.diagnostics import Clock
-from funcprobe.analysis.evidence import Evidence
-from funcprobe.analysis.expansion import _beginnings, path, subtraction_error
-from funcprobe.analysis.passes import Passes
 from funcprobe.engine import kernels
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import Passes
 from funcprobe.errors import (
     EffectiveSampleSizeError,
     ForwardModeError,
@@ -27,6 +24,10 @@ from funcprobe.errors import (
     InputError,
     NumericsError,
 )
+from funcprobe.measurement import second_order as expansion
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.path import path, subtraction_error
+from funcprobe.measurement.second_order import _beginnings
 from funcprobe.report.weights_figure import plot_weights
 from funcprobe.types import Params
 from tests import models

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.analysis.comparison_text import table_of
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.sweep_text import headline_of, remarks_of
+from funcprobe.measurement.readings import Reading
+from funcprobe.results.comparison_words import table_of
+from funcprobe.results.sweep_words import headline_of, remarks_of
 from tests import models
 from tests.analysis import routing_cases
 from tests.analysis.cases import Case, E, U
@@ -106,7 +106,7 @@ def test_a_bound_on_the_sample_is_judged_wherever_it_is(monkeypatch: pytest.Monk
 
 def in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `largest_lr`, which takes no mode, meet a model without forward derivatives."""
-    import funcprobe.analysis.first_order as module
+    import funcprobe.measurement.first_order as module
 
     def refuse(*_: Any) -> Any:
         raise fp.errors.ForwardModeError("The module 'x' has no forward derivative; use mode=\"reverse\".")

@@ -12,10 +12,10 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import tree
-from funcprobe.analysis.influence import Influence
+from funcprobe.attribution.influence import Influence
 from funcprobe.data.rollouts import take
 from funcprobe.errors import InputError, NumericsError
-from funcprobe.training.variants import top_entropy_quantile
+from funcprobe.objectives.variants import top_entropy_quantile
 from funcprobe.types import OptimizerResult, OptState, Params
 from tests.analysis.attribution_cases import FLOAT64, LR, Stepped, holed, weighted
 from tests.analysis.cases import E, U
@@ -87,8 +87,8 @@ def test_columns_sum_to_what_the_update_sequences_contribute(model: str, form: s
     expected = found.update.total.sum(1)
     size = float(found.influence.matrix.abs().sum())
     limit = EXACT if model in FLOAT64 else NARROW
-    assert float((found.influence.of_update() - expected).abs().max()) <= limit * size
-    assert torch.equal(found.influence.of_update(), found.influence.matrix.sum(0))
+    assert float((found.influence.of_batch() - expected).abs().max()) <= limit * size
+    assert torch.equal(found.influence.of_batch(), found.influence.matrix.sum(0))
     assert not found.influence.matrix[1].any()  # its base weight is 0
     assert found.influence.matrix[0].any()
 
@@ -140,7 +140,7 @@ def test_chosen_leaves_are_a_direction_that_is_zero_elsewhere(form: str, monkeyp
         zeroed = [{n: v if n in chosen else torch.zeros_like(v) for n, v in d.items()} for d in directions]
         return plain(policy, params, zeroed, *arguments, **{**options, "leaves": None})
 
-    monkeypatch.setattr("funcprobe.analysis.influence.engine.directional_of_many", held)
+    monkeypatch.setattr("funcprobe.attribution.influence.engine.directional_of_many", held)
     assert off(named.influence.matrix, matrix_of(stepped, form=form)) <= EXACT
 
 
@@ -159,7 +159,7 @@ def test_tokens_that_tie_are_picked_for_the_matrix_as_for_the_gradient() -> None
         found = Stepped(model, objective, "sgd").attribute(influence="prompts")
         assert found.influence is not None
         size = float(found.influence.matrix.abs().sum())
-        assert float((found.influence.of_update() - found.update.total.sum(1)).abs().max()) <= NARROW * size
+        assert float((found.influence.of_batch() - found.update.total.sum(1)).abs().max()) <= NARROW * size
 
 
 def test_the_table_has_a_row_for_every_row_and_a_column_for_every_sequence() -> None:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import tree
-from funcprobe.analysis import identity
-from funcprobe.analysis.identity import identity_of
-from funcprobe.analysis.inquiry import Options
-from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.errors import InputError
+from funcprobe.measurement import identity
+from funcprobe.measurement.identity import identity_of
+from funcprobe.measurement.options import Options
+from funcprobe.results.sweep import SweepResult
 from funcprobe.types import Observable
 from tests import models
 from tests.analysis.cases import Case, E, Offset, U, prompted

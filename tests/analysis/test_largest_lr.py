@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import funcprobe as fp
-from funcprobe.analysis.diagnostics import ess_fraction
-from funcprobe.analysis.sweep_result import SweepPoint
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
+from funcprobe.measurement.cautions import ess_fraction
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.types import Observable
 from tests import models
 from tests.analysis.cases import Case, E, U
@@ -31,7 +31,7 @@ def case() -> Case:
 
 
 @functools.cache
-def grid(observable: Observable | None = None) -> tuple[SweepPoint, ...]:
+def grid(observable: Observable | None = None) -> tuple[Outcome, ...]:
     """Return what the step does at 61 learning rates, a factor of 1.26 apart."""
     options: dict[str, Any] = {"bars": None, "order": 1, "ess_threshold": 0.0, "observable": observable}
     return case().sweep(np.geomspace(*BETWEEN, 61), **options).points
@@ -40,7 +40,7 @@ def grid(observable: Observable | None = None) -> tuple[SweepPoint, ...]:
 def by_grid(bounds: dict[str, float], observable: Observable | None = None) -> tuple[float, float]:
     """Return neighbours of the grid: all learning rates up to the first keep every bound, the second breaks one."""
 
-    def keeps(point: SweepPoint) -> bool:
+    def keeps(point: Outcome) -> bool:
         (reading,) = point.readings.values()
         return (
             ess_fraction(point.health, observable or fp.entropy()) >= bounds.get("min_ess", 0.0)

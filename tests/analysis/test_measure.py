@@ -14,10 +14,10 @@ from torch import nn
 
 import funcprobe as fp
 from funcprobe import tree
-from funcprobe.analysis.diagnostics import after_measuring
 from funcprobe.data.rollouts import take
 from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError, NumericsError
 from funcprobe.estimators.importance import weight_health
+from funcprobe.measurement.cautions import after_measuring
 from funcprobe.types import OptState, Params
 from tests import models
 from tests.policy.test_module import same, snapshot
@@ -68,7 +68,7 @@ def test_exactly_one_step_and_nothing_touched(objective: str, optimizer: str, mo
         leaf.grad = torch.full_like(leaf, 0.5) if leaf.requires_grad else None
     before = [snapshot(c.module), _cloned(c.params), {n: _cloned(s) for n, s in c.state.items()}]
     rollouts = [tuple(None if x is None else x.clone() for x in batch) for batch in (E, U)]
-    result = c.probe(mode=mode, keep_update=True)
+    result = c.probe(mode=mode, keep_delta=True)
     assert same(snapshot(c.module), before[0])
     assert same(c.params, before[1])
     assert same(c.state, before[2])
@@ -94,7 +94,7 @@ def test_the_probe_is_the_five_lines(build: str) -> None:
     assert abs(result.first_order - float(tree.dot(gradient, after.update))) <= 1e-10 * size
     assert abs(result.change - float(H(after.params) - H(c.params))) <= 1e-12
     assert abs(result.remainder - (result.change - result.first_order)) <= 1e-15
-    assert result.update_norm == pytest.approx(float(tree.norm(after.update)), rel=1e-12)
+    assert result.delta_norm == pytest.approx(float(tree.norm(after.update)), rel=1e-12)
     assert result.top[0][1] == max(tree.leaf_norms(after.update).values())
     assert result.lr == 1e-3
     # float64 parameters of order .3 at |Δθ| of 1e-3: what is stored differs by 1e-16/1e-3 of the update
@@ -128,14 +128,14 @@ def test_first_order_and_update_scale_with_the_learning_rate(lr: float, optimize
     c = case("gpt2", "grpo", optimizer)
     one, two = c.probe(lr=lr), c.probe(lr=lr / 10)
     assert one.lr == lr
-    assert one.update_norm / two.update_norm == pytest.approx(10, rel=1e-6)
+    assert one.delta_norm / two.delta_norm == pytest.approx(10, rel=1e-6)
     assert one.first_order / two.first_order == pytest.approx(10, rel=1e-6)
 
 
 def test_no_learning_rate_no_step() -> None:
     with pytest.warns(FuncprobeWarning, match="The step is zero at learning rate 0"):
         result = case().probe(lr=0.0)
-    assert (result.update_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
+    assert (result.delta_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
     assert result.health.ess_sequence == pytest.approx(9)
 
 

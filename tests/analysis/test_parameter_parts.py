@@ -13,7 +13,7 @@ from torch import nn
 
 import funcprobe as fp
 from funcprobe import tree
-from funcprobe.analysis.parameter_parts import (
+from funcprobe.attribution.parameter_parts import (
     LeafPart,
     kind_label,
     layer_label,
@@ -245,7 +245,7 @@ def test_tables_of_parameters_sum_to_the_whole(model: str) -> None:
         assert abs(math.fsum(columns["contribution"]) - whole) <= 1e-14 * size, table
         assert sum(columns["size"]) == sum(part.size for part in found.leaves)
         norms = math.sqrt(sum(n * n for n in columns["norm"]))
-        assert norms == pytest.approx(found.result.update_norm, rel=1e-6)
+        assert norms == pytest.approx(found.result.delta_norm, rel=1e-6)
         for field in ("gradient", "momentum", "decay"):
             own = math.fsum(getattr(part, field) for part in found.leaves)
             assert abs(math.fsum(columns[field]) - own) <= 1e-14 * size, (table, field)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.analysis.part_bars import BARRED
+from funcprobe.attribution.part_bars import BARRED
 from funcprobe.errors import InputError
 from tests.analysis.cases import Case, E, U
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import engine
-from funcprobe.analysis.predictors import PREDICTORS, STATS, Predictions, predict, predictions
+from funcprobe.attribution.predictors import PREDICTORS, STATS, Predictions, predict, predictions
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
 from funcprobe.types import Rollouts, TokenScores
 from tests import models

@@ -16,9 +16,9 @@ from scipy.stats import t as student
 from torch import Tensor
 
 import funcprobe as fp
-from funcprobe.analysis.readings import Reading, Sampled, bar_from_dict
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
+from funcprobe.measurement.readings import Reading, Sampled, bar_from_dict
 from funcprobe.types import Observable
 from tests.analysis.cases import Case, E, U, prompted
 

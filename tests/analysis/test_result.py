@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.analysis.result import SCHEMA_VERSION
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError
+from funcprobe.results.probe import SCHEMA_VERSION
 from tests.analysis.test_measure import case
 
 
 @pytest.fixture(scope="module")
 def result() -> fp.ProbeResult:
-    return case("two lines").probe(keep_update=True)
+    return case("two lines").probe(keep_delta=True)
 
 
 def test_save_and_load_is_the_identity(result: fp.ProbeResult, tmp_path: Path) -> None:

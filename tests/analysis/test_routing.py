@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import funcprobe as fp
-from funcprobe.analysis.diagnostics import Clock
-from funcprobe.analysis.passes import Passes
-from funcprobe.analysis.routing import Choices, Routing, watched
+from funcprobe.engine.clock import Clock
+from funcprobe.engine.passes import Passes
 from funcprobe.errors import FuncprobeWarning, NumericsError
+from funcprobe.measurement.routing import Choices, Routing, watched
 from funcprobe.types import Params
 from tests import models
 from tests.analysis import routing_cases as cases

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import funcprobe as fp
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
 from funcprobe.data.rollouts import take
 from funcprobe.engine import kernels
 from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError, NumericsError
+from funcprobe.measurement.readings import Reading
+from funcprobe.measurement.outcome import Outcome
+from funcprobe.results.sweep import SweepResult
 from tests import models
 from tests.analysis.cases import Case, E, Offset, U
 
@@ -74,7 +75,7 @@ def test_a_point_is_a_probe_at_its_learning_rate(build: str, chunk: int) -> None
     result = case(build).sweep(LRS, method="difference", observables=TWO, chunk=chunk)
     assert result.lrs == tuple(LRS)
     for point, probed in zip(result.points, probes(build), strict=True):
-        assert point.update_norm == probed.update_norm
+        assert point.delta_norm == probed.delta_norm
         assert point.health.ess_sequence == pytest.approx(probed.health.ess_sequence, rel=1e-10)
         for name in TWO:
             assert_close(point.readings[name], probed.readings[name], 1e-5 if "lora" in build else 1e-9)
@@ -127,7 +128,7 @@ def test_an_update_that_is_not_proportional_has_a_derivative_of_its_own() -> Non
 def test_a_lifted_optimizer_that_ignores_its_learning_rate() -> None:
     c = Case(optimizer=fp.from_torch(torch.optim.ASGD, lr=1e-3))  # after its first step it has a rate of its own
     result = c.sweep(LRS, method="difference", order=1)
-    assert len({point.update_norm for point in result.points}) == 1
+    assert len({point.delta_norm for point in result.points}) == 1
     assert len({round(reading.first_order, 12) for reading in result.readings()}) == 1
     assert result.readings()[0].change == pytest.approx(result.readings()[0].first_order, rel=0.05)
     assert any("not proportional" in note for note in result.notes)
@@ -204,7 +205,7 @@ def test_the_scale_check_is_the_ratios_of_two_learning_rates() -> None:
     found = result.scale_check(1e-5, 1e-4)
     a, b = result.readings()[0], result.readings()[2]
     assert found.lr == pytest.approx(10)
-    assert found.update_norm == pytest.approx(10, rel=1e-12)
+    assert found.delta_norm == pytest.approx(10, rel=1e-12)
     assert found.first_order == pytest.approx(10, rel=1e-9)
     assert found.change == b.change / a.change
     assert found.change == pytest.approx(10, rel=0.01)
@@ -372,7 +373,7 @@ def test_what_points_note_is_gathered() -> None:
 def test_a_point_survives_json() -> None:
     for point in swept().points:
         plain = point.to_dict()
-        again = SweepPoint.from_dict(json.loads(json.dumps(plain, allow_nan=False)))
+        again = Outcome.from_dict(json.loads(json.dumps(plain, allow_nan=False)))
         assert again.to_dict() == plain
         assert again.readings == point.readings
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from funcprobe.analysis.sweep_law import close_at, law_of, remainder_fit, subtraction_error
 from funcprobe.errors import InputError
+from funcprobe.results.sweep_law import close_at, law_of, remainder_fit, subtraction_error
 from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
 
 UNTIL = 22.6 / 3590 / 20  # where the entropy's first order ends: 3.1e-4

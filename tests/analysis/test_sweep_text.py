@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from funcprobe.analysis.sweep_result import Fit, SweepResult
-from funcprobe.analysis.sweep_text import fit_text, headline_of, html_of, remarks_of, summary_of, table_of
 from funcprobe.errors import InputError
 from funcprobe.estimators.uncertainty import Bar
+from funcprobe.results.sweep import Fit, SweepResult
+from funcprobe.results.sweep_words import fit_text, headline_of, html_of, remarks_of, summary_of, table_of
 from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
 
 CUBED = (0.0, 0.0, 1e3)

@@ -14,9 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import funcprobe as fp
-from funcprobe.analysis.attribution_result import TABLES
-from funcprobe.analysis.token_parts import TokenParts
-from funcprobe.analysis.token_tables import (
+from funcprobe.attribution.token_parts import TokenParts
+from funcprobe.attribution.token_tables import (
     TOKEN_TABLES,
     completion_ids,
     correlations,
@@ -27,6 +26,7 @@ from funcprobe.analysis.token_tables import (
     token_columns,
 )
 from funcprobe.errors import InputError
+from funcprobe.results.attribution import TABLES
 from funcprobe.types import TokenScores
 from tests.analysis.attribution_cases import Stepped, holed
 from tests.analysis.cases import E, U

@@ -64,7 +64,7 @@ class Warm:
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_a_probe_says_so_and_measures_the_step_of_training(name: str, mode: Any) -> None:
     warm = Warm(name)
-    found = fp.probe(*warm.of, mode=mode, keep_update=True, method="difference")
+    found = fp.probe(*warm.of, mode=mode, keep_delta=True, method="difference")
     assert NOTE in found.notes
     assert found.step["leaves_without_gradient"] == 1
     assert found.update is not None
@@ -98,7 +98,7 @@ def test_parts_are_complete_and_the_leaf_has_none(name: str, form: Any, clip: fl
     assert found.influence is not None
     columns = found.update.through
     by_sequence = sum(through.sum(1) for through in columns.values())
-    torch.testing.assert_close(found.influence.of_update(), by_sequence, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(found.influence.of_batch(), by_sequence, rtol=1e-9, atol=1e-15)
 
 
 def test_rows_have_bars_that_stand_on_their_own_values() -> None:

@@ -263,7 +263,7 @@ def test_float32_differs_by_the_rounding_of_scores(model: str, weighting: str) -
     evaluation, update = batches()
     mine = StatefulProbe(*pair, objective="grpo", microbatch=4, weighting=weighting).run(evaluation, update)
     observable = fp.entropy(weighting=weighting)
-    found, delta = functional(pair, "grpo", evaluation, update, observable=observable, keep_update=True)
+    found, delta = functional(pair, "grpo", evaluation, update, observable=observable, keep_delta=True)
     estimate, pure_update = found.family[observable.name], found.update
     assert pure_update is not None
 

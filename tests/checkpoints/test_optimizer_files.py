@@ -18,7 +18,7 @@ from funcprobe.checkpoints.folder import load_optimizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_kind import optimizer_class
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
-from funcprobe.training.optimizers import LiftedOptimizer, PureOptimizer
+from funcprobe.optimizers.factories import LiftedOptimizer, PureOptimizer
 from tests.checkpoints.conftest import assert_same_state, qwen2, random_like, train
 
 FIXED = {"lr": 0.01, "relative_step": False, "scale_parameter": False}

@@ -12,7 +12,7 @@ from torch import nn
 
 from funcprobe.checkpoints import from_training, load_checkpoint, save_checkpoint
 from funcprobe.errors import CheckpointError, InputError
-from funcprobe.training.optimizers import Group, PureOptimizer, adam, adamw, sgd
+from funcprobe.optimizers.factories import Group, PureOptimizer, adam, adamw, sgd
 from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party
 
 

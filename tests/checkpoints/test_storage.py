@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from funcprobe.checkpoints import load_checkpoint, save_checkpoint
 from funcprobe.errors import CheckpointError, FuncprobeWarning
-from funcprobe.training.optimizers import adamw
-from funcprobe.training.stored import is_stored, stored
+from funcprobe.optimizers.factories import adamw
+from funcprobe.optimizers.stored import is_stored, stored
 from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party, train
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}

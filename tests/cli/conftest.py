@@ -16,10 +16,10 @@ from filelock import FileLock
 from funcprobe.checkpoints import save_checkpoint
 from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts, reward
 from funcprobe.data.files import write_rollouts
+from funcprobe.objectives.by_name import grpo
+from funcprobe.optimizers.factories import adamw
 from funcprobe.policy.module import from_module
 from funcprobe.policy.sampling import sample
-from funcprobe.training.objectives import grpo
-from funcprobe.training.optimizers import adamw
 from funcprobe.training.step import make_step
 from funcprobe.types import Rollouts
 

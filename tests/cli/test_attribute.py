@@ -14,11 +14,11 @@ import pytest
 import yaml
 
 from funcprobe import __version__
-from funcprobe.analysis.attribution_result import Attribution
-from funcprobe.analysis.result import ProbeResult
 from funcprobe.cli.attribute import WRITTEN
 from funcprobe.cli.main import main
 from funcprobe.report.attribution_table import attribution_text
+from funcprobe.results.attribution import Attribution
+from funcprobe.results.probe import ProbeResult
 from tests.cli.conftest import World
 from tests.report.pages import data, page
 
@@ -100,7 +100,7 @@ def test_the_summary_is_printed_and_the_last_line_says_where_it_is(
 ) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     output = tmp_path / "who"
-    words = ["--form=jacobian", "--output", str(output), "--lr", "2e-5", "--keep-update"]
+    words = ["--form=jacobian", "--output", str(output), "--lr", "2e-5", "--keep-delta"]
     assert main(["attribute", str(world.config(tmp_path)), *words]) == 0
     out, err = capsys.readouterr()
     assert out == (output / "summary.txt").read_text(encoding="utf-8") + f"Results: {output}\n"

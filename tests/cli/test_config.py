@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from funcprobe.cli.config import Config, describe_keys, dump, load_config, parse_overrides
 from funcprobe.cli.yaml_values import read_mapping, scalar
 from funcprobe.errors import ConfigError
-from funcprobe.training.objectives import OBJECTIVES
+from funcprobe.objectives.by_name import OBJECTIVES
 from funcprobe.types import TokenBudget
 
 SMALLEST = "checkpoint: ck\nevaluation: e.parquet\nupdate: u.parquet\n"
@@ -312,5 +312,5 @@ def test_the_help_lists_every_key_with_its_default() -> None:
 
 
 def test_bare_truth_values_and_equal_signs_are_read() -> None:
-    assert parse_overrides(["--force", "--keep-update", "false"]) == {"force": True, "keep_update": False}
+    assert parse_overrides(["--force", "--keep-delta", "false"]) == {"force": True, "keep_delta": False}
     assert parse_overrides(["--dtype=float64"]) == {"dtype": "float64"}

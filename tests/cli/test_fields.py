@@ -10,7 +10,7 @@ import pytest
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.fields import objective_model
 from funcprobe.errors import ConfigError
-from funcprobe.training.objectives import BASES, OBJECTIVES, VARIANTS, clip_cov, kl_cov, top_entropy_quantile
+from funcprobe.objectives.by_name import BASES, OBJECTIVES, VARIANTS, clip_cov, kl_cov, top_entropy_quantile
 
 
 def load(folder: Path, objective: str, *overrides: str) -> Config:

@@ -17,12 +17,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from funcprobe import __version__
-from funcprobe.analysis.result import ProbeResult
 from funcprobe.cli.config import load_config
 from funcprobe.cli.main import main
 from funcprobe.cli.run import WRITTEN
 from funcprobe.data.files import write_rollouts
 from funcprobe.report.terminal import summary_text
+from funcprobe.results.probe import ProbeResult
 from funcprobe.types import Rollouts
 from tests.cli.conftest import Demo, World
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 def finished(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One run, its output in `results` beside the configuration."""
     place = tmp_path_factory.mktemp("finished")
-    assert main(["run", str(world.config(place, keep_update=True))]) == 0
+    assert main(["run", str(world.config(place, keep_delta=True))]) == 0
     return place
 
 
@@ -64,7 +64,7 @@ def test_a_run_writes_everything_that_it_says(finished: Path) -> None:
     assert sorted(p.name for p in finished.iterdir()) == ["config.yaml", "results"]
     result = ProbeResult.load(results)
     assert result.evaluation.sequences == 24
-    assert result.update_norm > 0
+    assert result.delta_norm > 0
     assert result.update is not None
     assert (results / "measured_vs_predicted.png").read_bytes().startswith(b"\x89PNG")
     assert (results / "summary.txt").read_text(encoding="utf-8") == summary_text(result)
@@ -113,7 +113,7 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
         ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.unmoved > 0),
         ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
-        ({"keep_update": True, "microbatch_tokens": 7}, lambda result: result.update is not None),
+        ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.update is not None),
         ({"objective": {"name": "reinforce"}}, lambda result: abs(result.step["loss"]) > 1e-3),
     ],
 )
@@ -174,7 +174,7 @@ def test_an_existing_output_is_refused_before_anything_is_read(
 
 def test_force_replaces_the_results_of_an_earlier_run(world: World, tmp_path: Path, refused: Refused) -> None:
     config = world.config(tmp_path)
-    assert main(["run", str(config), "--keep-update"]) == 0
+    assert main(["run", str(config), "--keep-delta"]) == 0
     assert main(["run", str(config), "--lr", "2e-8", "--force"]) == 0
     assert ProbeResult.load(tmp_path / "results").lr == 2e-8
     assert {p.name for p in (tmp_path / "results").iterdir()} == WRITTEN - {"update.safetensors"}

@@ -10,12 +10,12 @@ from typing import ClassVar
 import pandas
 import pytest
 
-from funcprobe.analysis.result import ProbeResult
-from funcprobe.analysis.sweep_result import SweepResult
 from funcprobe.cli import sweep as command
 from funcprobe.cli.main import main
 from funcprobe.cli.sweep import parse_lrs
 from funcprobe.data.atomic import fresh_directory
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.sweep import SweepResult
 from tests.cli.conftest import World
 
 Refused = Callable[..., str]

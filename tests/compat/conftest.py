@@ -10,8 +10,8 @@ import torch
 
 from funcprobe.checkpoints import save_checkpoint
 from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts
+from funcprobe.optimizers.factories import adamw
 from funcprobe.policy.module import from_module
-from funcprobe.training.optimizers import adamw
 from tests import models
 
 #: What a file of the stateful system looks like, number for number.

@@ -10,8 +10,8 @@ import torch
 
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.integrations.trl import objective_from_config
-from funcprobe.training.accumulated import Accumulated
-from funcprobe.training.policy_gradient import PolicyGradient
+from funcprobe.objectives.accumulated import Accumulated
+from funcprobe.objectives.policy_gradient import PolicyGradient
 from tests.integrations.cases import arguments, third_party
 
 

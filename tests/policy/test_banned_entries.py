@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import engine
-from funcprobe.analysis.predictors import STATS
+from funcprobe.attribution.predictors import STATS
 from funcprobe.errors import NumericsError
 from funcprobe.policy import scoring
 from funcprobe.types import Params, Rollouts

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from funcprobe.analysis.attribution_result import Attribution
-from funcprobe.analysis.influence import Influence
-from funcprobe.analysis.parameter_parts import LeafPart
-from funcprobe.analysis.result import BatchCounts
-from funcprobe.analysis.token_parts import TokenParts
+from funcprobe.attribution.influence import Influence
+from funcprobe.attribution.parameter_parts import LeafPart
+from funcprobe.attribution.token_parts import TokenParts
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.estimators.uncertainty import Bar
+from funcprobe.results.attribution import Attribution
+from funcprobe.results.probe import BatchCounts
 from funcprobe.types import Rollouts, TokenScores
 from tests.report.cases import result
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from funcprobe.analysis.readings import Reading
-from funcprobe.analysis.result import BatchCounts, ProbeResult
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.observables import entropy_family
+from funcprobe.measurement.readings import Reading
+from funcprobe.results.probe import BatchCounts, ProbeResult
 from funcprobe.types import Estimate
 
 
@@ -36,7 +36,7 @@ def result(**changes: Any) -> ProbeResult:
         "mode": "forward",
         "rounding": None,
         "rounding_ratio": 1e-5,
-        "update_norm": 0.0123,
+        "delta_norm": 0.0123,
         "lr": 2e-6,
         "unmoved": 0.25,
         "top": (("model.layers.0.mlp.up_proj.weight", 0.01), ("model.norm.weight", 0.001)),

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from funcprobe.analysis.readings import Reading, Sampled
-from funcprobe.analysis.result import BatchCounts
-from funcprobe.analysis.sweep_result import SweepPoint, SweepResult
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Replicates
+from funcprobe.measurement.readings import Reading, Sampled
+from funcprobe.results.probe import BatchCounts
+from funcprobe.measurement.outcome import Outcome
+from funcprobe.results.sweep import SweepResult
 
 LRS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 ENTROPY = (-22.6, 3590.0, -2e4)  # falls; the crossover is at 22.6/3590 = 6.295e-3
@@ -86,7 +87,7 @@ def sweep(
                 {what: sampled.bar(name, what) for what in known} if bars else {},
                 (caveats or {}).get(lr, ()),
             )
-        points.append(SweepPoint(lr, 2.0 * lr, 1e-5, readings, health(), sampled if bars else None))
+        points.append(Outcome(lr, 2.0 * lr, 1e-5, readings, health(), sampled if bars else None))
     values: dict[str, Any] = {
         "points": tuple(points),
         "mode": mode,

@@ -14,8 +14,8 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 
-from funcprobe.analysis.influence import Influence
-from funcprobe.analysis.token_tables import movers
+from funcprobe.attribution.influence import Influence
+from funcprobe.attribution.token_tables import movers
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.report.attribution_figures import (
     plot_influence,

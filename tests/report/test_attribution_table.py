@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from funcprobe.analysis.token_tables import movers
+from funcprobe.attribution.token_tables import movers
 from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.terminal import headline
 from tests.report.attribution_cases import NASTY, attribution, nasty, with_bars, words

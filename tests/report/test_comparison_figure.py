@@ -7,9 +7,9 @@ import math
 import pytest
 
 import funcprobe as fp
-from funcprobe.analysis.comparison import Comparison
 from funcprobe.errors import InputError
 from funcprobe.report.comparison_figure import plot_comparison
+from funcprobe.results.comparison import Comparison
 from tests.analysis.cases import Case, E, U
 
 

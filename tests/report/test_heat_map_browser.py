@@ -15,10 +15,10 @@ import torch
 from matplotlib.image import imread
 from selenium.webdriver import ActionChains, Keys
 
-from funcprobe.analysis.attribution_result import Attribution
 from funcprobe.report.heat_map import heat_map
 from funcprobe.report.heat_map_page import signed
 from funcprobe.report.visible_text import visible
+from funcprobe.results.attribution import Attribution
 from tests.report.attribution_cases import NASTY, attribution, nasty, words
 from tests.report.browser import chromium, requests
 

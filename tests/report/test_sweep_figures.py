@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from funcprobe.analysis.sweep_law import law_of, remainder_fit
-from funcprobe.analysis.sweep_text import fit_text
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.report.canvas import new_axes, write
 from funcprobe.report.sweep_figures import plot_remainder, plot_sweep, save_sweep_figures
+from funcprobe.results.sweep_law import law_of, remainder_fit
+from funcprobe.results.sweep_words import fit_text
 from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
 
 PATHS = LRS[:5]  # by path, in a sweep of the cases; the others by difference

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from funcprobe.analysis.sweep_text import headline_of, table_of
 from funcprobe.errors import MissingExtraError
 from funcprobe.report.sweep_table import print_sweep, sweep_text
+from funcprobe.results.sweep_words import headline_of, table_of
 from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
 from tests.report.test_terminal import pty
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from funcprobe.analysis.evidence import Evidence
 from funcprobe.data.rollouts import rollouts_from_padded
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.estimators.importance import log_ratios, pareto_khat, weight_health
+from funcprobe.measurement.evidence import Evidence
 from funcprobe.report.canvas import new_axes
 from funcprobe.report.weights_figure import plot_weights, sizes_of
 from funcprobe.types import TokenScores

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprobe.errors import InputError
-from funcprobe.training.accumulated import Accumulated
-from funcprobe.training.objectives import bnpo, cispo, dapo, entropy_bonus, grpo, top_entropy_quantile
+from funcprobe.objectives.accumulated import Accumulated
+from funcprobe.objectives.by_name import bnpo, cispo, dapo, entropy_bonus, grpo, top_entropy_quantile
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.training.cases import Batch, batch, law, masks, seeds
 

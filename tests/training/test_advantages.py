@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprobe.errors import InputError
-from funcprobe.training.advantages import advantages
+from funcprobe.objectives.advantages import advantages
 from tests.oracles import losses
 from tests.training.cases import batch, law
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from funcprobe.training.optimizers import PureOptimizer, from_torch
+from funcprobe.optimizers.factories import PureOptimizer, from_torch
 from funcprobe.types import OptState, Params
 from tests.training.cases import CLASSES, assert_same, clone
 

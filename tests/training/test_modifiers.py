@@ -13,8 +13,8 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.training.objectives import VARIANTS, PolicyGradient, dapo, grpo, objective
-from funcprobe.training.token_selection import ClipCov, KlCov, covariance
+from funcprobe.objectives.by_name import VARIANTS, PolicyGradient, dapo, grpo, objective
+from funcprobe.objectives.token_selection import ClipCov, KlCov, covariance
 from funcprobe.types import TokenScores
 from tests.training.cases import Batch, batch, law, law_of_a_table, masks, seeds
 from tests.training.variant_loops import OWN, Found, loop_loss, terms_of, value_and_gradient

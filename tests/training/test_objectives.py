@@ -11,8 +11,8 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.training import objectives
-from funcprobe.training.objectives import AGGREGATIONS, BASES, PolicyGradient, objective
+from funcprobe.objectives import by_name as objectives
+from funcprobe.objectives.by_name import AGGREGATIONS, BASES, PolicyGradient, objective
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.oracles import losses
 from tests.training.cases import Batch, batch, law, law_of_a_table, masks, seeds

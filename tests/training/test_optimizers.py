@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import (
+from funcprobe.optimizers.factories import (
     Group,
     LiftedOptimizer,
     PureOptimizer,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe.errors import NumericsError
-from funcprobe.training import objectives
-from funcprobe.training.ratios import LARGEST
+from funcprobe.objectives import by_name as objectives
+from funcprobe.objectives.ratios import LARGEST
 from funcprobe.types import Rollouts, TokenScores
 from tests import models
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import Group, PureOptimizer
+from funcprobe.optimizers.factories import Group, PureOptimizer
 from funcprobe.training.response import respond
 from funcprobe.types import OptState, Params
 from tests.training import cases
@@ -233,7 +233,7 @@ def test_a_leaf_of_many_pieces_is_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
     step = step_of(fp.adamw(LR, weight_decay=0.1), 0.5)
     state, g, c = warm(step, params), cases.gradients(params, 3), covector(params)
     whole, update = respond(step, params, state, g, c), step.apply(params, state, g).update
-    monkeypatch.setattr("funcprobe.training.pure.CHUNK", 4)
+    monkeypatch.setattr("funcprobe.optimizers.closed_form.CHUNK", 4)
     cut = respond(step, params, state, g, c)
     cases.assert_same(cut.direction, whole.direction)
     cases.assert_same(step.apply(params, state, g).update, update)

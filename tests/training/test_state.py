@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import (
+from funcprobe.optimizers.factories import (
     Group,
     adamw,
     from_param_groups,

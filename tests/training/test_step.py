@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from funcprobe import engine, tree
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
+from funcprobe.objectives.by_name import BASES, grpo, objective
+from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.policy.module import from_module
-from funcprobe.training.objectives import BASES, grpo, objective
-from funcprobe.training.optimizers import adamw, from_torch, sgd
 from funcprobe.training.step import Step, make_step
 from funcprobe.types import Params, Rollouts, StepResult
 from tests.oracles import losses

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprobe import tree
-from funcprobe.analysis.movement import Move
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import Group, adam, adamw, from_torch, sgd
+from funcprobe.measurement.move import Move
+from funcprobe.optimizers.factories import Group, adam, adamw, from_torch, sgd
+from funcprobe.optimizers.stored import is_stored, storage_name, stored
 from funcprobe.training.response import offsets_of, respond
 from funcprobe.training.step import make_step
-from funcprobe.training.stored import is_stored, storage_name, stored
 from funcprobe.types import Optimizer, OptState, Params
 from tests.training.cases import gradients, law, leaves
 

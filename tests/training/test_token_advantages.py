@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from funcprobe.analysis.predictors import predictions
+from funcprobe.attribution.predictors import predictions
 from funcprobe.data.files import write_rollouts
 from funcprobe.data.rollouts import concatenate, rollouts_from_lists, take, validate
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.training.objectives import BASES, grpo, objective
+from funcprobe.objectives.by_name import BASES, grpo, objective
 from funcprobe.types import Rollouts
 from tests.training.cases import Batch, batch, law, masks, seeds
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from funcprobe.errors import FuncprobeWarning
-from funcprobe.training.modifiers import Modifier, TokenTerms
-from funcprobe.training.objectives import grpo, objective
-from funcprobe.training.token_selection import ClipCov, KlCov, TopEntropyQuantile, covariance
+from funcprobe.objectives.by_name import grpo, objective
+from funcprobe.objectives.modifiers import Modifier, TokenTerms
+from funcprobe.objectives.token_selection import ClipCov, KlCov, TopEntropyQuantile, covariance
 from funcprobe.types import TokenScores
 from tests.training.cases import Batch, batch, law
 from tests.training.variant_loops import terms_of, value_and_gradient

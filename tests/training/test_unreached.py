@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.training.optimizers import PureOptimizer, clip_by_global_norm, from_torch
+from funcprobe.optimizers.factories import PureOptimizer, clip_by_global_norm, from_torch
 from funcprobe.training.response import offsets_of, respond
 from funcprobe.types import Gradients, OptState, Params
 from tests import models

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcprobe import tree
-from funcprobe.training import pure
-from funcprobe.training.optimizers import Group, PureOptimizer, adam, adamw, from_torch, sgd
+from funcprobe.optimizers import closed_form as pure
+from funcprobe.optimizers.factories import Group, PureOptimizer, adam, adamw, from_torch, sgd
 from funcprobe.types import Optimizer, OptState, Params
 from tests.training.cases import assert_same, clone, gradients, law, leaves
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine
 from funcprobe.errors import InputError
-from funcprobe.training.objectives import (
+from funcprobe.objectives.by_name import (
     OBJECTIVES,
     VARIANTS,
     PolicyGradient,
@@ -26,8 +26,8 @@ from funcprobe.training.objectives import (
     options_of,
     top_entropy_quantile,
 )
+from funcprobe.objectives.token_selection import ClipCov
 from funcprobe.training.step import make_step
-from funcprobe.training.token_selection import ClipCov
 from funcprobe.types import Objective, Params, Rollouts, TokenScores
 from tests import models
 from tests.training.variant_loops import OWN, loop_loss

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprobe.training.modifiers import Change, DropNegatives, EntropyBonus, Modifier, TokenTerms
-from funcprobe.training.objectives import PolicyGradient
-from funcprobe.training.token_selection import ClipCov, KlCov, TopEntropyQuantile
+from funcprobe.objectives.by_name import PolicyGradient
+from funcprobe.objectives.modifiers import Change, DropNegatives, EntropyBonus, Modifier, TokenTerms
+from funcprobe.objectives.token_selection import ClipCov, KlCov, TopEntropyQuantile
 from funcprobe.types import Rollouts, TokenScores
 from tests.oracles import losses
 from tests.training.cases import Batch

@@ -1,0 +1,1 @@
+"""Parts of the first order: those of parameters, of prompts and of tokens."""

@@ -1,0 +1,253 @@
+"""How ΔF is measured, and how far float error lets it be told: by two evaluations, or along a path between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe import engine
+from funcprobe.errors import NumericsError
+from funcprobe.measurement.continuity import disagree
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.first_order import First
+from funcprobe.measurement.move import Move
+from funcprobe.measurement.options import Inquiry
+from funcprobe.measurement.path import ROUNDING_UNITS, Path, along_line, path, subtraction_error
+from funcprobe.measurement.routing import Choices, Routing, watched
+from funcprobe.types import Observable, TokenScores
+
+#: Above this fraction of ΔF, the estimated float error of a subtraction is worth a path.
+SUBTRACTION_WORTH_A_PATH = 1e-3
+
+#: And, where the second order was asked for, above this fraction of it: the remainder is to be seen beside it.
+CURVATURE_WORTH_A_PATH = 1e-2
+
+#: What two rules of a path can agree to, in units of eps, where autocast rounds activations inside every node.
+LOW_PRECISION_UNITS = 8.0
+
+#: In reverse mode, above this fraction of ΔF, a bound on the float error is worth a scoring pass that estimates it.
+BOUND_WORTH_A_PASS = 1e-2
+
+
+class Measured(NamedTuple):
+    """How ΔF of every observable was measured."""
+
+    evidence: Evidence  #: with scores at θ′ as stored, or at θ + Δθ by a path
+    method: str
+    nodes: int
+    errors: Mapping[str, float]  #: estimated float error of ΔF
+    subtractions: Mapping[str, float]  #: ΔF by two evaluations, whatever was chosen
+    routing: Routing | None  #: how many tokens are sent elsewhere at θ′; None where the model sends none, or not known
+
+
+def measure_change(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> Measured:
+    """Return ΔF by two evaluations or, where their subtraction is too coarse and F does not jump, by a path.
+
+    Raises:
+        NumericsError: If `method="path"` does not reach the tolerance, or F jumps on the way.
+    """
+    options, eps = asked.options, _eps(first)
+    difference = _difference(asked, move, first, scores_after)
+    if options.method == "path":
+        return _checked(asked, move, first, difference)
+    if first.along is None or options.method == "difference" or _is_fine(asked, difference):
+        return difference
+    if eps > options.tolerance and not _walks(asked, move):
+        asked.said.notes.append(
+            f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
+            "coarse for a path; load it in float32"
+        )
+        return difference
+    if _is_rerouted(difference):
+        asked.said.notes.append(
+            "ΔF is a subtraction, though float error shows in it: a path misses the jumps where tokens change experts"
+        )
+        return difference
+    return _preferred(asked, move, first, difference)
+
+
+def _checked(asked: Inquiry, move: Move, first: First, difference: Measured) -> Measured:
+    """Return ΔF by the path that was asked for.
+
+    Raises:
+        NumericsError: If it misses the tolerance, or F jumps on the way.
+    """
+    if (routing := difference.routing) is not None and routing.changed:
+        raise NumericsError(
+            f"{routing.changed} of {routing.tokens} tokens of E are sent to other experts at θ′ than at θ: F jumps "
+            "there, and a path, being an integral of derivatives, misses it; use method='auto' or 'difference'."
+        )
+    found = _path(asked, move, first)
+    if not found.converged:
+        raise NumericsError(_not_converged(asked, found))
+    by_path = _by(found, difference)
+    if names := _apart(asked, move, first, difference, by_path):
+        raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
+    return by_path
+
+
+def _preferred(asked: Inquiry, move: Move, first: First, difference: Measured) -> Measured:
+    """Return ΔF by a path, unless that is no better, or the difference shows that it misses something."""
+    found = _path(asked, move, first)
+    by_path = _by(found, difference)
+    if names := _apart(asked, move, first, difference, by_path):
+        asked.said.notes.append(f"{_jumps(names)}; the difference is what is reported")
+        return difference
+    if found.converged:
+        return by_path
+    asked.said.notes.append(_not_converged(asked, found))
+    better = any(difference.errors[name] < found.errors[name] for name in found.errors)
+    return difference if better else by_path
+
+
+def _difference(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> Measured:
+    """Return ΔF by two evaluations, with its float error."""
+    passes, along = asked.passes, first.along
+    choices, routing = Choices(passes), None
+    if scores_after is None:
+        order = 0 if along is None else asked.options.order
+        scores_after = watched(passes, choices).scores(move.after, "E at θ′", order)
+        routing = None if first.choices is None else first.choices.against(choices)
+    evidence = Evidence(passes.evaluation, first.scores, scores_after, along)
+    changes = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
+    if along is None:
+        errors = _without_tangents(asked, move, first, evidence, changes)
+    else:
+        errors = {name: subtraction_error(evidence, o, _eps(first)) for name, o in asked.observables.items()}
+    return Measured(evidence, "difference", 0, errors, changes, routing)
+
+
+def _without_tangents(
+    asked: Inquiry, move: Move, first: First, evidence: Evidence, changes: Mapping[str, float]
+) -> dict[str, float]:
+    """Return an estimate of the float error of each difference in reverse mode, where no ṡ explains a score's change.
+
+    Left unexplained altogether, it bounds the error from above; where that bound is too wide, a pass halfway stands in
+    for the derivative: `2 (s(θ + ½Δθ) − s)` leaves half as much curvature unexplained as ṡ, and rounding of three times
+    the variance. Neither sees a change that is too small to change any bit of the scores. But what such changes add up
+    to is known, `ΔF − δF₁`, and it is float error as far as one rounding of every score explains it.
+    """
+    observables = asked.observables
+    bounds = _left_by(asked, first, evidence, engine.each(torch.zeros_like, first.scores))
+    narrow = [bounds[n] <= max(BOUND_WORTH_A_PASS * abs(changes[n]), evidence.noise(o)) for n, o in observables.items()]
+    if not all(narrow):
+        halfway = asked.passes.scores(along_line(move.params, move.update, 0.5), "E at θ + ½Δθ")
+        explained = engine.each(lambda middle, anchor: 2 * (middle - anchor), halfway, first.scores)
+        found = _left_by(asked, first, evidence, explained)
+        bounds = {name: min(bounds[name], found[name] / math.sqrt(3)) for name in bounds}
+    for name, o in observables.items():
+        slope = first.value(name, o, evidence, move.update)
+        assert slope is not None  # every observable that was asked for has its gradient
+        unseen = min(abs(changes[name] - slope), _one_rounding(evidence, o, _eps(first)))
+        bounds[name] = max(bounds[name], unseen)
+    return bounds
+
+
+def _left_by(asked: Inquiry, first: First, evidence: Evidence, explained: TokenScores) -> dict[str, float]:
+    """Return the float errors that a part of every score's change leaves, which stands for its derivative."""
+    explaining = evidence._replace(along=engine.Directional(first.scores, explained))
+    return {name: subtraction_error(explaining, o, _eps(first)) for name, o in asked.observables.items()}
+
+
+def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
+    """Return what one rounding of every score makes of F, all of a sequence alike: `√Σ_i (Σ_t |c| eps (1 + |s|))²`."""
+    c = engine.cotangents(evidence.of(observable), evidence.after)
+    parts = engine.each(lambda c, s: (c.abs() * eps * (1 + s.abs())).sum(1), c, evidence.anchor)
+    return float(engine.fields(parts).sum(0).norm())
+
+
+def _eps(first: First) -> float:
+    assert first.eps is not None
+    return first.eps
+
+
+def _walks(asked: Inquiry, move: Move) -> bool:
+    """Return whether the nodes of a path are different points: leaves as fine as its tolerance, whatever computes."""
+    return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= asked.options.tolerance
+
+
+def _path(asked: Inquiry, move: Move, first: First) -> Path:
+    """Walk the path. Under autocast each ṡ is as accurate as its arithmetic, and no rule agrees better with another."""
+    assert first.along is not None  # a path is refused in reverse mode
+    tolerance = asked.options.tolerance
+    if _walks(asked, move) and _eps(first) > tolerance:
+        tolerance = LOW_PRECISION_UNITS * _eps(first)
+    return path(asked.passes, move.params, move.update, first.along, asked.observables, tolerance, _eps(first))
+
+
+def _by(found: Path, difference: Measured) -> Measured:
+    evidence = difference.evidence._replace(after=found.scores)
+    return difference._replace(evidence=evidence, method="path", nodes=found.nodes, errors=found.errors)
+
+
+def _apart(asked: Inquiry, move: Move, first: First, difference: Measured, by_path: Measured) -> list[str]:
+    """Return the observables of which difference and path disagree by more than rounding can explain.
+
+    Scores that differ by a few roundings of one tell nothing, in whatever way these add up in F; and neither does what
+    the rounding of θ′ adds: a difference sees θ′ as stored, a path θ + Δθ.
+    """
+    tolerance, errors = asked.options.tolerance, {}
+    for name, o in asked.observables.items():  # a path promises no more than its tolerance
+        promised = max(by_path.errors[name], tolerance * by_path.evidence.magnitude(o))
+        errors[name] = math.hypot(difference.errors[name], promised)
+    apart = engine.each(torch.sub, difference.evidence.after, by_path.evidence.after)
+
+    def off(name: str, apart: TokenScores) -> bool:
+        beyond = _beyond_rounding(by_path.evidence, asked.observables[name], apart, _eps(first))
+        return disagree(beyond, errors[name])
+
+    suspects = [name for name in errors if off(name, apart)]
+    if not suspects:
+        return []
+    rounded = asked.passes.directional(move.after, move.rounding(), "E at θ′, along its rounding")
+    apart = engine.each(torch.sub, apart, rounded.tangents)
+    return [name for name in suspects if off(name, apart)]
+
+
+def _beyond_rounding(evidence: Evidence, observable: Observable, apart: TokenScores, eps: float) -> float:
+    """Return `F(s + r) − F(s + r̄)`, with r how far scores are from those of a path, and r̄ at most some roundings."""
+    f, at = evidence.of(observable), evidence.after
+
+    def explained(r: Tensor, s: Tensor) -> Tensor:
+        cap = ROUNDING_UNITS * eps * (1 + s.abs())
+        return s + r.clamp(-cap, cap)
+
+    return float(f(engine.each(torch.add, at, apart)) - f(engine.each(explained, apart, at)))
+
+
+def _jumps(names: list[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names)
+    return (
+        f"ΔF of {listed} by a difference is not that of a path, by more than the float error of both: F jumps between "
+        "θ and θ′, which a path, being an integral of derivatives, misses"
+    )
+
+
+def _not_converged(asked: Inquiry, found: Path) -> str:
+    return (
+        f"The path integral reached {found.reached:.1e} of the size of its terms with {found.nodes} nodes; the "
+        f"tolerance is {asked.options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or load the "
+        "model in a wider dtype."
+    )
+
+
+def _is_rerouted(difference: Measured) -> bool:
+    return difference.routing is not None and difference.routing.changed > 0
+
+
+def _is_fine(asked: Inquiry, difference: Measured) -> bool:
+    """Return whether float error leaves every ΔF alone, and what it has beyond first order where that was asked for."""
+    evidence, errors, subtractions = difference.evidence, difference.errors, difference.subtractions
+    curved = evidence.along is not None and evidence.along.curvatures is not None
+    for name, o in asked.observables.items():
+        if abs(subtractions[name]) <= evidence.noise(o) and errors[name] <= evidence.noise(o):
+            continue  # it does not move
+        limits = [SUBTRACTION_WORTH_A_PATH * abs(subtractions[name])]
+        limits += [CURVATURE_WORTH_A_PATH * abs(float(evidence.second_order(o)))] if curved else []
+        if errors[name] > min(limits):
+            return False
+    return True

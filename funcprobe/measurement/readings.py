@@ -1,0 +1,245 @@
+"""From evidence to numbers: what one step does to each observable, with its error bar and what it was measured by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from funcprobe.errors import InputError, NumericsError
+from funcprobe.estimators.importance import WeightHealth
+from funcprobe.estimators.uncertainty import Bar, Method, Quantities, Replicates, bar, promise_broken, replicates
+from funcprobe.measurement.cautions import ess_fraction
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.types import Observable, Rollouts
+
+#: A number is lost where its float error is above this fraction of it.
+LOST = 0.1
+
+#: Why an observable whose replicates do not vary has no bar.
+WEIGHTLESS = "the observable does not use rollouts.weight, so it has no error bar"
+
+BarMethod = Method | Literal["auto"]
+
+
+class Reading(NamedTuple):
+    """What one step does to one observable."""
+
+    observable: str  #: its name
+    unit: str
+    before: float  #: F(θ)
+    change: float  #: ΔF, measured
+    first_order: float  #: δF₁, predicted
+    second_order: float | None = None  #: δF₂ = ½ D²F[Δθ, Δθ], where it was asked for
+    method: str = "difference"  #: "difference" of two evaluations, or a "path" integral
+    nodes: int = 0  #: of the path
+    error: float | None = None  #: estimated numerical error of the change; None where nothing could estimate it
+    subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
+    bars: Mapping[str, Bar] = {}
+    caveats: tuple[str, ...] = ()  #: why the bars are optimistic
+    exact: float | None = None  #: ΔF of θ + Δθ, where rounding of θ′ sets the two apart by over 1 % of Δθ
+    stored: float | None = None  #: ΔF of θ′ as stored, likewise; the change is one of them
+    of_delta: bool = False  #: whether the change is that of θ + Δθ, and not that of θ′ as stored
+
+    @property
+    def after(self) -> float:
+        """F(θ′)."""
+        return self.before + self.change
+
+    @property
+    def remainder(self) -> float:
+        """ΔF − δF₁."""
+        return self.change - self.first_order
+
+    @property
+    def ratio(self) -> float:
+        """δF₁/ΔF."""
+        return self.first_order / self.change if self.change else math.nan
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the change is known to be mostly float error: nothing follows from it."""
+        return not self.change == self.first_order == 0.0 and is_lost(self.change, self.error)
+
+    @property
+    def nonlinearity(self) -> float:
+        """|ΔF − δF₁| / |ΔF|: how much of the measured change first order misses.
+
+        Infinite where nothing changed, and NaN where ΔF is lost in float error.
+        """
+        if self.is_lost:
+            return math.nan
+        return abs(self.remainder) / abs(self.change) if self.change else math.inf if self.remainder else 0.0
+
+    @property
+    def crossover(self) -> float | None:
+        """The multiple of this step at which |δF₂| = |δF₁|; None without a second order, or where nothing moves."""
+        if self.second_order is None or (self.first_order == 0.0 and self.second_order == 0.0):
+            return None
+        return abs(self.first_order / self.second_order) if self.second_order else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return {**self._asdict(), "bars": {name: found._asdict() for name, found in self.bars.items()}}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Reading:
+        """Return what `to_dict` was called on."""
+        bars = {name: bar_from_dict(found) for name, found in plain["bars"].items()}
+        by_path = {"of_delta": plain["method"] == "path"}  # which is what an older result does not say
+        return cls(**{**by_path, **plain, "bars": bars, "caveats": tuple(plain["caveats"])})
+
+
+def is_lost(value: float, error: float | None) -> bool:
+    """Return whether the float error of a number is known, and above a tenth of it.
+
+    Example:
+        >>> is_lost(1e-6, 2e-7), is_lost(1e-6, 5e-8), is_lost(1e-6, None)
+        (True, False, False)
+    """
+    return error is not None and error > LOST * abs(value)
+
+
+def bar_from_dict(plain: Mapping[str, Any]) -> Bar:
+    """Return a bar that went through JSON, where what is infinite is null."""
+    ends = {"error": math.inf, "low": -math.inf, "high": math.inf}
+    return Bar(**{name: ends.get(name, math.nan) if value is None else value for name, value in plain.items()})
+
+
+class Sampled(NamedTuple):
+    """Replicates over prompts of all that was read: columns of three an observable (ΔF, δF₁, δF₂)."""
+
+    replicates: Replicates
+    columns: Mapping[str, int]  #: name of the observable -> its first column
+
+    @property
+    def width(self) -> int:
+        """The number of columns of one step."""
+        return len(self.replicates.estimate)
+
+    @classmethod
+    def join(cls, several: Sequence[Sampled]) -> Replicates:
+        """Return the columns of several steps on the same rollouts, side by side."""
+        parts = [sampled.replicates for sampled in several]
+        estimate = torch.cat([part.estimate for part in parts])
+        return parts[0]._replace(estimate=estimate, values=torch.cat([part.values for part in parts], dim=1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        plain = self.replicates._asdict()
+        plain |= {"estimate": self.replicates.estimate.tolist(), "values": self.replicates.values.tolist()}
+        return {"replicates": plain, "columns": dict(self.columns)}
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Sampled:
+        """Return what `to_dict` was called on."""
+        found = dict(plain["replicates"])
+        for name in ("estimate", "values"):
+            found[name] = torch.tensor(found[name], dtype=torch.float64)
+        return cls(Replicates(**found), dict(plain["columns"]))
+
+    def bar(self, name: str, what: str, level: float = 0.95) -> Bar:
+        """Return the bar of "change", "first_order", "second_order", "remainder" or "ratio" of an observable."""
+        k = self.columns[name]
+        functions = {
+            "change": lambda q: q[k],
+            "first_order": lambda q: q[k + 1],
+            "second_order": lambda q: q[k + 2],
+            "remainder": lambda q: q[k] - q[k + 1],
+            "ratio": lambda q: q[k + 1] / q[k],
+        }
+        return bar(self.replicates, functions[what], level)
+
+    def exchange(self, cost: str, gain: str, level: float = 0.95) -> Bar:
+        """Return the bar of ΔF(cost) / ΔF(gain)."""
+        i, j = self.columns[cost], self.columns[gain]
+        return bar(self.replicates, lambda q: q[i] / q[j], level)
+
+
+def sample(
+    evidence: Evidence,
+    observables: Mapping[str, Observable],
+    method: BarMethod,
+    generator: torch.Generator | None = None,
+) -> Sampled:
+    """Return ΔF, δF₁ and δF₂ of every observable, resampled over the prompts of E; no model is run.
+
+    δF₁ is 0 in reverse mode and δF₂ where no curvature was taken: those columns carry no bar.
+
+    Raises:
+        InputError: If E has fewer than two prompts, or an observable cannot be resampled.
+        NumericsError: If something is not finite without one of the prompts; the message names both.
+        RuntimeError: What an observable raises of its own.
+    """
+    second = evidence.along is not None and evidence.along.curvatures is not None
+
+    def quantities(a: Tensor) -> Tensor:
+        zero, found = a.sum() * 0.0, []
+        for o in observables.values():
+            found += [evidence.change(o, a), zero if evidence.along is None else evidence.first_order(o, a)]
+            found += [evidence.second_order(o, a) if second else zero]
+        return torch.stack(found)
+
+    cells = evidence.rollouts.completion_mask.numel() * (2 + 2 * second) * len(observables)
+    words = ("change", "first order", "second order")
+    labels = [f"The {what} of '{name}'" for name in observables for what in words]
+    found = resampled(quantities, evidence.rollouts, method, labels, cells, generator)
+    return Sampled(found, {name: 3 * k for k, name in enumerate(observables)})
+
+
+def resampled(
+    quantities: Quantities,
+    rollouts: Rollouts,
+    method: BarMethod,
+    labels: Sequence[str],
+    cells: int,
+    generator: torch.Generator | None = None,
+) -> Replicates:
+    """Return replicates over prompts of some quantities, which errors call by their labels.
+
+    Raises:
+        InputError: If E has fewer than two prompts, or an observable cannot be resampled.
+        NumericsError: If something is not finite without one of the prompts; the message names both.
+        RuntimeError: What an observable raises of its own.
+    """
+    try:
+        return replicates(quantities, rollouts, method, generator=generator, cells=cells)
+    except NumericsError as error:
+        k = int(str(error).split()[1])  # "Quantity 4 is nan without prompt (group) 7, ..."
+        raise NumericsError(str(error).replace(f"Quantity {k}", labels[k], 1)) from None
+    except RuntimeError as error:
+        if "vmap" not in str(error):
+            raise
+        raise InputError(
+            "An observable looks at the values of its weights (an if, or .item()), so it cannot be resampled; write it "
+            "with torch.where, or ask for no bars."
+        ) from error
+
+
+def with_bars(
+    readings: Mapping[str, Reading],
+    observables: Mapping[str, Observable],
+    sampled: Sampled,
+    evidence: Evidence,
+    healths: Mapping[str, WeightHealth],
+    independent: bool,
+    level: float = 0.95,
+) -> dict[str, Reading]:
+    """Return the readings with their bars, and with what makes these optimistic."""
+    names = ["change"]
+    if evidence.along is not None:
+        names += ["first_order", "remainder", "ratio"]
+        names += ["second_order"] if evidence.along.curvatures is not None else []
+    done = {}
+    for name, reading in readings.items():
+        bars = {what: sampled.bar(name, what, level) for what in names}
+        broken = promise_broken(sampled.replicates.prompts, ess_fraction(healths[name], observables[name]), independent)
+        if reading.change == reading.first_order == 0.0:
+            bars = {}
+        elif bars["change"].error == 0.0 and reading.change != 0.0:
+            bars, broken = {}, (WEIGHTLESS,)
+        done[name] = reading._replace(bars=bars, caveats=broken)
+    return done

@@ -1,0 +1,33 @@
+"""Objectives: policy-gradient losses and their variants, as pure functions of scores; with their names."""
+
+from funcprobe.objectives.by_name import (
+    bnpo,
+    cispo,
+    clip_cov,
+    dapo,
+    dr_grpo,
+    drop_negatives,
+    entropy_bonus,
+    grpo,
+    gspo,
+    kl_cov,
+    reinforce,
+    rloo,
+    top_entropy_quantile,
+)
+
+__all__ = [
+    "bnpo",
+    "cispo",
+    "clip_cov",
+    "dapo",
+    "dr_grpo",
+    "drop_negatives",
+    "entropy_bonus",
+    "grpo",
+    "gspo",
+    "kl_cov",
+    "reinforce",
+    "rloo",
+    "top_entropy_quantile",
+]

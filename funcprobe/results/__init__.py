@@ -1,0 +1,1 @@
+"""Results: values that can be read, printed, saved and loaded without the model that made them."""
