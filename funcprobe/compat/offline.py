@@ -131,7 +131,7 @@ class OfflineEntropyProbe:
         measured = time.perf_counter()
 
         self.logger.info("Phase 2: δH₁ from X on E and %s", "the same Δθ" if enabled else "the preconditioned gradient")
-        asked = {
+        measurement = {
             "mb_size_prompts": self.sections.section("computation_options").get("mb_size_prompts", 2),
             "weighting_mode": self.sections.weighting_mode,
         }
@@ -141,7 +141,7 @@ class OfflineEntropyProbe:
             adam_preconditioner=self.adam_preconditioner,
             optimizer=self.optimizer,
             param_update_buf=truth.get("param_update_buf_named"),
-            **asked,
+            **measurement,
         )
         self.logger.info(
             f"[δH1] bars_dot={predicted['bars_dot']:.10f}, deltaH1={predicted['deltaH1']:.10f}"
@@ -153,7 +153,7 @@ class OfflineEntropyProbe:
         found = {
             **truth,
             **predicted,
-            **asked,
+            **measurement,
             "B_E": len(E_batch.ids) if isinstance(E_batch, Rollouts) else predicted["B_E"],  # drawn with replacement
             "importance_enabled": enabled,
             "timing": {"total_time": time.perf_counter() - start, **times},

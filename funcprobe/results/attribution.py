@@ -66,7 +66,7 @@ class Attribution:
     @cached_property
     def ledger(self) -> dict[str, float]:
         """What the gradient on U, momentum and weight decay did; in the Jacobian form the gradient and "rest"."""
-        found = {"gradient on U": self.update.sum()}
+        found = {"gradient on U": self.batch.sum()}
         if self.form == "additive":
             found["momentum"] = math.fsum(part.momentum for part in self.leaves)
             found["weight decay"] = math.fsum(part.decay for part in self.leaves)
@@ -82,7 +82,7 @@ class Attribution:
         sums = {
             "parameters": (math.fsum(parts), math.fsum(map(abs, parts))),
             "evaluation tokens": (self.evaluation.sum(), self.evaluation.magnitude()),
-            "update tokens": (sum(self.ledger.values()), self.update.magnitude() + math.fsum(map(abs, offsets))),
+            "update tokens": (sum(self.ledger.values()), self.batch.magnitude() + math.fsum(map(abs, offsets))),
         }
         whole = self.first_order
         noise = NOISE * abs(self.result.readings[self.observable].before)

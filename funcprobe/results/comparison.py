@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError
 from funcprobe.estimators.uncertainty import Bar, bar
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading, Sampled, is_lost
 from funcprobe.results.frames import frame_of
 from funcprobe.results.probe import BatchCounts, json_safe
-from funcprobe.measurement.outcome import Outcome
 from funcprobe.types import Json
 
 if TYPE_CHECKING:

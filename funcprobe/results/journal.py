@@ -9,8 +9,8 @@ from pathlib import Path
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.optimizers.unreached import reached
 from funcprobe.measurement.outcome import Outcome
+from funcprobe.optimizers.unreached import reached
 from funcprobe.types import Gradients
 
 #: What the first line of a journal says it is.

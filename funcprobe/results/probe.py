@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -20,7 +20,7 @@ from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.readings import Reading, bar_from_dict
 from funcprobe.measurement.routing import Routing
 from funcprobe.results.probe_words import rows_of, summary_of
-from funcprobe.types import Estimate, Json, Params, Rollouts
+from funcprobe.types import Estimate, Json, Params
 
 #: Raised when a field changes its meaning.
 SCHEMA_VERSION = 2
@@ -164,8 +164,8 @@ class ProbeResult:
     def write_into(self, folder: Path) -> None:
         """Write the result's files into an existing folder."""
         (folder / "result.json").write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
-        if self.update is not None:
-            write_arrays(self.update, folder / "update.safetensors")
+        if self.delta is not None:
+            write_arrays(self.delta, folder / "update.safetensors")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ProbeResult:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -16,10 +15,8 @@ from torch import Tensor
 
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError
-from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Bar, bar
 from funcprobe.measurement.readings import Reading, Sampled, is_lost
-from funcprobe.measurement.routing import Routing
 from funcprobe.results.frames import frame_of
 from funcprobe.results.probe import BatchCounts, json_safe
 from funcprobe.types import Json
