@@ -154,12 +154,12 @@ class Stepped:
         self.state: OptState = self.optimizer.init(self.params)
         for gradient in () if cold else earlier(model):
             self.state = self.step.apply(self.params, self.state, gradient).opt_state
-        self.update = aged(self.policy, self.params, update) if stale else update
+        self.batch = aged(self.policy, self.params, update) if stale else update
 
     def attribute(self, observable: Observable | None = None, **options: Any) -> fp.Attribution:
         """Attribute the step; error bars, which are no concern of most tests, are left out."""
         given: dict[str, Any] = {"bars": None, **options}
-        batches = given.pop("evaluation", E), given.pop("update", self.update)
+        batches = given.pop("evaluation", E), given.pop("update", self.batch)
         return fp.attribute(self.policy, self.step, self.params, self.state, *batches, observable, **given)
 
 

@@ -95,4 +95,4 @@ class Offset:
     def apply(self, params: Params, state: OptState, gradient: Params, lr: float | None = None) -> Any:
         taken = fp.sgd(self.lr).apply(params, state, gradient, lr)
         drift = models.direction(params, self.scale, seed=8)
-        return taken._replace(params=tree.add(taken.params, drift), update=tree.add(taken.update, drift))
+        return taken._replace(params=tree.add(taken.params, drift), update=tree.add(taken.delta, drift))

@@ -46,8 +46,8 @@ class Low:
         taken = self.step(self.params, self.state, U, lr=lr)
         theta = wide(self.params)
         H = fp.anchored(fp.entropy(), policy, E, theta)
-        exact, after = tree.add(theta, wide(taken.update)), wide(taken.params)
-        off = tree.sub(tree.sub(after, theta), wide(taken.update))
+        exact, after = tree.add(theta, wide(taken.delta)), wide(taken.params)
+        off = tree.sub(tree.sub(after, theta), wide(taken.delta))
         row = float(torch.func.jvp(H, (theta,), (off,))[1])
         return float(H(exact) - H(theta)), float(H(after) - H(theta)), row
 
@@ -100,7 +100,7 @@ def test_what_does_not_move_is_the_runs() -> None:
     low = Low()
     taken = low.step(low.params, low.state, U, lr=1e-5)
     moved = [(taken.params[n] != p) for n, p in low.params.items()]
-    wanted = [taken.update[n] != 0 for n in low.params]
+    wanted = [taken.delta[n] != 0 for n in low.params]
     stuck = sum(int((w & ~m).sum()) for w, m in zip(wanted, moved, strict=True)) / sum(int(w.sum()) for w in wanted)
     assert low.probe(lr=1e-5).unmoved == stuck > 0.5
 
@@ -203,7 +203,7 @@ def test_a_stored_result_that_its_optimizer_shifts_is_told_apart_too() -> None:
     taken = step(params, Drifting().init(params), U)
     H = fp.anchored(fp.entropy(), policy, E, params)
     assert reading.change == reading.stored == pytest.approx(float(H(taken.params) - H(params)), rel=1e-9)
-    assert reading.exact == pytest.approx(float(H(tree.add(params, taken.update)) - H(params)), rel=1e-9)
+    assert reading.exact == pytest.approx(float(H(tree.add(params, taken.delta)) - H(params)), rel=1e-9)
     assert not reading.of_delta
 
 

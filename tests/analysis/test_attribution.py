@@ -40,7 +40,7 @@ def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:
         leaf.grad = torch.full_like(leaf, 0.5) if leaf.requires_grad else None
     given = {"params": case.params, "state": case.state}
     kept = clone(given)
-    batches = {"E": E._asdict(), "U": case.update._asdict()}
+    batches = {"E": E._asdict(), "U": case.batch._asdict()}
     copies = clone({b: {n: x for n, x in fields.items() if x is not None} for b, fields in batches.items()})
     before = snapshot(case.module)
     case.attribute(form=form, influence="prompts", bars="bootstrap")
@@ -58,8 +58,8 @@ def test_one_attribution_is_another() -> None:
     for of in ("update", "evaluation"):
         assert torch.equal(getattr(one, of).total, getattr(two, of).total)
     assert one.leaves == two.leaves
-    taken = case.step(case.params, case.state, case.update)
-    assert one.result.delta_norm == pytest.approx(float(fp.tree.norm(taken.update)), rel=1e-12)
+    taken = case.step(case.params, case.state, case.batch)
+    assert one.result.delta_norm == pytest.approx(float(fp.tree.norm(taken.delta)), rel=1e-12)
 
 
 def counted(step: Any = None, **options: Any) -> tuple[list[str], list[str]]:
@@ -156,9 +156,9 @@ def test_the_result_beside_the_parts_is_a_probe() -> None:
         assert found.result.readings[name] == probed.readings[name]
     assert (found.observable, found.unit) == ("mine", "nats per token")
     assert found.first_order == probed.first_order
-    assert found.result.update is None
+    assert found.result.delta is None
     with_update = fp.attribute(case.policy, case.step, case.params, case.state, E, U, keep_delta=True, top_k=1)
-    assert with_update.result.update is not None
+    assert with_update.result.delta is not None
     assert len(with_update.result.top) == 1
 
 
@@ -181,11 +181,11 @@ def test_an_objective_and_an_observable_of_ones_own(form: str) -> None:
     case = Stepped("gpt2", Agreeing(), update=plain, stale=False)  # type: ignore[arg-type]
     found = case.attribute(Collision(), form=form, influence="sequences")
     assert found.completeness_error <= 1e-12
-    assert set(found.update.through) == {"logp", "collision"}
-    assert found.update.predictors == {}
+    assert set(found.batch.through) == {"logp", "collision"}
+    assert found.batch.predictors == {}
     assert found.influence is not None
-    off = (found.influence.of_batch() - found.update.total.sum(1)).abs().max()
-    assert float(off) <= 1e-12 * found.update.magnitude()
+    off = (found.influence.of_batch() - found.batch.total.sum(1)).abs().max()
+    assert float(off) <= 1e-12 * found.batch.magnitude()
 
 
 def test_bad_options_are_refused_before_any_pass() -> None:

@@ -71,7 +71,7 @@ def assert_complete(found: fp.Attribution, limit: float) -> None:
         "parameters": [part.contribution for part in found.leaves],
         "evaluation tokens": [x for through in found.evaluation.through.values() for x in through.flatten().tolist()],
         "update tokens": [
-            *(x for through in found.update.through.values() for x in through.flatten().tolist()),
+            *(x for through in found.batch.through.values() for x in through.flatten().tolist()),
             *offsets.values(),
         ],
     }
@@ -124,7 +124,7 @@ def test_a_divergence_has_no_first_order_and_no_parts() -> None:
     found = Stepped("gpt2").attribute(fp.kl())
     assert found.first_order == 0.0
     assert found.completeness_error == 0.0
-    assert not found.update.total.any()
+    assert not found.batch.total.any()
     assert not found.evaluation.total.any()
 
 
@@ -135,7 +135,7 @@ def test_tokens_that_tie_are_picked_as_the_gradient_picked_them(model: str, shar
     objective = top_entropy_quantile("grpo", top_entropy_quantile=share)
     found = Stepped(model, objective, "sgd").attribute()
     assert_complete(found, LIMIT[model])
-    picked = float((found.update.through["logp"] != 0).sum() / found.update.mask.sum())
+    picked = float((found.batch.through["logp"] != 0).sum() / found.batch.mask.sum())
     assert picked <= 1 - found.result.step["top_entropy_quantile_fraction"] + 1e-12
 
 
@@ -159,10 +159,10 @@ def test_the_scale_knows_nothing_of_other_sequences_under_sgd() -> None:
     """Another advantage of one row leaves every bit of what the tokens of all others contribute."""
     advantages = torch.linspace(-1.0, 1.2, len(U.ids), dtype=torch.float64)
     case = Stepped("gpt2", "reinforce", "sgd, momentum")
-    one = case.attribute(update=U._replace(advantages=advantages)).update.total
+    one = case.attribute(update=U._replace(advantages=advantages)).batch.total
     changed = advantages.clone()
     changed[4] = 7.0
-    two = case.attribute(update=U._replace(advantages=changed)).update.total
+    two = case.attribute(update=U._replace(advantages=changed)).batch.total
     others = torch.arange(len(U.ids)) != 4
     assert torch.equal(one[others], two[others])
     assert not torch.equal(one[4], two[4])
@@ -172,7 +172,7 @@ def test_a_step_without_a_gradient_is_momentum_and_decay() -> None:
     flat = U._replace(rewards=torch.ones(len(U.ids), dtype=torch.float64))
     with pytest.warns(FuncprobeWarning, match="momentum and weight decay"):
         found = Stepped("gpt2").attribute(update=flat)
-    assert not found.update.total.any()
+    assert not found.batch.total.any()
     assert_complete(found, LIMIT["gpt2"])
     assert found.first_order != 0.0
 
@@ -180,4 +180,4 @@ def test_a_step_without_a_gradient_is_momentum_and_decay() -> None:
 def test_no_learning_rate_no_parts() -> None:
     with pytest.warns(FuncprobeWarning, match="The step is zero at learning rate 0"):
         found = Stepped("gpt2").attribute(lr=0.0)
-    assert (found.first_order, found.completeness_error, found.update.magnitude()) == (0.0, 0.0, 0.0)
+    assert (found.first_order, found.completeness_error, found.batch.magnitude()) == (0.0, 0.0, 0.0)

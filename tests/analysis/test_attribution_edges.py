@@ -57,7 +57,7 @@ def test_the_jacobian_form_of_a_linear_step_is_the_additive_one_in_a_narrow_dtyp
     gradient, _ = step.gradient(params, U)
     c = models.direction(params, scale=1.0)
     one, other = (
-        respond(step, params, step.optimizer.init(params), gradient, c, form=form).direction  # type: ignore[arg-type]
+        respond(step.rule, params, step.optimizer.init(params), gradient, c, form=form).direction  # type: ignore[arg-type]
         for form in ("additive", "jacobian")
     )
     for name, u in one.items():

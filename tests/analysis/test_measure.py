@@ -74,9 +74,9 @@ def test_exactly_one_step_and_nothing_touched(objective: str, optimizer: str, mo
     assert same(c.state, before[2])
     assert all(same(list(old), list(new)) for old, new in zip(rollouts, (E, U), strict=True))
     # exactly one: the kept update is that of one call of the step
-    one = c.step(c.params, c.state, U).update
-    assert result.update is not None
-    assert same(result.update, {n: u.float() for n, u in one.items()})
+    one = c.step(c.params, c.state, U).delta
+    assert result.delta is not None
+    assert same(result.delta, {n: u.float() for n, u in one.items()})
 
 
 def _cloned(leaves: Params) -> Params:
@@ -90,12 +90,12 @@ def test_the_probe_is_the_five_lines(build: str) -> None:
     after = c.step(c.params, c.state, U)
     H = fp.anchored(fp.entropy(), c.policy, E, c.params)
     gradient = torch.func.grad(H)(c.params)
-    size = float(tree.dot(tree.map_(torch.abs, gradient), tree.map_(torch.abs, after.update)))
-    assert abs(result.first_order - float(tree.dot(gradient, after.update))) <= 1e-10 * size
+    size = float(tree.dot(tree.map_(torch.abs, gradient), tree.map_(torch.abs, after.delta)))
+    assert abs(result.first_order - float(tree.dot(gradient, after.delta))) <= 1e-10 * size
     assert abs(result.change - float(H(after.params) - H(c.params))) <= 1e-12
     assert abs(result.remainder - (result.change - result.first_order)) <= 1e-15
-    assert result.delta_norm == pytest.approx(float(tree.norm(after.update)), rel=1e-12)
-    assert result.top[0][1] == max(tree.leaf_norms(after.update).values())
+    assert result.delta_norm == pytest.approx(float(tree.norm(after.delta)), rel=1e-12)
+    assert result.top[0][1] == max(tree.leaf_norms(after.delta).values())
     assert result.lr == 1e-3
     # float64 parameters of order .3 at |Δθ| of 1e-3: what is stored differs by 1e-16/1e-3 of the update
     assert result.rounding_ratio < 1e-12

@@ -17,8 +17,8 @@ import funcprobe as fp
 from funcprobe.data.rollouts import take
 from funcprobe.engine import kernels
 from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError, NumericsError
-from funcprobe.measurement.readings import Reading
 from funcprobe.measurement.outcome import Outcome
+from funcprobe.measurement.readings import Reading
 from funcprobe.results.sweep import SweepResult
 from tests import models
 from tests.analysis.cases import Case, E, Offset, U

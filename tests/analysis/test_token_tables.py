@@ -145,7 +145,7 @@ def test_tokens_roll_up_to_every_other_table(of: Any) -> None:
     assert np.allclose(sequences["mean_logp"], tokens.groupby("sequence")["logp"].mean(), rtol=1e-12)
     if of == "update":  # advantages are those that the objective made of the rewards
         case = Stepped("gpt2", update=holed(U))
-        prepared = fp.grpo(beta=0.3).prepare(case.update)
+        prepared = fp.grpo(beta=0.3).prepare(case.batch)
         assert sequences["advantage"].tolist() == prepared.advantages.tolist()
         predicted = fp.predict(case.policy, case.params, prepared, lr=1e-2)
         for name, x in predicted.tokens.items():

@@ -67,8 +67,8 @@ def test_a_probe_says_so_and_measures_the_step_of_training(name: str, mode: Any)
     found = fp.probe(*warm.of, mode=mode, keep_delta=True, method="difference")
     assert NOTE in found.notes
     assert found.step["leaves_without_gradient"] == 1
-    assert found.update is not None
-    assert not bool(found.update[ALONE].any())
+    assert found.delta is not None
+    assert not bool(found.delta[ALONE].any())
     moved, after = warm.step(warm.params, warm.state, U).params, warm.trained()
     # the loop clips by a norm that torch sums in another order: 1e-15 of a step of 1e-2
     assert all(torch.allclose(moved[n], after[n], rtol=0, atol=1e-14) for n in after)
@@ -96,7 +96,7 @@ def test_parts_are_complete_and_the_leaf_has_none(name: str, form: Any, clip: fl
         assert abs(found.ledger["momentum"]) > 0
         assert math.fsum(found.ledger.values()) == pytest.approx(found.first_order, rel=1e-9)
     assert found.influence is not None
-    columns = found.update.through
+    columns = found.batch.through
     by_sequence = sum(through.sum(1) for through in columns.values())
     torch.testing.assert_close(found.influence.of_batch(), by_sequence, rtol=1e-9, atol=1e-15)
 

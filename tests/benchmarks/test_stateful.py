@@ -264,7 +264,7 @@ def test_float32_differs_by_the_rounding_of_scores(model: str, weighting: str) -
     mine = StatefulProbe(*pair, objective="grpo", microbatch=4, weighting=weighting).run(evaluation, update)
     observable = fp.entropy(weighting=weighting)
     found, delta = functional(pair, "grpo", evaluation, update, observable=observable, keep_delta=True)
-    estimate, pure_update = found.family[observable.name], found.update
+    estimate, pure_update = found.family[observable.name], found.delta
     assert pure_update is not None
 
     checkpoint = fp.from_training(*pair)

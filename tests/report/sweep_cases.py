@@ -10,9 +10,9 @@ import torch
 
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Replicates
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading, Sampled
 from funcprobe.results.probe import BatchCounts
-from funcprobe.measurement.outcome import Outcome
 from funcprobe.results.sweep import SweepResult
 
 LRS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
