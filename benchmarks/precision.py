@@ -145,7 +145,7 @@ def _row(lr: float, old: Any, new: fp.ProbeResult, exact: Evidence, stored: Evid
         "functional": abs(new.change - change) / size,
         "functional_change": new.change,
         "functional_at_stored": abs(new.change - at_stored) / size,  # of a subtraction: its error without storage
-        "functional_estimate": None if new.main.error is None else new.main.error / size,
+        "functional_estimate": None if new.main.float_error is None else new.main.float_error / size,
         "method": new.main.method,
         "nodes": new.main.nodes,
     }

@@ -163,9 +163,9 @@ def _found(reading: Reading) -> dict[str, float]:
     change, remainder = abs(reading.change), abs(reading.remainder)
     if not reading.is_lost:
         return {"max_abs_delta": change, "max_nonlinearity": reading.nonlinearity}
-    assert reading.error is not None  # known to be too large
-    least, most = max(0.0, remainder - reading.error), change + reading.error
-    return {"max_abs_delta": max(0.0, change - reading.error), "max_nonlinearity": least / most}
+    assert reading.float_error is not None  # known to be too large
+    least, most = max(0.0, remainder - reading.float_error), change + reading.float_error
+    return {"max_abs_delta": max(0.0, change - reading.float_error), "max_nonlinearity": least / most}
 
 
 def _unjudged(kept: Sequence[Outcome], bounds: Mapping[str, float]) -> tuple[Note, ...]:

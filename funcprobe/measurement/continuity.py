@@ -52,12 +52,12 @@ def is_bent(reading: Reading) -> bool:
 
     That is by more than twice |δF₂|, or twice the 5 % of δF₁ that a straight line may miss, and beyond float error.
     """
-    if reading.second_order is None or reading.error is None:
+    if reading.second_order is None or reading.float_error is None:
         return False
     first, second = abs(reading.first_order), abs(reading.second_order)
     unexplained = reading.remainder - reading.second_order
     far = abs(unexplained) > 2 * max(second, CLOSE * first)
-    return second <= EXPANDS * first and far and disagree(unexplained, reading.error)
+    return second <= EXPANDS * first and far and disagree(unexplained, reading.float_error)
 
 
 def remarks(
@@ -90,7 +90,7 @@ def _misses(reading: Reading) -> bool:
     """Return whether the orders that are known miss more of ΔF than 5 %, and than its float error."""
     known = reading.first_order + (reading.second_order or 0.0)
     off = abs(reading.change - known)
-    return off > CLOSE * abs(reading.change) and (reading.error is None or disagree(off, reading.error))
+    return off > CLOSE * abs(reading.change) and (reading.float_error is None or disagree(off, reading.float_error))
 
 
 def _listed(names: list[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Reading(NamedTuple):
     second_order: float | None = None  #: δF₂ = ½ D²F[Δθ, Δθ], where it was asked for
     method: str = "difference"  #: "difference" of two evaluations, or a "path" integral
     nodes: int = 0  #: of the path
-    error: float | None = None  #: estimated numerical error of the change; None where nothing could estimate it
+    float_error: float | None = None  #: estimated arithmetic error of the change; None where nothing could estimate it
     subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
     bars: Mapping[str, Bar] = {}
     caveats: tuple[str, ...] = ()  #: why the bars are optimistic
@@ -63,7 +63,7 @@ class Reading(NamedTuple):
     @property
     def is_lost(self) -> bool:
         """Whether the change is known to be mostly float error: nothing follows from it."""
-        return not self.change == self.first_order == 0.0 and is_lost(self.change, self.error)
+        return not self.change == self.first_order == 0.0 and is_lost(self.change, self.float_error)
 
     @property
     def nonlinearity(self) -> float:
@@ -82,17 +82,6 @@ class Reading(NamedTuple):
             return None
         return abs(self.first_order / self.second_order) if self.second_order else math.inf
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return {**self._asdict(), "bars": {name: found._asdict() for name, found in self.bars.items()}}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Reading:
-        """Return what `to_dict` was called on."""
-        bars = {name: bar_from_dict(found) for name, found in plain["bars"].items()}
-        by_path = {"of_delta": plain["method"] == "path"}  # which is what an older result does not say
-        return cls(**{**by_path, **plain, "bars": bars, "caveats": tuple(plain["caveats"])})
-
 
 def is_lost(value: float, error: float | None) -> bool:
     """Return whether the float error of a number is known, and above a tenth of it.
@@ -102,12 +91,6 @@ def is_lost(value: float, error: float | None) -> bool:
         (True, False, False)
     """
     return error is not None and error > LOST * abs(value)
-
-
-def bar_from_dict(plain: Mapping[str, Any]) -> Bar:
-    """Return a bar that went through JSON, where what is infinite is null."""
-    ends = {"error": math.inf, "low": -math.inf, "high": math.inf}
-    return Bar(**{name: ends.get(name, math.nan) if value is None else value for name, value in plain.items()})
 
 
 class Sampled(NamedTuple):
@@ -127,20 +110,6 @@ class Sampled(NamedTuple):
         parts = [sampled.replicates for sampled in several]
         estimate = torch.cat([part.estimate for part in parts])
         return parts[0]._replace(estimate=estimate, values=torch.cat([part.values for part in parts], dim=1))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        plain = self.replicates._asdict()
-        plain |= {"estimate": self.replicates.estimate.tolist(), "values": self.replicates.values.tolist()}
-        return {"replicates": plain, "columns": dict(self.columns)}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Sampled:
-        """Return what `to_dict` was called on."""
-        found = dict(plain["replicates"])
-        for name in ("estimate", "values"):
-            found[name] = torch.tensor(found[name], dtype=torch.float64)
-        return cls(Replicates(**found), dict(plain["columns"]))
 
     def bar(self, name: str, what: str, level: float) -> Bar:
         """Return the bar of "change", "first_order", "second_order", "remainder" or "ratio" of an observable."""

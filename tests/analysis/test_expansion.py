@@ -241,13 +241,13 @@ def test_auto_takes_the_path_where_subtraction_fails() -> None:
     assert small.main.nodes >= 1
     assert small.change == pytest.approx(small.first_order, rel=1e-4)
     assert small.main.subtraction is not None
-    assert small.main.error is not None
-    assert small.main.error < 1e-3 * abs(small.change)
+    assert small.main.float_error is not None
+    assert small.main.float_error < 1e-3 * abs(small.change)
     forced = run(lr=1e-8, method="difference")
     assert forced.change == small.main.subtraction
-    assert forced.main.error > 1e-3 * abs(forced.change)
+    assert forced.main.float_error > 1e-3 * abs(forced.change)
     # how far off one subtraction happens to be is a matter of kernels; that it is within its estimate is not
-    assert abs(forced.change - small.change) <= 1.05 * forced.main.error
+    assert abs(forced.change - small.change) <= 1.05 * forced.main.float_error
     by_path = run(method="path")
     assert by_path.main.subtraction == large.main.subtraction  # a path is held against two evaluations
     assert by_path.change == pytest.approx(large.change, rel=1e-3)
@@ -266,7 +266,7 @@ def test_more_nodes_for_more_curvature_and_an_honest_end() -> None:
     near = c.probe(method="path", lr=1e-6, tolerance=1e-3)
     assert near.main.nodes == 1
     assert far.main.nodes > 1
-    assert far.main.error is not None
+    assert far.main.float_error is not None
 
 
 def test_paths_and_curvature_need_forward_mode() -> None:

@@ -40,11 +40,11 @@ def test_the_error_that_reverse_mode_states_is_that_of_its_difference(name: str)
     ratios = []
     for lr, r, t in zip(LRS, reverse, truth, strict=True):
         assert r.method == "difference"
-        assert r.error is not None
+        assert r.float_error is not None
         if t.method == "path":  # accurate to 1e-5, of θ + Δθ; a difference sees θ′ as stored
             row = case(name).probe(lr, mode="reverse").rounding
             assert row is not None
-            ratios.append(abs(r.change - t.change - row) / r.error)
+            ratios.append(abs(r.change - t.change - row) / r.float_error)
     assert len(ratios) >= 3
     # an estimate of a standard deviation, from a few sequences: neither blind to the error nor far above it
     assert max(ratios) < 6, ratios
@@ -69,13 +69,13 @@ def test_what_is_lost_says_so(name: str) -> None:
 def test_float64_loses_nothing_in_reverse_mode() -> None:
     result = Case("gpt2").probe(1e-8, mode="reverse")
     assert not result.main.is_lost
-    assert result.main.error is not None
-    assert result.main.error < 1e-4 * abs(result.change)
+    assert result.main.float_error is not None
+    assert result.main.float_error < 1e-4 * abs(result.change)
 
 
 def test_an_observable_that_does_not_move_is_not_lost() -> None:
-    assert not Reading("x", "", 1.0, 0.0, 0.0, error=1e-9).is_lost
-    assert Reading("x", "", 1.0, 0.0, 1e-9, error=1e-9).is_lost
+    assert not Reading("x", "", 1.0, 0.0, 0.0, float_error=1e-9).is_lost
+    assert Reading("x", "", 1.0, 0.0, 1e-9, float_error=1e-9).is_lost
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
@@ -167,7 +167,7 @@ def test_under_autocast_a_path_tells_what_a_subtraction_cannot(lr: float) -> Non
     wide, low = found["float32"], found["autocast"]
     assert low.main.method == "path"
     assert not low.main.is_lost
-    assert low.main.error is not None
+    assert low.main.float_error is not None
     # two bfloat16 roundings of 4e-3 in the gradient that made the step, and one in each derivative along it
     assert low.change == pytest.approx(wide.change, rel=0.05)
     assert low.main.subtraction is not None

@@ -108,8 +108,8 @@ def test_a_jump_is_measured_and_no_path_is_believed(chooser: str, seed: int, ord
     assert result.main.method == "difference"
     assert abs(jump) > 1e3 * abs(result.first_order)
     assert result.change == pytest.approx(jump, rel=1e-3)
-    assert result.main.error is not None
-    assert result.main.error < 1e-9 * abs(jump)
+    assert result.main.float_error is not None
+    assert result.main.float_error < 1e-9 * abs(jump)
     # experts are counted; what only two evaluations show is told from their disagreement with a path
     found = (
         "by a difference is not that of a path" if chooser == "threshold" else "tokens of E are sent to other experts"
