@@ -91,8 +91,8 @@ def check_observable(observable: Observable, anchor: TokenScores, rollouts: Roll
     """
     if not isinstance(observable, Observable):
         raise InputError(
-            f"{observable!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to be "
-            "callable; decorate a function "
+            f"{observable!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to "
+            "be callable; decorate a function "
             'of (scores, anchor, rollouts) with funcprobe.observable("its name", "its unit").'
         )
     said = f"The observable '{observable.name}' returned"
