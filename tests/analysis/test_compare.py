@@ -13,7 +13,7 @@ import torch
 import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.results.comparison import Comparison
-from tests.analysis.cases import Case, E, U, prompted
+from tests.cases.probes import Case, E, U, prompted
 
 OBSERVABLES = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "kl": fp.kl()}
 

@@ -20,8 +20,8 @@ from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, Funcpro
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
 from funcprobe.results.sweep import SweepResult
-from tests import models
-from tests.analysis.cases import Case, E, Offset, U
+from tests.cases import models
+from tests.cases.probes import Case, E, Offset, U
 
 LRS = [1e-4, 1e-3, 1e-2]
 SEVERAL = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "length": fp.mean_length(), "kl": fp.kl()}

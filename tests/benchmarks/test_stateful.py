@@ -26,7 +26,7 @@ from benchmarks.stateful.updates import dot, optimizer_step, param_update, train
 from funcprobe import tree
 from funcprobe.engine import math_attention
 from funcprobe.types import Params, Rollouts
-from tests import models
+from tests.cases import models
 
 # dropout is off in both, and a probe says so of a run
 pytestmark = pytest.mark.filterwarnings("ignore:Dropout acts in training:funcprobe.errors.FuncprobeWarning")

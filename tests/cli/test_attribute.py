@@ -19,8 +19,8 @@ from funcprobe.cli.main import main
 from funcprobe.report.attribution_table import attribution_text
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
+from tests.cases.heat_map_pages import data, page
 from tests.cli.conftest import World
-from tests.report.pages import data, page
 
 Refused = Callable[..., str]
 TOKENS = ("tokens", "sequences", "prompts", "positions")
