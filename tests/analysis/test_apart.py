@@ -13,11 +13,11 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.measurement.move import WORTH_TELLING, Move
 from funcprobe.optimizers.stored import stored
-from funcprobe.report.sweep_figures import plot_sweep
-from funcprobe.report.terminal import headline, summary_text
+from funcprobe.report.figures import plot_sweep
+from funcprobe.report.terminal import text_of
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
-from funcprobe.results.sweep_words import remarks_of, table_of
+from funcprobe.results.sweep_numbers import remarks_of, table_of
 from funcprobe.types import Params
 from tests import models
 from tests.analysis.cases import E, U
