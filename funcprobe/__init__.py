@@ -34,8 +34,11 @@ from funcprobe.analysis.largest_lr import LargestLr, largest_lr
 from funcprobe.analysis.predict import predict
 from funcprobe.analysis.probe import probe
 from funcprobe.analysis.second_order import SecondOrder, second_order
+from funcprobe.analysis.slope import slope
 from funcprobe.analysis.sweep import sweep
-from funcprobe.checkpoints.folder import Checkpoint, load_checkpoint
+from funcprobe.checkpoints.between import between
+from funcprobe.checkpoints.checkpoint import Checkpoint
+from funcprobe.checkpoints.folder import load_checkpoint
 from funcprobe.checkpoints.live import from_training
 from funcprobe.checkpoints.saving import save_checkpoint
 from funcprobe.data.files import read_rollouts, write_rollouts
@@ -97,6 +100,7 @@ __all__ = [
     "anchored",
     "attribute",
     "attribute_evaluation",
+    "between",
     "bnpo",
     "cispo",
     "clip_cov",
@@ -133,6 +137,7 @@ __all__ = [
     "score",
     "second_order",
     "sgd",
+    "slope",
     "stored",
     "sweep",
     "top_entropy_quantile",

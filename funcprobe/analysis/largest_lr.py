@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Unpack
 
 from funcprobe.errors import InputError, Note, NumericsError
@@ -17,8 +17,10 @@ from funcprobe.measurement.update import Update
 from funcprobe.types import Observable, Progress, Rollouts
 
 #: Options of a probe that can do nothing in a search: bounds are held against numbers, without bars.
-IDLE = ("order", "bars", "level", "seed", "rounding", "ess_threshold", "on_low_ess")
-IDLE += ("top_k", "keep_delta", "keep_scores")
+IDLE: Collection[str] = (
+    *("order", "bars", "level", "seed", "rounding", "ess_threshold", "on_low_ess"),
+    *("top_k", "keep_delta", "keep_scores"),
+)
 
 #: The finest bisection: between neighbours in float64 there would be no end of it.
 FINEST = 1e-9
@@ -168,12 +170,12 @@ def _found(reading: Reading) -> dict[str, float]:
 
 def _unjudged(kept: Sequence[Outcome], bounds: Mapping[str, float]) -> tuple[Note, ...]:
     """Return a note where a point counts as keeping a bound on ΔF because ΔF is lost in float error there."""
-    lost = [point.lr for point in kept if point.main.is_lost]
+    lost = [point.lr for point in kept if point.main.is_lost and point.lr is not None]
     on_change = [name for name in ("max_abs_delta", "max_nonlinearity") if name in bounds]
     if not lost or not on_change:
         return ()
     where = f"ΔF is lost in float error up to lr {lost[-1]:g}, where {' and '.join(on_change)} cannot be judged"
-    if lost[-1] < kept[-1].lr:
+    if not kept[-1].main.is_lost:
         return (Note("unjudged", f"{where} and count as kept; the answer lies above."),)
     ending = "the answer is no more than the largest learning rate that does not visibly break a bound."
     return (Note("unjudged", f"{where}: {ending}"),)

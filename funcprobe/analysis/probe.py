@@ -1,4 +1,4 @@
-"""One update, measured and predicted: ΔF on held-out rollouts, δF₁ from the very same step, and how far to trust both."""
+"""One update, measured and predicted: ΔF on held-out rollouts, δF₁ from the very same step, error bars of both."""
 
 from __future__ import annotations
 

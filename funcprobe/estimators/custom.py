@@ -49,7 +49,8 @@ def observable(
     The function says what the policy at `scores` would give, from rollouts that the policy at `anchor` drew: so it
     weighs them, with the weights of `importance`. Its derivative is taken through `scores` alone. `unit` is printed
     beside its numbers, `stats` are the named statistics it needs in `scores.extra`. `weighting`, `proposal` and
-    `inclusive` (per-decision weights over s ≤ t) say by which effective sample size it is to be judged. Estimand and bias are the function's own.
+    `inclusive` (per-decision weights over s ≤ t) say by which effective sample size it is to be judged.
+    Estimand and bias are the function's own.
 
     Raises:
         InputError: If the weighting or the proposal is unknown.
@@ -90,7 +91,8 @@ def check_observable(observable: Observable, anchor: TokenScores, rollouts: Roll
     """
     if not isinstance(observable, Observable):
         raise InputError(
-            f"{observable!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to be callable; decorate a function "
+            f"{observable!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to "
+            "be callable; decorate a function "
             'of (scores, anchor, rollouts) with funcprobe.observable("its name", "its unit").'
         )
     said = f"The observable '{observable.name}' returned"

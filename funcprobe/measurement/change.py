@@ -240,8 +240,8 @@ def _jumps(names: list[str]) -> str:
 def _not_converged(measurement: Measurement, found: Path) -> str:
     return (
         f"The path integral reached {found.reached:.1e} of the size of its terms with {found.nodes} nodes; the "
-        f"tolerance is {measurement.options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or load the "
-        "model in a wider dtype."
+        f"tolerance is {measurement.options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or "
+        "load the model in a wider dtype."
     )
 
 

@@ -77,7 +77,7 @@ def _of_settings(settings: Iterable[object]) -> Iterator[bytes]:
 
 
 def _of_behaviour(update: Update, evaluation: Rollouts, observables: Mapping[str, Observable]) -> Iterator[bytes]:
-    """Yield the values of observables and objective on made-up scores, and of the optimizer on a made-up gradient: θ."""
+    """Yield values of observables and objective on made-up scores, and of the optimizer on the gradient θ."""
     size = update.policy.vocab_size
     for name, o in observables.items():
         scores, anchor = (_made_up(evaluation, o.stats, size, seed) for seed in (1, 2))

@@ -1,4 +1,4 @@
-"""Results on a terminal: blocks as rich prints them, in colours where there is a terminal and in 80 columns elsewhere."""
+"""Results on a terminal: blocks as rich prints them, with colours on a terminal and in 80 columns elsewhere."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 
 from funcprobe.errors import InputError
 from funcprobe.report.figures import plot_comparison
-from tests.report.comparison_cases import comparison
+from tests.cases.written_comparison import comparison
 
 
 def points(ax: object, marker: str) -> list[float]:

@@ -19,8 +19,8 @@ from funcprobe.report.heat_map import heat_map
 from funcprobe.report.heat_map_page import signed
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.visible_text import visible
-from tests.report.attribution_cases import NASTY, attribution, nasty, words
-from tests.report.browser import chromium, requests
+from tests.cases.browser import chromium, requests
+from tests.cases.written_attribution import NASTY, attribution, nasty, words
 
 pytestmark = pytest.mark.browser
 TOKENS = 100_000

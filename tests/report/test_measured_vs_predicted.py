@@ -13,7 +13,7 @@ from funcprobe.report.figures import draw
 from funcprobe.report.measured_vs_predicted import plot_measured_vs_predicted, points
 from funcprobe.results.blocks import Figure
 from funcprobe.types import Estimate
-from tests.report.cases import family, result
+from tests.cases.written_probe import family, result
 
 NAME = "rao_blackwell/per_decision/token"
 
@@ -99,7 +99,7 @@ def test_axes_of_the_caller_are_drawn_on_and_returned() -> None:
 
 def test_an_image_is_written_and_pyplot_stays_unloaded(tmp_path: Path) -> None:
     script = (
-        "import sys; from funcprobe.report.figures import save_figures; from tests.report.cases import result\n"
+        "import sys; from funcprobe.report.figures import save_figures; from tests.cases.written_probe import result\n"
         f"save_figures(result(), {str(tmp_path)!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -11,8 +11,8 @@ from funcprobe.report.terminal import print_result, text_of
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.probe_words import headline_of
 from funcprobe.types import Estimate
-from tests.report.cases import family, result, warned
-from tests.report.terminals import pty
+from tests.cases.terminals import pty
+from tests.cases.written_probe import family, result, warned
 
 NAME = "rao_blackwell/per_decision/token"
 

@@ -9,9 +9,9 @@ import pytest
 
 from funcprobe.attribution.token_tables import movers
 from funcprobe.report.terminal import print_result, text_of
-from tests.report.attribution_cases import NASTY, attribution, nasty, with_bars, words
-from tests.report.cases import warned
-from tests.report.terminals import pty
+from tests.cases.terminals import pty
+from tests.cases.written_attribution import NASTY, attribution, nasty, with_bars, words
+from tests.cases.written_probe import warned
 
 
 def row(text: str, begins: str) -> str:

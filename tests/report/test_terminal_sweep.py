@@ -10,9 +10,9 @@ from funcprobe.errors import MissingExtraError
 from funcprobe.report.terminal import print_result, text_of
 from funcprobe.results.sweep_numbers import table_of
 from funcprobe.results.sweep_words import headline_of
-from tests.report.cases import warned
-from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
-from tests.report.terminals import pty
+from tests.cases.terminals import pty
+from tests.cases.written_probe import warned
+from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
 
 
 def rows(text: str) -> list[list[str]]:

@@ -16,7 +16,7 @@ from funcprobe.errors import InputError
 from funcprobe.optimizers.factories import Group, PureOptimizer
 from funcprobe.training.response import respond
 from funcprobe.types import OptState, Params
-from tests.training import cases
+from tests.cases import scored as cases
 
 LR = 1e-2
 

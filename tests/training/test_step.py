@@ -15,8 +15,8 @@ from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.policy.module import from_module
 from funcprobe.training.step import Step, make_step
 from funcprobe.types import Params, Rollouts, StepResult
+from tests.cases.scored import assert_same, clone
 from tests.oracles import losses
-from tests.training.cases import assert_same, clone
 
 V, TEMPERATURE = 7, 0.7
 
