@@ -12,7 +12,8 @@ import torch
 import funcprobe as fp
 from funcprobe.measurement.readings import Reading
 from funcprobe.results.comparison_words import table_of
-from funcprobe.results.sweep_words import headline_of, remarks_of
+from funcprobe.results.sweep_numbers import remarks_of
+from funcprobe.results.sweep_words import headline_of
 from tests.cases import models
 from tests.cases import routing as routing_cases
 from tests.cases.probes import Case, E, U, Variant, updates

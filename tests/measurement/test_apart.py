@@ -13,11 +13,10 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.measurement.move import WORTH_TELLING, Move
 from funcprobe.optimizers.stored import stored
-from funcprobe.report.sweep_figures import plot_sweep
-from funcprobe.report.terminal import headline, summary_text
+from funcprobe.report.figures import plot_sweep
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
-from funcprobe.results.sweep_words import remarks_of, table_of
+from funcprobe.results.sweep_numbers import remarks_of, table_of
 from funcprobe.types import Params
 from tests.cases import models
 from tests.cases.probes import E, U
@@ -116,7 +115,7 @@ def test_storage_in_the_arithmetics_dtype_tells_nothing_apart() -> None:
 def test_every_text_names_both(lr: float) -> None:
     result = Low(torch.float32).probe(lr=lr)
     assert result.environment["storage"] == "bfloat16"
-    for text in (result.summary(), result._repr_html_(), summary_text(result)):
+    for text in (result.summary(), result._repr_html_(), text_of(result)):
         assert "exact update" in text
         assert "as stored in bfloat16" in text
         assert f"{result.main.exact:+.6e}" in text
@@ -124,10 +123,10 @@ def test_every_text_names_both(lr: float) -> None:
         assert "rounding of θ′ adds" in text
         assert "F(θ + Δθ)" in text
     verb = "raises" if result.main.stored > 0 else "lowers"  # type: ignore[operator]
-    assert f"As stored in bfloat16 the step {verb} it by {abs(result.main.stored or 0):.3g}" in headline(result)
-    assert "float32 stored in bfloat16" in " ".join(summary_text(result).split())
+    assert f"As stored in bfloat16 the step {verb} it by {abs(result.main.stored or 0):.3g}" in result.summary()
+    assert "float32 stored in bfloat16" in " ".join(text_of(result).split())
     by_difference = Low(torch.float32).probe(lr=lr, method="difference")
-    assert "The exact update, unrounded," in headline(by_difference)
+    assert "The exact update, unrounded," in by_difference.summary()
     assert "of it rounding of θ′" in by_difference.summary()
 
 
