@@ -18,9 +18,10 @@ from funcprobe.errors import ForwardModeError, InputError, NumericsError
 from funcprobe.objectives.variants import top_entropy_quantile
 from funcprobe.types import OptimizerResult, OptState, Params, Rollouts, TokenScores
 from tests.cases import models
-from tests.cases.attributions import LR, OBSERVABLES, Collision, Stepped, squared
+from tests.cases.attributions import Stepped
 from tests.cases.probes import Case, E, U
-from tests.cases.scored import assert_same, clone
+from tests.cases.tables import LR, OBSERVABLES, Collision, squared
+from tests.cases.trees import assert_same, clone
 from tests.policy.test_module import same, snapshot
 
 
@@ -29,8 +30,8 @@ from tests.policy.test_module import same, snapshot
     [
         ("gpt2", "adamw, groups", "additive"),
         ("gpt2", "adam, amsgrad", "jacobian"),
-        ("qwen2, lora", "sgd, nesterov", "additive"),
-        ("qwen2, lora", fp.from_torch(torch.optim.RMSprop, lr=LR, momentum=0.9), "auto"),
+        ("qwen2, lora, float32", "sgd, nesterov", "additive"),
+        ("qwen2, lora, float32", fp.from_torch(torch.optim.RMSprop, lr=LR, momentum=0.9), "auto"),
     ],
 )
 def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:

@@ -14,8 +14,9 @@ import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.results.comparison import Comparison
 from tests.cases.probes import Case, E, U, prompted
+from tests.cases.tables import observables
 
-OBSERVABLES = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "kl": fp.kl()}
+OBSERVABLES = observables("entropy", "reward", "kl")
 
 
 def variants(case: Case) -> dict[str, Any]:

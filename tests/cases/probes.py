@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.types import Optimizer, OptState, Params, Rollouts
-from tests.cases import models
+from tests.cases import models, tables
 
 
 def prompted(prompts: int, each: int, seed: int, first: int = 0) -> Rollouts:
@@ -39,7 +39,7 @@ class Case:
     def __init__(
         self, model: str | nn.Module = "two lines", optimizer: Optimizer | None = None, lr: float = 1e-3
     ) -> None:
-        module = models.EVERY_MODEL[model]() if isinstance(model, str) else model
+        module = tables.POLICIES[model]() if isinstance(model, str) else model
         self.policy, self.params = fp.from_module(module)
         self.optimizer = optimizer or fp.adamw(lr, weight_decay=0.1)
         self.step = fp.make_step(self.policy, fp.grpo(), self.optimizer, max_grad_norm=1.0)

@@ -21,25 +21,15 @@ from funcprobe.engine import kernels
 from funcprobe.errors import ForwardModeError, NumericsError
 from funcprobe.policy import scoring
 from funcprobe.types import Params, Rollouts, TokenScores
-from tests.cases import models
+from tests.cases import models, tables
 
 FAMILY = fp.entropy_family()
-OBJECTIVES = {
-    "reinforce": fp.reinforce(),
-    "rloo": fp.rloo(),
-    "grpo": fp.grpo(),
-    "bnpo": fp.bnpo(),
-    "dr_grpo": fp.dr_grpo(),
-    "dapo": fp.dapo(),
-    "gspo": fp.gspo(),
-    "cispo": fp.cispo(),
-}
 
 
 @functools.cache
 def setting(build: str, *, holes: bool = True) -> tuple[fp.Policy, Params, Params, Rollouts]:
     """Return policy, parameters, a direction and rollouts."""
-    policy, params = fp.from_module(models.EVERY_MODEL[build]())
+    policy, params = fp.from_module(tables.POLICIES[build]())
     return policy, params, models.direction(params), models.rollouts(holes=holes)
 
 
@@ -69,7 +59,7 @@ def terms(gradient: Params, direction: Params) -> float:
     return float(tree.dot(tree.map_(torch.abs, gradient), tree.map_(torch.abs, direction)))
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 @pytest.mark.parametrize("observable", FAMILY, ids=lambda o: o.name)
 def test_reverse_forward_and_the_five_lines_agree(build: str, observable: fp.entropy) -> None:
     policy, params, v, rollouts = setting(build)
@@ -106,11 +96,11 @@ def test_the_remainder_falls_as_the_square_of_the_step(build: str, observable: f
     assert abs(fitted - 2) <= 0.1, remainders
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", tables.PLAIN)
 @pytest.mark.parametrize("microbatch", [1, 4, None, fp.TokenBudget(20)], ids=str)
 def test_single_pass_is_two_phase(name: str, microbatch: int | fp.TokenBudget | None) -> None:
     policy, params, _, rollouts = setting("gpt2")
-    objective = OBJECTIVES[name]
+    objective = tables.OBJECTIVES[name]
     prepared = objective.prepare(off_policy(rollouts))
     assert objective.separable
     one, two = (
@@ -134,7 +124,7 @@ def test_an_objective_that_is_not_separable_needs_two_phases() -> None:
 @given(
     microbatch=st.one_of(st.none(), st.integers(1, 10), st.builds(fp.TokenBudget, st.integers(1, 80))),
     order=st.permutations(range(9)),
-    objective=st.sampled_from(sorted(OBJECTIVES)),
+    objective=st.sampled_from(tables.PLAIN),
 )
 def test_neither_the_cut_nor_the_order_of_a_batch_matters(
     microbatch: int | fp.TokenBudget | None, order: list[int], objective: str
@@ -142,7 +132,7 @@ def test_neither_the_cut_nor_the_order_of_a_batch_matters(
     policy, params, v, rollouts = setting("gpt2")
     rollouts = off_policy(rollouts)
     shuffled = take(rollouts, torch.tensor(order))
-    loss = OBJECTIVES[objective]
+    loss = tables.OBJECTIVES[objective]
     whole = engine.gradient(loss, policy, params, loss.prepare(rollouts), separable=True)
     cut = engine.gradient(loss, policy, params, loss.prepare(shuffled), separable=True, microbatch=microbatch)
     assert float(tree.norm(tree.sub(whole.gradient, cut.gradient))) <= 1e-12 * float(tree.norm(whole.gradient))
@@ -156,7 +146,7 @@ def test_neither_the_cut_nor_the_order_of_a_batch_matters(
         torch.testing.assert_close(values[0], values[1], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_the_padding_side_does_not_matter(build: str) -> None:
     policy, params, _, rollouts = setting(build)
     before = engine.scores(policy, params, rollouts)
@@ -181,7 +171,7 @@ def _padded(rollouts: Rollouts, side: str, filler: int) -> Rollouts:
     )
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_vmap_over_parameters_is_a_loop(build: str) -> None:
     policy, params, v, rollouts = setting(build)
     H = fp.anchored(fp.entropy(), policy, rollouts, params)
@@ -191,7 +181,7 @@ def test_vmap_over_parameters_is_a_loop(build: str) -> None:
     torch.testing.assert_close(torch.vmap(H)(stacked), looped, rtol=1e-6 if "qwen2" in build else 1e-12, atol=0)
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_chunks_and_rematerialisation_change_nothing(build: str, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, params, v, rollouts = setting(build)
     f = functools.partial(entropy_of, fp.entropy())
@@ -308,7 +298,7 @@ def test_the_module_without_forward_derivative_is_named() -> None:
         engine.directional(policy, params, v, rollouts, order=2)
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 @pytest.mark.parametrize("observable", FAMILY, ids=lambda o: o.name)
 def test_second_derivatives_of_every_kind_agree(build: str, observable: fp.entropy) -> None:
     policy, params, v, rollouts = setting(build)
@@ -346,7 +336,7 @@ def test_contributions_sum_to_the_derivative() -> None:
     assert not bool(parts.logp[~rollouts.completion_mask].any())
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_scores_of_many_are_those_of_each(build: str) -> None:
     policy, params, v, rollouts = setting(build)
     several = [tree.axpy(e, v, params) for e in (0.0, 0.5, 2.0)]

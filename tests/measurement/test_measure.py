@@ -19,10 +19,9 @@ from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, Funcpro
 from funcprobe.estimators.importance import weight_health
 from funcprobe.measurement.cautions import after_measuring
 from funcprobe.types import OptState, Params
-from tests.cases import models
+from tests.cases import models, tables
 from tests.policy.test_module import same, snapshot
 
-OBJECTIVES = [fp.reinforce, fp.rloo, fp.grpo, fp.bnpo, fp.dr_grpo, fp.dapo, fp.gspo, fp.cispo]
 OPTIMIZERS = {
     "sgd": lambda lr: fp.sgd(lr, momentum=0.9, nesterov=True),
     "adam": fp.adam,
@@ -36,10 +35,10 @@ class Case:
     """A policy with an optimizer that has already taken a step, so that its moments are real."""
 
     def __init__(self, build: str, objective: str = "grpo", optimizer: str = "adamw", lr: float = 1e-3) -> None:
-        self.module = models.EVERY_MODEL[build]().train()
+        self.module = tables.POLICIES[build]().train()
         self.policy, self.params = fp.from_module(self.module)
         self.optimizer = OPTIMIZERS[optimizer](lr)
-        made = {o().name: o for o in OBJECTIVES}[objective]()
+        made = tables.OBJECTIVES[objective]
         self.step = fp.make_step(self.policy, made, self.optimizer, max_grad_norm=1.0, microbatch=4)
         warm = self.step(self.params, self.optimizer.init(self.params), models.rollouts(6, seed=9))
         self.state: OptState = warm.opt_state
@@ -57,7 +56,7 @@ def case(build: str = "gpt2", objective: str = "grpo", optimizer: str = "adamw")
 
 @settings(max_examples=20)
 @given(
-    objective=st.sampled_from([o().name for o in OBJECTIVES]),
+    objective=st.sampled_from(tables.PLAIN),
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     mode=st.sampled_from(["auto", "forward", "reverse"]),
     build=st.sampled_from(["two lines", "gpt2", "qwen2, lora"]),

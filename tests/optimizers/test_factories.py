@@ -20,7 +20,8 @@ from funcprobe.optimizers.factories import (
     sgd,
 )
 from funcprobe.types import Optimizer, Params
-from tests.cases.scored import assert_same, gradients, law, leaves, live_state
+from tests.cases.scored import law
+from tests.cases.trees import assert_same, gradients, leaves, live_state
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 STEPS = 20

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine
 from funcprobe.errors import InputError
-from tests.cases import models
+from tests.cases import models, tables
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:
@@ -38,9 +38,9 @@ def same(a: Any, b: Any) -> bool:
     return a == b
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_the_scores_are_those_of_the_module(build: str) -> None:
-    module = models.EVERY_MODEL[build]()
+    module = tables.POLICIES[build]()
     policy, params = fp.from_module(module)
     rollouts = models.rollouts(holes=True)
     found = fp.score(policy, params, rollouts)
@@ -62,9 +62,9 @@ def test_the_scores_are_those_of_the_module(build: str) -> None:
             assert abs(float(found.entropy[row, t]) + float((at.exp() * at).sum())) <= tolerance
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_the_module_is_left_untouched(build: str) -> None:
-    module = models.EVERY_MODEL[build]().train()
+    module = tables.POLICIES[build]().train()
     for p in module.parameters():
         if p.requires_grad:
             p.grad = torch.ones_like(p)
