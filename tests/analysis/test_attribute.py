@@ -20,9 +20,9 @@ from funcprobe.types import OptimizerResult, OptState, Params, Rollouts, TokenSc
 from tests.cases import models
 from tests.cases.attributions import Stepped
 from tests.cases.probes import Case, E, U
+from tests.cases.snapshots import snapshot
 from tests.cases.tables import LR, OBSERVABLES, Collision, squared
 from tests.cases.trees import assert_same, clone
-from tests.policy.test_module import same, snapshot
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:
     copies = clone({b: {n: x for n, x in fields.items() if x is not None} for b, fields in batches.items()})
     before = snapshot(case.module)
     case.attribute(form=form, influence="prompts", bars="bootstrap")
-    assert same(snapshot(case.module), before)  # weights, buffers, modes, .grad and the global generator
+    assert_same(snapshot(case.module), before)  # weights, buffers, modes, .grad and the global generator
     assert_same(given, kept)
     for b, fields in batches.items():
         assert_same({n: x for n, x in fields.items() if x is not None}, copies[b], b)

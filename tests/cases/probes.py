@@ -81,6 +81,10 @@ class Case:
         return self.policy, *own, *batches
 
 
+def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
+    return fp.attribute(case.policy, case.step, case.params, case.state, evaluation, U, **options)
+
+
 class Offset:
     """A hand-written optimizer that is not proportional to its learning rate: SGD, and a fixed drift beside it."""
 

@@ -60,3 +60,9 @@ def live_state(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter
         name: {k: v for k, v in optimizer.state.get(p, {}).items() if v is not None}
         for name, p in zip(names, params, strict=True)
     }
+
+
+def random_like(params: Params, seed: int = 7) -> Params:
+    """Return leaves of the same names, shapes and dtypes with normal entries."""
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in params.items()}

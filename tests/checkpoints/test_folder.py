@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from funcprobe.checkpoints import Checkpoint, load_checkpoint
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
-from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import Run, gpt2, lora, qwen2
+from tests.cases.trees import assert_same_state, random_like
 
 RATE = 1e-3
 

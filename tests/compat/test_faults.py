@@ -20,10 +20,11 @@ from funcprobe.compat.batches import to_rollouts
 from funcprobe.compat.sampling import Source
 from funcprobe.errors import CheckpointError, ConfigError, InputError
 from funcprobe.policy.module import from_module
-from tests.benchmarks.test_stateful import lora
 from tests.cases import models
 from tests.cases import stateful as cases
-from tests.checkpoints.test_live import assert_same, fingerprint
+from tests.cases.live_pairs import adamw, lora, sgd, trained
+from tests.cases.snapshots import fingerprint
+from tests.cases.trees import assert_same
 
 Configured = Callable[..., Path]
 
@@ -72,7 +73,7 @@ def test_fault_03_entropy_in_bfloat16_and_a_flat_change() -> None:
     # entries of the softmax are float32: some 10 ulp of 2 nats
     assert abs(found["H_orig_tok"] - expected) < 3e-6
 
-    live = cases.pair(lambda: models.gpt2().float(), cases.sgd)
+    live = cases.pair(lambda: models.gpt2().float(), sgd)
     for lr in (1e-4, 1e-8):
         truth = cases.probe(live, {"lr_override": lr})
         along = cases.predicted(live, param_update_buf=truth["param_update_buf_named"])
@@ -116,7 +117,7 @@ def test_fault_05_naive_gradient_off_by_one_token() -> None:
 @pytest.mark.parametrize("mode", ["rb_residual", "naive"])
 def test_fault_06_prediction_and_measurement_in_different_normalisations(mode: str) -> None:
     """Ragged completions: mean per sequence, per longest completion and per token are then three numbers."""
-    live, config = cases.pair(optimizer=cases.sgd), {"estimator": {"x_estimator_mode": mode}}
+    live, config = cases.pair(optimizer=sgd), {"estimator": {"x_estimator_mode": mode}}
     gaps: dict[str, list[float]] = {"": [], "_tok": []}
     for lr in (1e-3, 1e-4):
         truth = cases.probe(live, {"lr_override": lr, "report_per_token": True}, config)
@@ -129,7 +130,7 @@ def test_fault_06_prediction_and_measurement_in_different_normalisations(mode: s
 
 
 def test_fault_07_log_weights_subtracted_in_float32() -> None:
-    live = cases.pair(optimizer=cases.sgd)
+    live = cases.pair(optimizer=sgd)
     found = cases.probe(live, {"lr_override": 1e-9})["diagnostics"]
     at = from_training(*live)
     E = to_rollouts(cases.evaluation(), eos=[cases.END])
@@ -408,7 +409,7 @@ def test_fault_17_standard_errors_too_small_by_the_number_of_microbatches() -> N
 
 
 def test_fault_18_missing_denominator_term_of_the_per_token_ratio() -> None:
-    live = cases.pair(optimizer=cases.sgd)
+    live = cases.pair(optimizer=sgd)
     truth = cases.probe(live, {"lr_override": 1e-5, "report_per_token": True})
     along = cases.predicted(live, param_update_buf=truth["param_update_buf_named"])
     lengths = [len(c) for c in cases.packed(9, 1, 1).completions]
@@ -418,7 +419,7 @@ def test_fault_18_missing_denominator_term_of_the_per_token_ratio() -> None:
 
 
 def test_fault_19_momentum_and_weight_decay_left_out_of_the_predicted_step() -> None:
-    for optimizer in (cases.sgd, cases.adamw):
+    for optimizer in (sgd, adamw):
         live = cases.pair(optimizer=optimizer)
         one_rate(live)
         truth = cases.probe(live, {"lr_override": 1e-6})
@@ -440,7 +441,7 @@ def test_fault_20_hyperparameters_read_from_defaults() -> None:
     live = module, torch.optim.AdamW(module.parameters(), lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.9)
     changed = {"lr": 2e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01}
     live[1].param_groups[0].update(changed)
-    cases.trained(*live)
+    trained(*live)
     found, expected = cases.probe(live), cases.stateful(live)
     assert found["learning_rate_used"] == 2e-3
     (buffer,), (real,) = found["param_update_buf_named"].values(), expected.param_update.values()

@@ -19,7 +19,8 @@ from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_kind import optimizer_class
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
 from funcprobe.optimizers.factories import LiftedOptimizer, PureOptimizer
-from tests.checkpoints.conftest import assert_same_state, qwen2, random_like, train
+from tests.cases.trainer_runs import qwen2, train
+from tests.cases.trees import assert_same_state, random_like
 
 FIXED = {"lr": 0.01, "relative_step": False, "scale_parameter": False}
 #: Classes with options that decide which state they keep.

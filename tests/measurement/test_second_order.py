@@ -31,9 +31,9 @@ from funcprobe.measurement.second_order import _beginnings
 from funcprobe.report.weights_figure import plot_weights
 from funcprobe.types import Params
 from tests.cases import models, tables
+from tests.cases.measured import E, U, case
 from tests.cases.probes import prompted
 from tests.cases.tables import observables
-from tests.measurement.test_measure import E, U, case
 
 OBSERVABLES = observables("entropy", "surprisal", "reward", "length", "kl", "kl before")
 by_name = pytest.mark.parametrize("name", OBSERVABLES)

@@ -10,8 +10,8 @@ import pytest
 from funcprobe.attribution.token_tables import movers
 from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.terminal import headline
+from tests.cases.terminals import pty
 from tests.cases.written_attribution import NASTY, attribution, nasty, with_bars, words
-from tests.report.test_terminal import pty
 
 
 def row(text: str, begins: str) -> str:

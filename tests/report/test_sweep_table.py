@@ -9,8 +9,8 @@ import pytest
 from funcprobe.errors import MissingExtraError
 from funcprobe.report.sweep_table import print_sweep, sweep_text
 from funcprobe.results.sweep_words import headline_of, table_of
+from tests.cases.terminals import pty
 from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
-from tests.report.test_terminal import pty
 
 
 def rows(text: str) -> list[list[str]]:

@@ -1,17 +1,15 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from funcprobe.errors import MissingExtraError
 from funcprobe.report.terminal import headline, print_summary, summary_text
 from funcprobe.types import Estimate
+from tests.cases.terminals import pty
 from tests.cases.written_probe import family, result
 
 NAME = "rao_blackwell/per_decision/token"
@@ -93,15 +91,6 @@ def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     with pty() as (terminal, read):
         print_summary(result(warnings=("careful",)), terminal)
         assert "\x1b[" in read()
-
-
-@contextmanager
-def pty() -> Iterator[tuple[io.TextIOWrapper, object]]:
-    """Yield a real pseudo-terminal to write to, and a function that reads what it was sent."""
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
-        yield terminal, lambda: os.read(ours, 1 << 16).decode("utf-8", errors="replace")
-    os.close(ours)
 
 
 def test_without_rich_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

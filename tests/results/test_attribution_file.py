@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import funcprobe as fp
 from funcprobe.errors import InputError
 from funcprobe.results.attribution import TABLES
-from tests.attribution.test_decoding import tokenizer
 from tests.cases.attributions import Stepped
 from tests.cases.tables import LR, OBSERVABLES
+from tests.cases.tokenizers import tokenizer
 from tests.cases.trees import assert_same
 
 KINDS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
