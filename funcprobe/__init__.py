@@ -29,12 +29,16 @@ Layers, each importing only from those above it in this table and from `types`, 
 
 from funcprobe import errors, tree
 from funcprobe.analysis.attribute import attribute, attribute_evaluation
-from funcprobe.analysis.compare import Variant, compare
+from funcprobe.analysis.compare import compare
 from funcprobe.analysis.largest_lr import LargestLr, largest_lr
+from funcprobe.analysis.predict import predict
 from funcprobe.analysis.probe import probe
+from funcprobe.analysis.second_order import SecondOrder, second_order
+from funcprobe.analysis.slope import slope
 from funcprobe.analysis.sweep import sweep
-from funcprobe.attribution.predictors import predict
-from funcprobe.checkpoints.folder import Checkpoint, load_checkpoint
+from funcprobe.checkpoints.between import between
+from funcprobe.checkpoints.checkpoint import Checkpoint
+from funcprobe.checkpoints.folder import load_checkpoint
 from funcprobe.checkpoints.live import from_training
 from funcprobe.checkpoints.saving import save_checkpoint
 from funcprobe.data.files import read_rollouts, write_rollouts
@@ -45,7 +49,7 @@ from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import entropy, entropy_family
 from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.measurement.readings import Reading
-from funcprobe.measurement.second_order import SecondOrder, second_order
+from funcprobe.measurement.update import Update
 from funcprobe.objectives.by_name import (
     bnpo,
     cispo,
@@ -89,13 +93,14 @@ __all__ = [
     "SweepResult",
     "TokenBudget",
     "TokenScores",
-    "Variant",
+    "Update",
     "__version__",
     "adam",
     "adamw",
     "anchored",
     "attribute",
     "attribute_evaluation",
+    "between",
     "bnpo",
     "cispo",
     "clip_cov",
@@ -132,6 +137,7 @@ __all__ = [
     "score",
     "second_order",
     "sgd",
+    "slope",
     "stored",
     "sweep",
     "top_entropy_quantile",

@@ -49,7 +49,7 @@ def off(a: Tensor, b: Tensor) -> float:
 def test_entries_are_products_of_gradients_taken_one_at_a_time(model: str) -> None:
     """⟨∇F_i, k · scale ⊙ g_j⟩ with both gradients by plain autograd and AdamW's scale by hand."""
     stepped = case(model)
-    module, u = copy.deepcopy(stepped.module).eval(), stepped.update
+    module, u = copy.deepcopy(stepped.module).eval(), stepped.batch
     advantage = losses.advantages(u.rewards.tolist(), u.group_ids.tolist(), "group")
 
     def loss(logp: Tensor, entropy: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ def test_entries_are_products_of_gradients_taken_one_at_a_time(model: str) -> No
 @pytest.mark.parametrize("form", ["additive", "jacobian"])
 @pytest.mark.parametrize("model", ["two lines", "gpt2", "padding row", "qwen2, tied, float32", "qwen2, lora, float32"])
 def test_columns_sum_to_what_the_update_sequences_contribute(model: str, form: str) -> None:
-    options: dict[str, Any] = {"form": form, "evaluation": weighted(holed(E)), "update": holed(case(model).update)}
+    options: dict[str, Any] = {"form": form, "evaluation": weighted(holed(E)), "update": holed(case(model).batch)}
     found = case(model).attribute(influence="sequences", **options)
     assert found.influence is not None
-    expected = found.update.total.sum(1)
+    expected = found.batch.total.sum(1)
     size = float(found.influence.matrix.abs().sum())
     limit = EXACT if model in FLOAT64 else NARROW
     assert float((found.influence.of_batch() - expected).abs().max()) <= limit * size
@@ -134,7 +134,7 @@ def test_chosen_leaves_are_a_direction_that_is_zero_elsewhere(form: str, monkeyp
     assert off(named.influence.matrix + rest, free) <= EXACT  # what leaves do adds up
     assert off(named.influence.matrix, free) > 1e-3
     # the attribution beside it is that of all leaves
-    assert torch.equal(named.update.total, stepped.attribute(form=form).update.total)
+    assert torch.equal(named.batch.total, stepped.attribute(form=form).batch.total)
     plain = fp.analysis.influence.engine.directional_of_many
 
     def held(policy: Any, params: Params, directions: list[Params], *arguments: Any, **options: Any) -> Any:
@@ -151,7 +151,7 @@ def test_sequences_that_change_places_take_their_rows_and_columns_along() -> Non
     g = torch.Generator().manual_seed(3)
     of_e, of_u = torch.randperm(len(E.ids), generator=g), torch.randperm(len(U.ids), generator=g)
     assert off(matrix_of(stepped, evaluation=take(E, of_e)), before[of_e]) <= EXACT
-    assert off(matrix_of(stepped, update=take(stepped.update, of_u)), before[:, of_u]) <= EXACT
+    assert off(matrix_of(stepped, batch=take(stepped.batch, of_u)), before[:, of_u]) <= EXACT
 
 
 def test_tokens_that_tie_are_picked_for_the_matrix_as_for_the_gradient() -> None:
@@ -160,7 +160,7 @@ def test_tokens_that_tie_are_picked_for_the_matrix_as_for_the_gradient() -> None
         found = Stepped(model, objective, "sgd").attribute(influence="prompts")
         assert found.influence is not None
         size = float(found.influence.matrix.abs().sum())
-        assert float((found.influence.of_batch() - found.update.total.sum(1)).abs().max()) <= NARROW * size
+        assert float((found.influence.of_batch() - found.batch.total.sum(1)).abs().max()) <= NARROW * size
 
 
 def test_the_table_has_a_row_for_every_row_and_a_column_for_every_sequence() -> None:

@@ -188,7 +188,7 @@ def test_the_discriminant_is_exact_for_an_sgd_step_on_contexts_that_differ(tempe
     )
     n, lr = 5, 1e-2
     sgd = fp.make_step(policy, fp.reinforce(aggregation="token_mean"), fp.sgd(lr))
-    update = sgd(params, sgd.optimizer.init(params), rollouts).update
+    update = sgd(params, sgd.optimizer.init(params), rollouts).delta
     along = engine.directional(policy, params, update, rollouts)
     moved = float(along.tangents.entropy.sum()) / n
     found = predict(policy, params, rollouts, lr=lr).totals

@@ -7,7 +7,7 @@ from typing import Any
 
 import funcprobe as fp
 from funcprobe.results.comparison import Comparison
-from tests.cases.probes import Case, E, U, prompted
+from tests.cases.probes import Case, E, U, Variant, prompted, updates
 
 
 def variants(case: Case) -> dict[str, Any]:
@@ -15,16 +15,16 @@ def variants(case: Case) -> dict[str, Any]:
     sgd = fp.sgd(1e-2)
     return {
         "grpo": case.step,
-        "a third": fp.Variant(case.step, lr=case.optimizer.lr / 3),
+        "a third": Variant(case.step, lr=case.optimizer.lr / 3),
         "dapo": dataclasses.replace(case.step, objective=fp.dapo(epsilon=0.1)),
         "entropy bonus": dataclasses.replace(case.step, objective=fp.entropy_bonus(entropy_coef=1.0)),
         "drop negatives": dataclasses.replace(case.step, objective=fp.drop_negatives()),
         "unclipped": dataclasses.replace(case.step, max_grad_norm=None),
-        "sgd": fp.Variant(dataclasses.replace(case.step, optimizer=sgd), opt_state=sgd.init(case.params)),
-        "other prompts": fp.Variant(case.step, update=prompted(3, 4, seed=12, first=70)),
+        "sgd": Variant(dataclasses.replace(case.step, optimizer=sgd), opt_state=sgd.init(case.params)),
+        "other prompts": Variant(case.step, batch=prompted(3, 4, seed=12, first=70)),
     }
 
 
 def compared(case: Case, steps: Any = None, **options: Any) -> Comparison:
     steps = variants(case) if steps is None else steps
-    return fp.compare(case.policy, steps, case.params, case.state, E, U, **options)
+    return fp.compare(updates(steps, case.params, case.state, U), E, **options)

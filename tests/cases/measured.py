@@ -35,8 +35,9 @@ class Case:
 
     def probe(self, **options: Any) -> fp.ProbeResult:
         """Probe the step with E and U."""
-        arguments = {"evaluation": E, "update": U, "microbatch": 4, **options}
-        return fp.probe(self.policy, self.step, self.params, self.state, **arguments)
+        given = {"microbatch": 4, **options}
+        evaluation, batch, lr = given.pop("evaluation", E), given.pop("batch", U), given.pop("lr", None)
+        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, batch, lr), evaluation, **given)
 
 
 @functools.cache

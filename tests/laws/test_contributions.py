@@ -62,7 +62,7 @@ class Held:
     def __init__(self, model: str, loss: str, optimizer: str, clip: float | None) -> None:
         made, self.loss_name, self.options = LOSSES[loss]
         pure, formula = STEPS[optimizer]
-        self.case = Stepped(model, made, pure, clip, update=BATCH)
+        self.case = Stepped(model, made, pure, clip, batch=BATCH)
         self.module = copy.deepcopy(self.case.module).eval()
         self.bonus = 0.2 if loss == "entropy bonus" else 0.0
         self.found = self.case.attribute()
@@ -74,7 +74,7 @@ class Held:
 
     def gradient(self, alive: Tensor | None = None) -> Params:
         """Return the gradient of the whole loss, or of the terms of the scores that are alive."""
-        u = self.case.update
+        u = self.case.batch
         rewards, groups, mask = (x.tolist() for x in (u.rewards, u.group_ids, u.completion_mask))
         advantage = losses.advantages(rewards, groups, "group")
 
@@ -88,7 +88,7 @@ class Held:
 
     def share(self, row: int, token: int | None = None) -> float:
         """Return what a sequence or token of U contributes."""
-        g = self.gradient(oracle.one_row(self.case.update, row, token))
+        g = self.gradient(oracle.one_row(self.case.batch, row, token))
         return oracle.share(self.covector, self.parts, self.k, g)
 
 
@@ -111,7 +111,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_update_sequences_and_tokens_are_gradients_taken_one_at_a_time(case: tuple[Any, ...]) -> None:
     h = held(*case)
-    total, size = h.found.update.total, h.found.update.magnitude()
+    total, size = h.found.batch.total, h.found.batch.magnitude()
     for row in range(len(BATCH.ids)):
         assert abs(float(total[row].sum()) - h.share(row)) <= EXACT * size, row
     for row, token in ((1, 0), (4, 2), (7, 1), (int(total.abs().amax(1).argmax()), int(total.abs().amax(0).argmax()))):
@@ -139,7 +139,7 @@ def test_momentum_and_weight_decay_are_those_of_the_state_by_hand(case: tuple[An
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_leaves_are_the_five_lines_leaf_by_leaf(case: tuple[Any, ...]) -> None:
     h = held(*case)
-    update = h.case.step(h.case.params, h.case.state, h.case.update).update
+    update = h.case.step(h.case.params, h.case.state, h.case.batch).delta
     assert [part.name for part in h.found.leaves] == list(h.case.params)
     for part in h.found.leaves:
         terms = h.covector[part.name] * update[part.name]
@@ -158,7 +158,7 @@ def test_evaluation_tokens_are_cotangents_times_differences(model: str, observab
     case, wanted, evaluation = Stepped(model), OBSERVABLES[observable], holed(E)
     lr = 1e-3
     found = case.attribute(wanted, evaluation=evaluation, lr=lr).evaluation
-    update = case.step(case.params, case.state, case.update, lr).update
+    update = case.step(case.params, case.state, case.batch, lr).delta
 
     def at(e: float) -> fp.TokenScores:
         return fp.score(case.policy, tree.axpy(e, update, case.params), evaluation, stats=wanted.stats)

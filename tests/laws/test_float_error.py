@@ -15,7 +15,7 @@ from funcprobe.results.comparison_words import table_of
 from funcprobe.results.sweep_words import headline_of, remarks_of
 from tests.cases import models
 from tests.cases import routing as routing_cases
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, U, Variant, updates
 
 #: From where float32 eats ΔF to where it does not reach.
 LRS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -40,11 +40,11 @@ def test_the_error_that_reverse_mode_states_is_that_of_its_difference(name: str)
     ratios = []
     for lr, r, t in zip(LRS, reverse, truth, strict=True):
         assert r.method == "difference"
-        assert r.error is not None
+        assert r.float_error is not None
         if t.method == "path":  # accurate to 1e-5, of θ + Δθ; a difference sees θ′ as stored
             row = case(name).probe(lr, mode="reverse").rounding
             assert row is not None
-            ratios.append(abs(r.change - t.change - row) / r.error)
+            ratios.append(abs(r.change - t.change - row) / r.float_error)
     assert len(ratios) >= 3
     # an estimate of a standard deviation, from a few sequences: neither blind to the error nor far above it
     assert max(ratios) < 6, ratios
@@ -69,13 +69,13 @@ def test_what_is_lost_says_so(name: str) -> None:
 def test_float64_loses_nothing_in_reverse_mode() -> None:
     result = Case("gpt2").probe(1e-8, mode="reverse")
     assert not result.main.is_lost
-    assert result.main.error is not None
-    assert result.main.error < 1e-4 * abs(result.change)
+    assert result.main.float_error is not None
+    assert result.main.float_error < 1e-4 * abs(result.change)
 
 
 def test_an_observable_that_does_not_move_is_not_lost() -> None:
-    assert not Reading("x", "", 1.0, 0.0, 0.0, error=1e-9).is_lost
-    assert Reading("x", "", 1.0, 0.0, 1e-9, error=1e-9).is_lost
+    assert not Reading("x", "", 1.0, 0.0, 0.0, float_error=1e-9).is_lost
+    assert Reading("x", "", 1.0, 0.0, 1e-9, float_error=1e-9).is_lost
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
@@ -139,11 +139,11 @@ def test_a_sweep_of_nothing_but_float_error_says_that() -> None:
 def test_a_comparison_bars_no_difference_that_is_lost() -> None:
     c = case("gpt2")
     steps = {
-        "base": fp.Variant(c.step, lr=1e-4),
-        "one": fp.Variant(c.step, lr=1e-10),
-        "two": fp.Variant(c.step, lr=2e-10),
+        "base": Variant(c.step, lr=1e-4),
+        "one": Variant(c.step, lr=1e-10),
+        "two": Variant(c.step, lr=2e-10),
     }
-    found = fp.compare(c.policy, steps, c.params, c.state, E, U, mode="reverse", observables={"entropy": fp.entropy()})
+    found = fp.compare(updates(steps, c.params, c.state, U), E, mode="reverse", observables={"entropy": fp.entropy()})
     assert math.isinf(found.difference("two", against="one").error)
     assert math.isfinite(found.difference("one").error)  # the base step is far above what was lost
     assert [row[1].endswith("(lost)") for row in table_of(found)[1]] == [False, True, True]
@@ -163,11 +163,12 @@ def test_under_autocast_a_path_tells_what_a_subtraction_cannot(lr: float) -> Non
         policy, params = fp.from_module(module)
         step = fp.make_step(policy, fp.grpo(), fp.sgd(lr))
         rollouts = models.rollouts(12, seed=1), models.rollouts(12, seed=2)
-        found[name] = fp.probe(policy, step, params, step.optimizer.init(params), *rollouts, bars=None)
+        update = fp.Update.from_step(step, params, step.optimizer.init(params), rollouts[1])
+        found[name] = fp.probe(update, rollouts[0], bars=None)
     wide, low = found["float32"], found["autocast"]
     assert low.main.method == "path"
     assert not low.main.is_lost
-    assert low.main.error is not None
+    assert low.main.float_error is not None
     # two bfloat16 roundings of 4e-3 in the gradient that made the step, and one in each derivative along it
     assert low.change == pytest.approx(wide.change, rel=0.05)
     assert low.main.subtraction is not None

@@ -59,7 +59,7 @@ def gradient_of_f(case: Stepped) -> Params:
 def rerun(case: Stepped, covector: Params, factor: float, row: int, token: int | None = None) -> float:
     """Return ⟨∇F, Δθ⟩ of a step in which one sequence or token weighs `factor` times as much."""
     step = dataclasses.replace(case.step, objective=Reweighed(case.step.objective, factor, row, token))
-    return float(tree.dot(covector, step(case.params, case.state, case.update).update))
+    return float(tree.dot(covector, step(case.params, case.state, case.batch).delta))
 
 
 @pytest.mark.parametrize("model", ["two lines", "gpt2"])
@@ -75,7 +75,7 @@ def test_contributions_are_what_a_little_less_weight_would_change(name: str, mod
     covector = gradient_of_f(case)
     found = case.attribute(form="jacobian")
     assert found.form == "jacobian"
-    total, size = found.update.total, found.update.magnitude()
+    total, size = found.batch.total, found.batch.magnitude()
     for row, token in ((0, None), (7, None), (2, 1), (10, 0)):
         part = float(total[row].sum() if token is None else total[row, token])
         slope = oracle.richardson(
@@ -93,8 +93,8 @@ def test_the_two_forms_answer_two_questions(name: str) -> None:
     build, clip = CURVED[name]
     case = Stepped("gpt2", "grpo", build(), clip)
     additive, jacobian = (case.attribute(form=form) for form in ("additive", "jacobian"))
-    off = (additive.update.total - jacobian.update.total).abs().sum()
-    assert float(off) > 0.1 * additive.update.magnitude()
+    off = (additive.batch.total - jacobian.batch.total).abs().sum()
+    assert float(off) > 0.1 * additive.batch.magnitude()
     assert list(additive.ledger) == ["gradient on U", "momentum", "weight decay"]
     assert list(jacobian.ledger) == ["gradient on U", "rest"]
     own = additive.ledger["momentum"] + additive.ledger["weight decay"]
@@ -112,15 +112,15 @@ def test_a_first_step_of_adam_is_a_sign_and_hardly_answers_to_a_weight() -> None
     case = Stepped("two lines", "grpo", fp.adamw(LR, weight_decay=0.0), cold=True)
     additive, jacobian = (case.attribute(form=form) for form in ("additive", "jacobian"))
     assert additive.ledger["gradient on U"] == pytest.approx(additive.first_order, rel=1e-12)
-    assert jacobian.update.magnitude() < 1e-3 * additive.update.magnitude()
+    assert jacobian.batch.magnitude() < 1e-3 * additive.batch.magnitude()
     assert jacobian.ledger["rest"] == pytest.approx(jacobian.first_order, rel=1e-2)
 
 
 def test_forms_agree_where_the_step_is_linear() -> None:
     case = Stepped("gpt2", "grpo", "sgd, nesterov")
     additive, jacobian = (case.attribute(form=form) for form in ("additive", "jacobian"))
-    off = (additive.update.total - jacobian.update.total).abs().sum()
-    assert float(off) <= 1e-13 * additive.update.magnitude()
+    off = (additive.batch.total - jacobian.batch.total).abs().sum()
+    assert float(off) <= 1e-13 * additive.batch.magnitude()
     own = additive.ledger["momentum"] + additive.ledger["weight decay"]
     assert jacobian.ledger["rest"] == pytest.approx(own, rel=1e-9)
 
@@ -133,7 +133,7 @@ def test_an_optimizer_without_an_additive_form_is_attributed_by_its_jacobian_and
     said = "the optimizer has no additive form; tokens of U are attributed by its Jacobian"
     assert said in auto.result.notes
     assert said not in asked.result.notes  # it was asked for
-    assert torch.equal(auto.update.total, asked.update.total)
+    assert torch.equal(auto.batch.total, asked.batch.total)
     assert "(jacobian form)" in auto.summary()
     assert "by rest" in auto.summary()
     with pytest.raises(fp.errors.InputError, match=rf"{cls.__name__} has no additive form.*form='jacobian'"):
@@ -143,9 +143,9 @@ def test_an_optimizer_without_an_additive_form_is_attributed_by_its_jacobian_and
 def test_clipping_turns_what_lies_along_the_gradient() -> None:
     """All sequences together are the gradient, and a clipped step of SGD does not grow with it: they sum to nothing."""
     case = Stepped("gpt2", "grpo", fp.sgd(LR), clip=0.05)
-    found = case.attribute(form="jacobian", update=U)
+    found = case.attribute(form="jacobian", batch=U)
     assert found.result.step["clip_coefficient"] < 0.9
     # (the 1e-6 that torch adds to the norm leaves 1e-6/‖g‖ of it)
-    assert abs(found.ledger["gradient on U"]) <= 1e-4 * found.update.magnitude()
+    assert abs(found.ledger["gradient on U"]) <= 1e-4 * found.batch.magnitude()
     assert found.ledger["rest"] == pytest.approx(found.first_order, rel=1e-4)
-    assert case.attribute(form="additive", update=U).ledger["gradient on U"] == pytest.approx(found.first_order)
+    assert case.attribute(form="additive", batch=U).ledger["gradient on U"] == pytest.approx(found.first_order)

@@ -103,7 +103,7 @@ def test_strides_change_no_bit(name: str, kind: str) -> None:
         assert_same(found.params, after, what)
         assert_same(found.opt_state, state_after, what)
         plain = optimizer.apply(straight(params), straight(state), straight(gradient))
-        assert_same(found.update, plain.update, what)
+        assert_same(found.delta, plain.delta, what)
         assert_same(dict(enumerate((params, state, gradient))), dict(enumerate(before)), what)
         assert strides == [x.stride() for x in (*params.values(), *gradient.values(), *state["w"].values())]
 

@@ -52,7 +52,7 @@ def in_float64(optimizer: Optimizer, params: Params, state: OptState, gradient: 
 def test_the_update_is_the_difference_in_float64(name: str, dtype: torch.dtype, steps: int) -> None:
     optimizer = optimizer_of(name)
     params, state, gradient = trained(optimizer, dtype, steps)
-    update = optimizer.apply(params, state, gradient).update
+    update = optimizer.apply(params, state, gradient).delta
     assert list(update) == list(params)
     for leaf, wanted in in_float64(optimizer, params, state, gradient).items():
         assert update[leaf].dtype == dtype
@@ -69,7 +69,7 @@ def test_the_update_is_affine_in_the_gradient(name: str, steps: int) -> None:
     optimizer = optimizer_of(name)
     params, state, gradient = trained(optimizer, torch.float32, steps)
     offset, scale = optimizer.affine(params, state, gradient)
-    update = optimizer.apply(params, state, gradient).update
+    update = optimizer.apply(params, state, gradient).delta
     parts = optimizer.terms(params, state, gradient)
     assert list(offset) == list(scale) == list(parts) == list(params)
     for leaf, g in gradient.items():
@@ -112,8 +112,8 @@ def test_the_update_is_proportional_to_the_learning_rate(name: str, exponent: fl
     optimizer, lr = optimizer_of(name), 10**exponent
     params, state, _ = trained(optimizer, torch.float32, 2)
     gradient = gradients(params, seed)
-    small = optimizer.apply(params, state, gradient, lr).update
-    large = optimizer.apply(params, state, gradient, lr * factor).update
+    small = optimizer.apply(params, state, gradient, lr).delta
+    large = optimizer.apply(params, state, gradient, lr * factor).delta
     # A float32 update is rounded to 2^-24 = 6e-8. The lifted class loses 1e-16·|θ|/|Δθ| more, 1e-6 at lr 1e-10.
     tolerance = 1e-6 if name in CLOSED_FORM else 1e-5
     assert float(tree.norm(large)) == pytest.approx(factor * float(tree.norm(small)), rel=tolerance)
@@ -126,7 +126,7 @@ def test_nothing_moves_at_learning_rate_zero(name: str, dtype: torch.dtype) -> N
     params, state, gradient = trained(optimizer, dtype, 2)
     found = optimizer.apply(params, state, gradient, 0.0)
     assert_same(found.params, params)
-    assert not any(bool(u.any()) for u in found.update.values())
+    assert not any(bool(u.any()) for u in found.delta.values())
 
 
 @every
@@ -143,7 +143,7 @@ def test_applying_is_pure(name: str, steps: int) -> None:
         leaf.fill_(7.0)  # nothing that was returned shares storage with an argument
     assert_same(dict(enumerate(found)), dict(enumerate(kept)))
     again = tuple(clone(x) for x in before)
-    for leaf in (*found.params.values(), *found.update.values()):
+    for leaf in (*found.params.values(), *found.delta.values()):
         leaf.fill_(9.0)
     assert_same(dict(enumerate(before)), dict(enumerate(again)))
 
@@ -229,4 +229,4 @@ def test_adafactor_keeps_the_epsilon_of_the_stored_dtype() -> None:
     found = optimizer.apply(params, optimizer.init(params), gradient)
     moved = found.params["w"].double() - params["w"].double()
     # The subtraction rounds at 2^-24 of θ = 1.
-    torch.testing.assert_close(found.update["w"].double(), moved, rtol=0.0, atol=2**-24)
+    torch.testing.assert_close(found.delta["w"].double(), moved, rtol=0.0, atol=2**-24)

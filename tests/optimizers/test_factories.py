@@ -149,7 +149,7 @@ def test_an_lr_for_one_call_replaces_every_groups() -> None:
     grouped, plain = adamw(groups=groups), adamw(0.125)
     state = plain.init(params)
     assert_same(grouped.apply(params, state, gradient, 0.125).params, plain.apply(params, state, gradient).params)
-    assert_same(grouped.apply(params, state, gradient, 0.125).update, plain.apply(params, state, gradient).update)
+    assert_same(grouped.apply(params, state, gradient, 0.125).delta, plain.apply(params, state, gradient).delta)
     assert grouped.lr == 1.0
 
 

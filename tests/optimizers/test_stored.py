@@ -86,7 +86,7 @@ def test_the_update_is_float64_arithmetic_on_what_is_held(name: str, dtype: torc
     if name != "adafactor":
         params, state = advanced(ours, params, steps)
     gradient = tree.scale(1e-3 if name == "adafactor" else 1.0, gradients(params, 7))  # small enough for its epsilon
-    update = ours.apply(params, state, gradient).update
+    update = ours.apply(params, state, gradient).delta
     wide = {
         n: {k: v.double() if k not in ("step", "mu_product") else v for k, v in entries.items()}
         for n, entries in state.items()
@@ -109,7 +109,7 @@ def test_storage_in_the_dtype_of_the_arithmetic_changes_nothing(name: str) -> No
     found = stored(plain, dict.fromkeys(params, torch.float32)).apply(params, state, gradient)
     for n in params:
         assert torch.equal(found.params[n], wanted.params[n])
-        assert torch.equal(found.update[n], wanted.update[n])
+        assert torch.equal(found.delta[n], wanted.delta[n])
     assert stored(plain, {}) is plain
 
 
@@ -121,7 +121,7 @@ def test_what_does_not_move_is_counted_as_by_hand(exponent: int, spread: float, 
     gradient = {"w": torch.randn(200, generator=g)}
     lr = 2.0**exponent
     taken = stored(sgd(lr), {"w": torch.bfloat16}).apply(params, {"w": {}}, gradient)
-    size = Move.of(params, taken.params, taken.update).size
+    size = Move.of(params, taken.params, taken.delta).size
     stuck = sum(
         torch.tensor(p).bfloat16().add(torch.tensor(x).bfloat16(), alpha=-lr).item() == p
         for p, x in zip(params["w"].tolist(), gradient["w"].tolist(), strict=True)
@@ -148,7 +148,7 @@ def test_leaves_may_be_stored_in_different_dtypes() -> None:
     taken = optimizer.apply(params, optimizer.init(params), {n: torch.ones(3) for n in params})
     assert torch.equal(taken.params["low"], params["low"])  # half a unit in the last place of 1 is 2^-9
     assert bool((taken.params["high"] < 1).all())
-    assert all(bool((u < 0).all()) for u in taken.update.values())
+    assert all(bool((u < 0).all()) for u in taken.delta.values())
     assert storage_name(optimizer, params) == "bfloat16, float32"
     assert is_stored(optimizer)
 
@@ -159,7 +159,7 @@ def test_moments_that_the_storage_does_not_hold_are_rounded_before_the_step() ->
     low = {"w": {k: v if k == "step" else v.bfloat16().float() for k, v in state["w"].items()}}
     optimizer, gradient = stored(adam(1e-2), {"w": torch.bfloat16}), {"w": torch.tensor([0.1, -0.2])}
     assert torch.equal(
-        optimizer.apply(params, state, gradient).update["w"], adam(1e-2).apply(params, low, gradient).update["w"]
+        optimizer.apply(params, state, gradient).delta["w"], adam(1e-2).apply(params, low, gradient).delta["w"]
     )
 
 
@@ -169,8 +169,8 @@ def test_parts_of_the_step_sum_to_the_exact_update(optimizer: Any) -> None:
     params, state = advanced(held, at(torch.bfloat16), 2)
     gradient, covector = gradients(params, 3), gradients(params, 4)
     step = make_step(None, None, held, max_grad_norm=0.5)  # type: ignore[arg-type]
-    update = step.apply(params, state, gradient).update
-    response = respond(step, params, state, gradient, covector)
+    update = step.apply(params, state, gradient).delta
+    response = respond(step.rule, params, state, gradient, covector)
     parts = float(tree.dot(response.direction, gradient)) + sum(sum(of.values()) for of in response.offsets.values())
     whole = float(tree.dot(covector, update))
     size = float(tree.norm(covector)) * float(tree.norm(update))

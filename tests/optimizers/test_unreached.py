@@ -103,7 +103,7 @@ def test_a_gradient_of_zero_is_another_thing(name: str) -> None:
     params, _, state = optimizer.apply(params, optimizer.init(params), drawn(1))
     zero = {n: torch.zeros(SHAPES[n]) if g is None else g for n, g in drawn(2, ALONE).items()}
     found = optimizer.apply(params, state, zero)
-    assert all(bool(found.update[n].any()) for n in ALONE)
+    assert all(bool(found.delta[n].any()) for n in ALONE)
 
 
 @every
@@ -136,7 +136,7 @@ def test_shares_and_offsets_sum_to_the_whole(name: str, clip: float | None) -> N
     step: Any = fp.make_step(None, fp.grpo(), optimizer, clip)  # type: ignore[arg-type]  # no model is run here
     state = step.apply(params, optimizer.init(params), drawn(1)).opt_state
     gradient, covector = drawn(2, ALONE), tree.cast(drawn(5), torch.float64)
-    found, taken = respond(step, params, state, gradient, covector), step.apply(params, state, gradient)
+    found, taken = respond(step.rule, params, state, gradient, covector), step.apply(params, state, gradient)
     assert taken.info["leaves_without_gradient"] == 2
     assert taken.gradient["unused"] is None
     assert not any(bool(found.direction[n].any()) for n in ALONE)
@@ -146,7 +146,7 @@ def test_shares_and_offsets_sum_to_the_whole(name: str, clip: float | None) -> N
     for n, g in gradient.items():
         shares = [0.0 if g is None else float(tree.dot({n: found.direction[n]}, {n: g}))]
         shares += [offset[n] for offset in found.offsets.values()]
-        whole = float(tree.dot({n: covector[n]}, {n: taken.update[n]}))
+        whole = float(tree.dot({n: covector[n]}, {n: taken.delta[n]}))
         # direction, clipped gradient and update are kept in float32: a few roundings of 2^-24 on each term
         assert sum(shares) == pytest.approx(whole, abs=1e-6 * (sum(map(abs, shares)) + abs(whole)))
         if g is None:

@@ -67,7 +67,7 @@ def test_what_is_loaded_is_what_was_saved(kind: str, tmp_path: Path) -> None:
         assert torch.equal(found.influence.matrix, saved.influence.matrix)
         assert torch.equal(found.influence.rows, saved.influence.rows)
         assert found.influence[1::2] == saved.influence[1::2]
-    assert (found.result.update is None) == (saved.result.update is None)
+    assert (found.result.delta is None) == (saved.result.delta is None)
 
 
 def test_a_folder_is_written_whole_and_not_over_another(tmp_path: Path) -> None:

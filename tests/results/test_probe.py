@@ -24,9 +24,9 @@ def result() -> fp.ProbeResult:
 def test_save_and_load_is_the_identity(result: fp.ProbeResult, tmp_path: Path) -> None:
     result.save(tmp_path / "out")
     loaded = fp.ProbeResult.load(tmp_path / "out")
-    assert loaded.update is not None
-    assert result.update is not None
-    assert all(torch.equal(loaded.update[n], u) and u.dtype == torch.float32 for n, u in result.update.items())
+    assert loaded.delta is not None
+    assert result.delta is not None
+    assert all(torch.equal(loaded.delta[n], u) and u.dtype == torch.float32 for n, u in result.delta.items())
     assert dataclasses.replace(loaded, update=None) == dataclasses.replace(result, update=None)
 
 

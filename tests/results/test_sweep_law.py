@@ -61,7 +61,7 @@ def test_the_remainder_s_line_leaves_out_what_float_error_ate() -> None:
     assert fit is not None
     kept = sweep(lrs=LRS[1:])  # 1e-15 is .28 of the remainder at 1e-9, and .0028 at 1e-8
     assert fit == kept.remainder_slope(up_to=UNTIL)
-    unknown = with_reading(found, 1e-9, error=None)
+    unknown = with_reading(found, 1e-9, float_error=None)
     assert remainder_fit(unknown) == unknown.remainder_slope(up_to=UNTIL)
 
 
@@ -76,7 +76,7 @@ def test_in_reverse_mode_the_remainder_has_a_slope_and_no_error() -> None:
 def test_where_every_remainder_is_lost_there_is_no_line() -> None:
     found = sweep(lrs=(1e-6, 1e-5))
     for lr in found.lrs:
-        found = with_reading(found, lr, error=1.0)
+        found = with_reading(found, lr, float_error=1.0)
     assert remainder_fit(found) is None
 
 
@@ -91,7 +91,7 @@ def test_a_subtraction_is_held_against_the_path_where_there_is_one() -> None:
     path, difference = sweep().readings()[0], sweep().readings()[-1]
     assert subtraction_error(path) == pytest.approx(5e-8, rel=1e-9)
     assert subtraction_error(path._replace(subtraction=None)) is None
-    assert subtraction_error(difference) == difference.error == 5e-8
+    assert subtraction_error(difference) == difference.float_error == 5e-8
 
 
 def test_an_unknown_observable_is_refused() -> None:
@@ -105,6 +105,6 @@ def test_a_reading_that_float_error_ate_is_close_to_nothing() -> None:
     found = sweep(order=1)
     lr = close_at(found)[-1]
     reading = found.readings()[found.lrs.index(lr)]
-    lost = with_reading(found, lr, error=0.2 * abs(reading.change))
+    lost = with_reading(found, lr, float_error=0.2 * abs(reading.change))
     assert lost.readings()[found.lrs.index(lr)].is_lost
     assert close_at(lost) == [other for other in close_at(found) if other != lr]
