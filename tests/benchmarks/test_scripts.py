@@ -28,7 +28,7 @@ def test_every_command_names_a_script_and_options_that_it_has(device: str, quick
     found = every.commands(asked(device=device, quick=quick, model="qwen2.5-0.5b"))
     for words in found:
         path = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
-        source = "".join((ROOT / p).read_text() for p in (path, "benchmarks/comparing.py"))
+        source = "".join((ROOT / p).read_text() for p in (path, "benchmarks/harness/comparing.py"))
         for option in (word for word in words[1:] if word.startswith("--")):
             assert f'"{option}"' in source, (words, option)
         assert ("--device" in words) == (device == "cuda"), words
@@ -43,7 +43,7 @@ def test_a_script_that_nobody_named_runs_all_the_same(tmp_path: Path) -> None:
     assert every.scripts(tmp_path) == (*every.SCRIPTS, every.Script("another", quick=None))
     folder = ROOT / "benchmarks"
     assert {s.name for s in every.scripts(folder)} >= {s.name for s in every.SCRIPTS} | {"predictors"}
-    assert not {"all", "pair", "comparing"} & {s.name for s in every.scripts(folder)}
+    assert not {"all", "harness", "stateful"} & {s.name for s in every.scripts(folder)}
 
 
 def test_what_takes_too_long_is_stopped_and_named(capfd: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,9 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_flops_are_within_their_targets(lora: bool, count: int, target: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """FLOPs are counted and not timed, so a pass too many fails here: one is 1/8 of the stateful ones at K = 1."""
-    comparing, pair, sweep = (importlib.import_module(name) for name in ("comparing", "pair", "sweep"))
+    comparing, pair, sweep = (
+        importlib.import_module(name) for name in ("harness.comparing", "harness.pair", "sweep")
+    )
     # ratios of passes are those of any size: one narrow layer and one microbatch, with as wide a readout as ever
     narrow = {**pair.MODELS["tiny"], "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1}
     monkeypatch.setitem(pair.MODELS, "narrow", narrow)

@@ -15,7 +15,8 @@ from scipy import stats
 from torch import Tensor
 
 import funcprobe as fp
-from benchmarks import coverage, prompted
+from benchmarks import coverage
+from benchmarks.harness import prompted
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators import uncertainty
 from funcprobe.estimators.uncertainty import Bar, Replicates, bar, choose_method, promise_broken, replicates
