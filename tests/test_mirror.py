@@ -51,7 +51,9 @@ def of_tests(source: str) -> list[str]:
 def test_a_test_is_of_a_source(path: Path) -> None:
     room = path.parent.name
     assert path.parent.parent == TESTS, "tests lie in a room of tests/, not below one"
-    assert is_of(path.stem, sources(room)), f"no source of {room} begins {path.name}; a law over several is for tests/laws"
+    assert is_of(path.stem, sources(room)), (
+        f"no source of {room} begins {path.name}; laws over several are for tests/laws"
+    )
 
 
 def test_rooms_are_those_of_the_package() -> None:
