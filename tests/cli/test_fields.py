@@ -15,7 +15,7 @@ from funcprobe.objectives.by_name import BASES, OBJECTIVES, VARIANTS, clip_cov, 
 
 def load(folder: Path, objective: str, *overrides: str) -> Config:
     path = folder / "run.yaml"
-    path.write_text(f"checkpoint: c\nevaluation: e\nupdate: u\nobjective: {objective}\n", encoding="utf-8")
+    path.write_text(f"checkpoint: c\nevaluation: e\nbatch: u\nobjective: {objective}\n", encoding="utf-8")
     return load_config(path, overrides)
 
 
