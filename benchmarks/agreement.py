@@ -30,7 +30,7 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import engine, tree
-from funcprobe.checkpoints.folder import Checkpoint
+from funcprobe.checkpoints.checkpoint import Checkpoint
 from funcprobe.cli.demo import prepare_demo
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, draw_rollouts
@@ -102,7 +102,7 @@ def measured(several: int, stateful: int, device: str) -> dict[str, Any]:
         batch["stateful"] = {"change": old.deltaH_true, "first_order": old.deltaH1}
         batch["stateful, same E"] = (old.deltaH1 - old.deltaH_true) / abs(old.deltaH_true)
         batch["stateful ΔH against ΔH, same E"] = (old.deltaH_true - batch["change"]) / abs(batch["change"])
-        batch["update, stateful against functional"] = _apart(old.param_update, taken.update)
+        batch["update, stateful against functional"] = _apart(old.param_update, taken.delta)
     names = [name for name, value in batches[0].items() if isinstance(value, float) and name not in ("change", "first")]
     return {
         "published": PUBLISHED,
@@ -116,9 +116,9 @@ def studied(policy: fp.Policy, params: Params, taken: StepResult, rollouts: Roll
     """Return scores and tangents at θ, scores at θ + Δθ by a path, and at the stored θ′."""
     wanted = {ENTROPY.name: ENTROPY}
     passes = Passes.over(policy, rollouts, wanted, fp.TokenBudget(16384), None, Clock())
-    along = passes.directional(params, taken.update, "E")
+    along = passes.directional(params, taken.delta, "E")
     eps = engine.arithmetic(policy, params).eps
-    found = path(passes, params, taken.update, along, wanted, PATH_TOLERANCE, eps)
+    found = path(passes, params, taken.delta, along, wanted, PATH_TOLERANCE, eps)
     after = passes.scores(taken.params, "E at θ′", order=1)
     exact, stored = (Evidence(rollouts, along.scores, s, along) for s in (found.scores, after))
     return Studied(exact, stored, found.nodes)

@@ -42,9 +42,9 @@ class Work(NamedTuple):
     @classmethod
     def of(cls, pair: Pair) -> Work:
         """Prepare."""
-        gradient, _ = pair.step.gradient(pair.params, pair.update)
+        gradient, _ = pair.step.gradient(pair.params, pair.batch)
         found = respond(pair.step, pair.params, pair.opt_state, gradient, pair.params)
-        return cls(pair, pair.step.objective.prepare(pair.update), found.direction)
+        return cls(pair, pair.step.objective.prepare(pair.batch), found.direction)
 
 
 def attributing(work: Work) -> Any:
@@ -100,7 +100,7 @@ def main() -> None:
     options = comparing.parsed(parser)
     if options.peak:
         what, size = options.peak.split(":")
-        options.peak, options.update = what, int(size)
+        options.peak, options.batch = what, int(size)
         comparing.serve_peak(options, runs)
         return
     torch.set_num_threads(options.threads)

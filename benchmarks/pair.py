@@ -51,7 +51,7 @@ class Shape(NamedTuple):
     lora: bool = False
     device: str = "cpu"
     evaluation: int = 32  #: sequences of E
-    update: int = 32  #: sequences of U
+    batch: int = 32  #: sequences of U
     length: int = 128  #: tokens of a sequence, prompt included
     microbatch: int = 8  #: sequences
 
@@ -67,13 +67,13 @@ class Pair(NamedTuple):
     opt_state: OptState
     step: fp.training.step.Step
     evaluation: Rollouts
-    update: Rollouts
+    batch: Rollouts
 
     def stateful(self, lr: float | None = None) -> StatefulResult:
         """Probe by mutation."""
         kept_on = self.shape.device
         probe = StatefulProbe(self.module, self.optimizer, microbatch=self.shape.microbatch, snapshot_device=kept_on)
-        return probe.run(self.evaluation, self.update, lr=lr)
+        return probe.run(self.evaluation, self.batch, lr=lr)
 
     def functional(self, lr: float | None = None, **options: Any) -> fp.ProbeResult:
         """Probe by value, and compute no more than the stateful one does: no path, no rounding row, no error bars."""
@@ -84,7 +84,7 @@ class Pair(NamedTuple):
             self.params,
             self.opt_state,
             self.evaluation,
-            self.update,
+            self.batch,
             microbatch=self.shape.microbatch,
             **given,
         )
@@ -98,7 +98,7 @@ class Pair(NamedTuple):
             self.params,
             self.opt_state,
             self.evaluation,
-            self.update,
+            self.batch,
             lrs,
             microbatch=self.shape.microbatch,
             **given,
@@ -112,7 +112,7 @@ def build(shape: Shape) -> Pair:
     _one_step(module, optimizer, shape)
     policy, params, step_optimizer, opt_state = _read(module, optimizer)
     vocabulary = MODELS[shape.model]["vocab_size"]
-    batches = (rollouts(shape, vocabulary, n, seed) for seed, n in enumerate((shape.evaluation, shape.update), 1))
+    batches = (rollouts(shape, vocabulary, n, seed) for seed, n in enumerate((shape.evaluation, shape.batch), 1))
     evaluation, update = (to_device(batch, shape.device) for batch in batches)
     step = fp.make_step(policy, fp.dr_grpo(), step_optimizer, microbatch=shape.microbatch)
     return Pair(shape, module, optimizer, policy, params, opt_state, step, evaluation, update)

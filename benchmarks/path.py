@@ -83,7 +83,7 @@ def measured(hidden: int, layers: int) -> list[dict[str, Any]]:
     anchor = engine.scores(wide, wide_params, evaluation, order=1)
     rows = []
     for lr in LRS:
-        delta = step.apply(params, state, gradient, lr=lr).update
+        delta = step.apply(params, state, gradient, lr=lr).delta
         along = passes.directional(params, delta, "E")
         by_path = path(passes, params, delta, along, OBSERVABLES, TOLERANCE)
         stored = {name: (p.double() + delta[name].double()).float() for name, p in params.items()}

@@ -123,14 +123,14 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             lr=lr,
             keep_delta=True,
         )
-        assert new.update is not None
-        rows.append(_row(lr, old, new, truth.along(new.update), truth.along(old.param_update)))
+        assert new.delta is not None
+        rows.append(_row(lr, old, new, truth.along(new.delta), truth.along(old.param_update)))
     return rows
 
 
 def _row(lr: float, old: Any, new: fp.ProbeResult, exact: Evidence, stored: Evidence) -> dict[str, Any]:
     change, at_stored, size = float(exact.change(ENTROPY)), float(stored.change(ENTROPY)), exact.magnitude(ENTROPY)
-    apart = tree.norm(tree.sub(new.update, old.param_update)) / tree.norm(new.update)
+    apart = tree.norm(tree.sub(new.delta, old.param_update)) / tree.norm(new.delta)
     return {
         "lr": lr,
         "change": change,
@@ -145,7 +145,7 @@ def _row(lr: float, old: Any, new: fp.ProbeResult, exact: Evidence, stored: Evid
         "functional": abs(new.change - change) / size,
         "functional_change": new.change,
         "functional_at_stored": abs(new.change - at_stored) / size,  # of a subtraction: its error without storage
-        "functional_estimate": None if new.main.error is None else new.main.error / size,
+        "functional_estimate": None if new.main.float_error is None else new.main.float_error / size,
         "method": new.main.method,
         "nodes": new.main.nodes,
     }

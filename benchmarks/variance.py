@@ -140,7 +140,7 @@ def demo() -> tuple[list[Case], Params]:
         start = POOL + number * size.update_prompts
         taken = step(params, opt_state, drawn(prompts=prompts[start : start + size.update_prompts]))
         microbatch = fp.TokenBudget(4096)
-        along = engine.directional(policy, params, taken.update, pool, microbatch=microbatch)
+        along = engine.directional(policy, params, taken.delta, pool, microbatch=microbatch)
         with engine.math_attention():
             after = engine.scores(policy, taken.params, pool, microbatch=microbatch)
         truth = partial(_of_pool, along=along, after=after, pool=pool)

@@ -3,10 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Self
 
 
 class FuncprobeError(Exception):
-    """The base of everything funcprobe raises on purpose."""
+    """The base of everything funcprobe raises on purpose: a sentence for people, fields for programs.
+
+    Attributes:
+        text: What was found and what was expected; with a hint, without its full stop.
+        hint: What to do about it, where that may be said otherwise by whoever knows more.
+        kind: What went wrong, in a word, where a program may want to tell it from other errors of the class.
+        quantity: The name, or the number, of what is wrong.
+        found: What it is.
+        expected: What it should be.
+
+    Example:
+        >>> error = ForwardModeError("The model has no forward derivative", hint="use mode='reverse'")
+        >>> print(error.within("Step 'a'").but("take another model"))
+        Step 'a': The model has no forward derivative; take another model.
+    """
+
+    def __init__(
+        self,
+        text: str = "",
+        *,
+        hint: str | None = None,
+        kind: str | None = None,
+        quantity: object = None,
+        found: object = None,
+        expected: object = None,
+    ) -> None:
+        super().__init__(text if hint is None else f"{text}; {hint}.")
+        self.text, self.hint, self.kind = text, hint, kind
+        self.quantity, self.found, self.expected = quantity, found, expected
+
+    def within(self, place: str) -> Self:
+        """Return the same error, said of a place."""
+        return self._again(f"{place}: {self.text}", self.hint)
+
+    def but(self, hint: str) -> Self:
+        """Return the same error with another hint."""
+        return self._again(self.text, hint)
+
+    def _again(self, text: str, hint: str | None) -> Self:
+        fields = {"kind": self.kind, "quantity": self.quantity, "found": self.found, "expected": self.expected}
+        return type(self)(text, hint=hint, **fields)  # type: ignore[arg-type]
 
 
 class InputError(FuncprobeError, ValueError):

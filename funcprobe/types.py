@@ -8,7 +8,7 @@ static options live in frozen dataclasses or closures.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,13 @@ class TokenBudget(NamedTuple):
 
     tokens: int
 
+
+#: By which importance weights an observable is estimated, and so by which effective sample size it is judged: products
+#: of ratios up to a token, those of a whole sequence, or none (a plain mean over rollouts).
+Weighting = Literal["per_decision", "sequence", "none"]
+
+#: What importance weights are taken against: recomputed log-probs of the anchor, or those that the sampler reported.
+Proposal = Literal["anchor", "sampler"]
 
 #: How a batch is cut: a number of sequences, a token budget, or None for one piece.
 Microbatch = int | TokenBudget | None
@@ -85,7 +92,7 @@ class StepResult(NamedTuple):
     """What one pure optimizer step returns."""
 
     params: Params  #: the parameters after the step, bit-identical to what torch.optim would store
-    update: Params  #: the step as a value: the optimizer's arithmetic in float64, kept in float32 or wider
+    delta: Params  #: the step as a value: the optimizer's arithmetic in float64, kept in float32 or wider
     opt_state: OptState  #: the optimizer's state after the step
     gradient: Gradients  #: the gradient of the loss, before clipping; None at leaves that it does not depend on
     #: loss, grad_norm, clip_coefficient, lr, leaves_without_gradient (where there are any), what the objective reported
@@ -96,7 +103,7 @@ class OptimizerResult(NamedTuple):
     """What the optimizer alone returns: the new leaves, the step as a value, the new state."""
 
     params: Params  #: bit-identical to torch.optim
-    update: Params  #: float64 arithmetic, kept in float32 or wider
+    delta: Params  #: float64 arithmetic, kept in float32 or wider
     opt_state: OptState  #: bit-identical to torch.optim
 
 
@@ -117,6 +124,21 @@ class Observable(Protocol):
     @property
     def stats(self) -> Mapping[str, Statistic]:
         """The named statistics that it needs in `scores.extra`."""
+        ...
+
+    @property
+    def weighting(self) -> Weighting:
+        """The importance weights that it uses."""
+        ...
+
+    @property
+    def proposal(self) -> Proposal:
+        """The policy that its importance weights are taken against."""
+        ...
+
+    @property
+    def inclusive(self) -> bool:
+        """Whether its per-decision weights run to the token itself (s ≤ t), as those of a surprisal do."""
         ...
 
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
@@ -168,10 +190,10 @@ class Optimizer(Protocol):
     def apply(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> OptimizerResult:
-        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+        """Return parameters, Δθ and state after one step; `lr` overrides every group's for this call.
 
         The gradient is None at a leaf that the loss does not depend on, and never at all of them. As in torch.optim,
-        such a leaf is left alone: its parameters and state come back as they are, and its update is 0. An optimizer
+        such a leaf is left alone: its parameters and state come back as they are, and its Δθ is 0. An optimizer
         that is used only with models whose leaves all take part in every loss need not look for None.
         """
         ...

@@ -14,7 +14,7 @@ import funcprobe as fp
 from funcprobe import engine
 from funcprobe.engine.kernels import TwiceDifferentiable
 from funcprobe.types import Params
-from tests import models
+from tests.cases import models
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
 

@@ -10,60 +10,50 @@ that each pass checks another: `completeness` holds how far the sums are apart.
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
 from funcprobe import engine
-from funcprobe.analysis.probe import DEFAULT_OBSERVABLE, Taken, asked_for, inquire, result_of, take_step
+from funcprobe.analysis.probe import result_of
 from funcprobe.attribution.decoding import vocabulary_of
 from funcprobe.attribution.influence import check_influence, influence_of
 from funcprobe.attribution.parameter_parts import leaf_parts
 from funcprobe.attribution.part_bars import check_bars_of, part_bars
 from funcprobe.attribution.predictors import STATS, check_stats, predictions
-from funcprobe.attribution.step_parts import Grounds
+from funcprobe.attribution.step_parts import StepParts
 from funcprobe.attribution.token_parts import TokenParts, token_parts
-from funcprobe.data.rollouts import to_device
-from funcprobe.engine.passes import DEFAULT_MICROBATCH
-from funcprobe.errors import ForwardModeError, FuncprobeWarning, InputError
+from funcprobe.errors import ForwardModeError, InputError
+from funcprobe.measurement.cautions import is_independent, step
 from funcprobe.measurement.first_order import first_order
-from funcprobe.measurement.measure import measure_step
-from funcprobe.measurement.options import Inquiry, Options, named, options_of
-from funcprobe.policy.module import Policy
+from funcprobe.measurement.measure import measure
+from funcprobe.measurement.measurement import Measurement, Observables, named
+from funcprobe.measurement.options import Given, Options, options_of
+from funcprobe.measurement.update import Update
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
 from funcprobe.training.response import Form, Response, form_of
-from funcprobe.training.step import Step
-from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
+from funcprobe.types import Observable, Progress, Rollouts
 
 
 def attribute(
-    policy: Policy,
-    step: Step,
-    params: Params,
-    opt_state: OptState,
+    update: Update,
     evaluation: Rollouts,
-    update: Rollouts,
-    observable: Observable | None = None,
+    observables: Observables = None,
     *,
-    observables: Mapping[str, Observable] | None = None,
-    lr: float | None = None,
     form: Form = "auto",
     influence: Literal["sequences", "prompts"] | None = None,
     leaves: Collection[str] | Callable[[str], bool] | None = None,
     bars_of: Collection[str] = (),
     chunk: int = 8,
     tokenizer: Any = None,
-    microbatch: Microbatch = DEFAULT_MICROBATCH,
-    top_k: int = 10,
-    keep_delta: bool = False,
     progress: Progress | None = None,
-    **options: Any,
+    **options: Unpack[Given],
 ) -> Attribution:
-    """Take one pure step on `update` and return which parameters, prompts and tokens moved an observable, and how far.
+    """Return which parameters, prompts and tokens of an update moved an observable, and how far.
 
     Estimand: the parts of `δF₁ = ⟨∇F, Δθ⟩`, with the sampling error of E that δF₁ itself has (the result's error bar).
     Beside the passes of a probe it takes a backward pass over E (∇F) and a forward-mode pass over U.
@@ -74,15 +64,10 @@ def attribute(
     does not sum, and the ledger has a row "rest". "auto" is additive where the optimizer has that form, else jacobian.
 
     Args:
-        policy: What scores the rollouts; see `from_module` and `load_checkpoint`.
-        step: The pure step; see `make_step`.
-        params: θ, at which the evaluation rollouts were drawn.
-        opt_state: The optimizer's state before the step.
+        update: θ and how it is about to change: an update that was made from a batch.
         evaluation: Rollouts E, drawn at θ, apart from U.
-        update: Rollouts U, which the step is taken on.
-        observable: What is attributed; by default the entropy per token.
-        observables: Several by name, in place of `observable`; the first is attributed, all of them are measured.
-        lr: Learning rate of this step; None takes the optimizer's.
+        observables: One, or several by name, of which the first is attributed and all are measured; by default the
+            entropy per token.
         form: How the gradient is weighed: "auto", "additive" or "jacobian".
         influence: Whether to make the matrix of what every update sequence does to every evaluation sequence, or
             prompt: a backward pass and a forward-mode pass over U for each.
@@ -91,54 +76,58 @@ def attribute(
             pairs, and prompts and sequences of U: two forward passes over E a row (three of the ledger), and for a row
             of U its gradient.
         chunk: How many rows of the influence matrix, or of bars, share a pass; memory of tangents grows with it.
-        tokenizer: What decodes token ids for tables and pages; without one they show ids.
-        microbatch: How E is cut for the model, and U where the step does not say. It changes memory and no result.
-        top_k: How many of the most moved leaves the result lists.
-        keep_delta: Whether the result carries Δθ.
+        tokenizer: Decodes token ids for tables and pages; without one they show ids.
         progress: Called as progress(what, done, total).
-        **options: The further options of `probe`: method, tolerance, order, bars, level, seed, rounding, ...
+        **options: See `Options`; mode is forward, and keep_scores can do nothing here.
 
     Raises:
-        InputError: If an option, a batch or the optimizer is not usable.
+        InputError: If an option, a batch or the optimizer is not usable, or the update knows no batch.
         NumericsError: If scores, gradients or contributions are not finite; the message names the sequences.
         ForwardModeError: If the model has no forward derivative.
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
     """
-    vocabulary = vocabulary_of(tokenizer, (evaluation, update))
-    wanted = asked_for(observable, observables, evaluation)
-    asked = inquire(policy, evaluation, update, wanted, _options(**options), microbatch, progress)
-    chosen = form_of(step.optimizer, form)
-    check_stats(step.objective)
-    check_influence(influence, chunk, leaves, params)
-    check_bars_of(bars_of, chosen, asked.options.bars)
-    taken = take_step(asked, step, params, opt_state, update, lr)
+    update.need("batch", "An attribution")
+    assert update.step is not None
+    assert update.batch is not None
+    vocabulary = vocabulary_of(tokenizer, (evaluation, update.batch))
+    measurement = Measurement.of(update.policy, evaluation, observables, _forward(options), progress)
+    measurement = measurement._replace(independent=is_independent(evaluation, update))
+    chosen = form_of(update.step.optimizer, form)
+    check_stats(update.step.objective)
+    check_influence(influence, chunk, leaves, update.params)
+    check_bars_of(bars_of, chosen, measurement.options.bars)
+    move, info = step(measurement, update)
     with _no_other_mode():
-        first = first_order(asked, params, taken.move.update)
-    found = measure_step(asked, taken.move, first)
+        first = first_order(measurement, update.params, move.delta)
+    outcome, evidence = measure(measurement, move, first, info)
     assert first.along is not None  # forward mode was asked for
-    name, main = asked.main
-    c = engine.cotangents(found.evidence.of(main), first.along.scores)
-    gradient_of_f = asked.passes.pull_back(c, params, "E, gradient of F")
-    grounds = _grounds(asked, step, params, opt_state, update, taken, lr, chosen)
-    response = grounds.carried(gradient_of_f)
-    of_batch = _on_update(asked, grounds, response, taken)
+    name, main = measurement.main
+    c = engine.cotangents(evidence.of(main), first.along.scores)
+    gradient_of_f = measurement.passes.pull_back(c, update.params, "E, gradient of F")
+    parts = StepParts.of(update, move, measurement.passes.cut_of(update.step.microbatch), chosen)
+    response = parts.carried(gradient_of_f)
+    of_batch = _on_batch(measurement, parts, response, info["lr"])
     if form == "auto" and chosen == "jacobian":
-        asked.said.notes.append("the optimizer has no additive form; tokens of U are attributed by its Jacobian")
+        measurement.messages.note("jacobian", NO_ADDITIVE_FORM)
     matrix = None
     if influence is not None:
-        matrix = influence_of(asked.passes, c, grounds, by=influence, leaves=leaves, chunk=chunk)
-    bars = part_bars(asked, found.evidence, grounds, bars_of, chunk)
+        matrix = influence_of(measurement.passes, c, parts, by=influence, leaves=leaves, chunk=chunk)
+    bars = part_bars(measurement, evidence, parts, bars_of, chunk)
+    outcome = dataclasses.replace(outcome, notes=tuple(measurement.messages.notes))
     return Attribution(
-        result=result_of(asked, taken, first, found, update, top_k, keep_delta, keep_scores=False),
+        probe=result_of(measurement, update, move, first, outcome, evidence),
         observable=name,
         form=chosen,
-        leaves=leaf_parts(gradient_of_f, taken.move.update, grounds.gradient, response.direction, response.offsets),
-        evaluation=token_parts(c, first.along, asked.passes.evaluation, "evaluation"),
-        update=of_batch,
+        leaves=leaf_parts(gradient_of_f, move.delta, parts.gradient, response.direction, response.offsets),
+        evaluation=token_parts(c, first.along, measurement.passes.evaluation, "evaluation"),
+        batch=of_batch,
         influence=matrix,
         vocabulary=vocabulary,
         bars=bars,
     )
+
+
+NO_ADDITIVE_FORM = "the optimizer has no additive form; tokens of U are attributed by its Jacobian"
 
 
 def attribute_evaluation(result: ProbeResult, observable: Observable | None = None) -> TokenParts:
@@ -151,7 +140,7 @@ def attribute_evaluation(result: ProbeResult, observable: Observable | None = No
         InputError: If the result kept no scores, or no tangents.
         NumericsError: If a contribution is not finite; the message names the sequence.
     """
-    main = next(iter(named(DEFAULT_OBSERVABLE if observable is None else observable).values()))
+    main = next(iter(named(observable).values()))
     evidence = result.evidence
     if evidence is None:
         raise InputError(
@@ -171,13 +160,13 @@ def attribute_evaluation(result: ProbeResult, observable: Observable | None = No
     return token_parts(c, evidence.along, evidence.rollouts, "evaluation")
 
 
-def _options(mode: str = "forward", **options: Any) -> Options:
-    if mode not in ("auto", "forward"):
+def _forward(options: Mapping[str, Any]) -> Options:
+    if options.get("mode", "auto") not in ("auto", "forward"):
         raise InputError(
-            f"mode is {mode!r}, and attribution is made of forward-mode passes; leave it out, or take probe(..., "
-            "mode='reverse')."
+            f"mode is {options['mode']!r}, and attribution is made of forward-mode passes; leave it out, or take "
+            "probe(..., mode='reverse')."
         )
-    return options_of(mode="forward", **options)
+    return options_of({**options, "mode": "forward"}, "an attribution", ("keep_scores",))
 
 
 @contextmanager
@@ -187,56 +176,30 @@ def _no_other_mode() -> Iterator[None]:
     Raises:
         ForwardModeError: In place of one that names another mode.
     """
-    instead = "what tokens did needs one; probe(..., mode='reverse') gives δF₁ alone"
     try:
         yield
     except ForwardModeError as error:
-        raise ForwardModeError(str(error).replace('use mode="reverse"', instead)) from error
+        raise error.but("what tokens did needs one; probe(..., mode='reverse') gives δF₁ alone") from error
 
 
-def _grounds(
-    asked: Inquiry,
-    step: Step,
-    params: Params,
-    opt_state: OptState,
-    update: Rollouts,
-    taken: Taken,
-    lr: float | None,
-    form: Literal["additive", "jacobian"],
-) -> Grounds:
-    """Return what the step was made of.
-
-    The cotangents of the loss are those of the gradient, taken at its very scores: those of forward mode differ by
-    rounding, and where the loss picks tokens by rank, or clips them, they would now and then pick others.
-    """
-    assert taken.loss is not None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FuncprobeWarning)  # what it warns of was said when the gradient was taken
-        prepared = to_device(step.objective.prepare(update), step.policy.device)
-    on_update = engine.cotangents(lambda s: step.objective(s, prepared)[0], taken.loss.scores)
-    cut = asked.passes.cut_of(step.microbatch)
-    made = step, params, opt_state, taken.loss.gradient, taken.move.update
-    return Grounds(*made, lr, prepared, on_update, cut, form)
-
-
-def _on_update(asked: Inquiry, grounds: Grounds, response: Response, taken: Taken) -> TokenParts:
-    """Return what the tokens of U did: one forward-mode pass, with the predictors' statistics in it."""
-    passes, what = asked.passes, "U, forward mode"
+def _on_batch(measurement: Measurement, parts: StepParts, response: Response, lr: float) -> TokenParts:
+    """Return the parts of U's tokens: one forward-mode pass, with the predictors' statistics in it."""
+    passes, what = measurement.passes, "U, forward mode"
     with passes.clock(what):
         along = engine.directional(
-            grounds.step.policy,
-            grounds.params,
+            parts.step.policy,
+            parts.params,
             response.direction,
-            grounds.prepared,
+            parts.prepared,
             as_training=True,
-            stats={**STATS, **grounds.step.objective.stats},
-            microbatch=grounds.microbatch,
+            stats={**STATS, **parts.step.objective.stats},
+            microbatch=parts.microbatch,
             progress=passes.progress,
             what=what,
         )
     still = {name: torch.zeros_like(along.scores.logp) for name in STATS}  # the loss does not read them
-    c = grounds.on_update._replace(extra={**still, **grounds.on_update.extra})
+    c = parts.on_batch._replace(extra={**still, **parts.on_batch.extra})
     predictors = {}
-    if grounds.prepared.advantages is not None:
-        predictors = predictions(along.scores, grounds.prepared, taken.info["lr"]).tokens
-    return token_parts(c, along, grounds.prepared, "update", predictors)
+    if parts.prepared.advantages is not None:
+        predictors = predictions(along.scores, parts.prepared, lr).tokens
+    return token_parts(c, along, parts.prepared, "update", predictors)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, Unpack
 
-from funcprobe.analysis.probe import asked_for
-from funcprobe.engine.clock import Clock
-from funcprobe.engine.passes import DEFAULT_MICROBATCH, Passes
-from funcprobe.errors import InputError, NumericsError
-from funcprobe.measurement.cautions import before_measuring, ess_fraction, is_independent
-from funcprobe.measurement.learning_rates import Family
-from funcprobe.measurement.messages import Messages
-from funcprobe.measurement.options import Inquiry, Options
-from funcprobe.measurement.readings import Reading
-from funcprobe.policy.module import Policy
+from funcprobe.errors import InputError, Note, NumericsError
+from funcprobe.measurement.cautions import before_measuring, ess_fraction, left_alone
+from funcprobe.measurement.learning_rates import LearningRates
+from funcprobe.measurement.measurement import Measurement
+from funcprobe.measurement.options import Given, options_of
 from funcprobe.measurement.outcome import Outcome
-from funcprobe.training.step import Step
-from funcprobe.types import Microbatch, Observable, OptState, Params, Progress, Rollouts
+from funcprobe.measurement.readings import Reading
+from funcprobe.measurement.update import Update
+from funcprobe.types import Observable, Progress, Rollouts
+
+#: Options of a probe that can do nothing in a search: bounds are held against numbers, without bars.
+IDLE: Collection[str] = (
+    *("order", "bars", "level", "seed", "rounding", "ess_threshold", "on_low_ess"),
+    *("top_k", "keep_delta", "keep_scores"),
+)
 
 #: The finest bisection: between neighbours in float64 there would be no end of it.
 FINEST = 1e-9
@@ -31,16 +33,12 @@ class LargestLr(NamedTuple):
     limited_by: str | None  #: what the next larger one tried breaks; None where even the upper end keeps all bounds
     point: Outcome  #: what the step does at `lr`
     tried: int  #: learning rates that were scored
-    notes: tuple[str, ...] = ()  #: where a bound could not be judged
+    notes: tuple[Note, ...] = ()  #: where a bound could not be judged
 
 
 def largest_lr(
-    policy: Policy,
-    step: Step,
-    params: Params,
-    opt_state: OptState,
+    update: Update,
     evaluation: Rollouts,
-    update: Rollouts,
     observable: Observable | None = None,
     *,
     min_ess: float | None = None,
@@ -48,8 +46,8 @@ def largest_lr(
     max_nonlinearity: float | None = None,
     between: tuple[float, float] = (1e-9, 1e-1),
     relative: float = 0.02,
-    microbatch: Microbatch = DEFAULT_MICROBATCH,
     progress: Progress | None = None,
+    **options: Unpack[Given],
 ) -> LargestLr:
     """Return the largest learning rate that keeps the bounds, to within a factor of `1 + relative`.
 
@@ -57,38 +55,36 @@ def largest_lr(
     and counts as kept, as small steps do keep it, and a note says up to which learning rate that was so.
 
     Args:
-        policy: What scores the rollouts.
-        step: The pure step; its gradient is taken once.
-        params: θ, at which the evaluation rollouts were drawn.
-        opt_state: The optimizer's state before the step.
+        update: θ and how it is about to change: an update that knows its gradient. Its own learning rate is not used.
         evaluation: Rollouts E, drawn at θ, apart from U.
-        update: Rollouts U, which the step is taken on.
-        observable: What the bounds are about; by default the entropy per token.
+        observable: The observable that the bounds are about; by default the entropy per token.
         min_ess: Least effective sample, as a fraction of E, on the weights that the observable uses.
         max_abs_delta: Largest |ΔF|, in the observable's unit.
         max_nonlinearity: Largest |ΔF − δF₁| / |ΔF|.
         between: Where to look. The bounds are taken to be kept below the answer and broken above it: bisection on the
             logarithm finds a place where they begin to be broken.
         relative: How finely.
-        microbatch: As in `probe`.
         progress: Called as progress(what, done, total).
+        **options: See `Options`: mode, method, tolerance and microbatch.
 
     Raises:
         InputError: If no bound is given, one is out of range, or the lower end breaks one already.
         NumericsError: If the gradient, the scores at θ, or what the smallest learning rate does is not finite.
     """
+    update.need("gradient", "A largest learning rate")
     low, high = _ends(between)
     bounds = _bounds(min_ess, max_abs_delta, max_nonlinearity, relative)
-    wanted = asked_for(observable, None, evaluation)
-    passes = Passes.over(policy, evaluation, wanted, microbatch, progress, Clock())
-    options = Options(bars=None, rounding=False, ess_threshold=0.0)
-    asked = Inquiry(passes, wanted, options, Messages(), is_independent(evaluation, update))
-    gradient, info = step.gradient(params, update, progress=progress)
-    family = Family(asked, step, params, opt_state, gradient, info, low)
-    asked.said.also(before_measuring(evaluation, update, family.size, {**family.info, "lr": low}))
+    given = options_of(options, "a search for a learning rate", IDLE, bars=None, rounding=False, ess_threshold=0.0)
+    measurement = Measurement.of(update.policy, evaluation, observable, given, progress)
+    loss = update.gradient(progress)
+    measurement.messages.warn(*update.warnings)
+    measurement.messages.add(left_alone(loss.gradient))
+    family = LearningRates(measurement, update, low)
+    own = {**loss.info, **family.info, "lr": low}
+    measurement.messages.warn(*before_measuring(measurement, update.at(low), family.reference, own))
 
     best, tried = family.point(low, family.move(low)), 2
-    if broken := _broken(best, asked.main[1], bounds):
+    if broken := _broken(best, measurement.main[1], bounds):
         raise InputError(
             f"The smallest learning rate, {low:g}, breaks the bound already: {broken}; look further down with "
             "between=(smaller, larger), or relax the bound."
@@ -143,18 +139,18 @@ def _bounds(
     return bounds
 
 
-def _tried(family: Family, lr: float, bounds: Mapping[str, float]) -> Outcome | str:
+def _tried(family: LearningRates, lr: float, bounds: Mapping[str, float]) -> Outcome | str:
     """Return what the step does at a learning rate, or the bound that it breaks."""
     try:
         point = family.point(lr, family.move(lr))
     except NumericsError:
         return "finite numbers"
-    return _broken(point, family.asked.main[1], bounds) or point
+    return _broken(point, family.measurement.main[1], bounds) or point
 
 
 def _broken(point: Outcome, observable: Observable, bounds: Mapping[str, float]) -> str | None:
     """Return the first bound that a point breaks, with what was found; NaN keeps none."""
-    found = {"min_ess": ess_fraction(point.health, observable), **_found(_main(point))}
+    found = {"min_ess": ess_fraction(point.health, observable), **_found(point.main)}
     for name, bound in bounds.items():
         kept = found[name] >= bound if name == "min_ess" else found[name] <= bound
         if not kept:
@@ -167,22 +163,19 @@ def _found(reading: Reading) -> dict[str, float]:
     change, remainder = abs(reading.change), abs(reading.remainder)
     if not reading.is_lost:
         return {"max_abs_delta": change, "max_nonlinearity": reading.nonlinearity}
-    assert reading.error is not None  # known to be too large
-    least, most = max(0.0, remainder - reading.error), change + reading.error
-    return {"max_abs_delta": max(0.0, change - reading.error), "max_nonlinearity": least / most}
+    assert reading.float_error is not None  # known to be too large
+    least, most = max(0.0, remainder - reading.float_error), change + reading.float_error
+    return {"max_abs_delta": max(0.0, change - reading.float_error), "max_nonlinearity": least / most}
 
 
-def _unjudged(kept: Sequence[Outcome], bounds: Mapping[str, float]) -> tuple[str, ...]:
+def _unjudged(kept: Sequence[Outcome], bounds: Mapping[str, float]) -> tuple[Note, ...]:
     """Return a note where a point counts as keeping a bound on ΔF because ΔF is lost in float error there."""
-    lost = [point.lr for point in kept if _main(point).is_lost]
+    lost = [point.lr for point in kept if point.main.is_lost and point.lr is not None]
     on_change = [name for name in ("max_abs_delta", "max_nonlinearity") if name in bounds]
     if not lost or not on_change:
         return ()
     where = f"ΔF is lost in float error up to lr {lost[-1]:g}, where {' and '.join(on_change)} cannot be judged"
-    if lost[-1] < kept[-1].lr:
-        return (f"{where} and count as kept; the answer lies above.",)
-    return (f"{where}: the answer is no more than the largest learning rate that does not visibly break a bound.",)
-
-
-def _main(point: Outcome) -> Reading:
-    return next(iter(point.readings.values()))
+    if not kept[-1].main.is_lost:
+        return (Note("unjudged", f"{where} and count as kept; the answer lies above."),)
+    ending = "the answer is no more than the largest learning rate that does not visibly break a bound."
+    return (Note("unjudged", f"{where}: {ending}"),)

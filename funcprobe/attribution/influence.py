@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from funcprobe import engine, tree
-from funcprobe.attribution.step_parts import Grounds
+from funcprobe.attribution.step_parts import StepParts
 from funcprobe.data.rollouts import members, take
 from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError, NumericsError
@@ -56,14 +56,14 @@ def check_influence(by: str | None, chunk: int, leaves: Chosen, params: Params) 
 
 
 def influence_of(
-    passes: Passes, on_evaluation: TokenScores, grounds: Grounds, *, by: str, leaves: Chosen, chunk: int
+    passes: Passes, on_evaluation: TokenScores, parts: StepParts, *, by: str, leaves: Chosen, chunk: int
 ) -> Influence:
     """Return the matrix of a step, from the cotangents of F on E.
 
     Raises:
         NumericsError: If an entry is not finite; the message names the row.
     """
-    params = grounds.params
+    params = parts.params
     moving = None if leaves is None else tuple(tree.select(params, leaves))
     evaluation = passes.evaluation
     each = list(members(evaluation, by))
@@ -74,19 +74,19 @@ def influence_of(
             part = take(evaluation, rows)
             c = engine.rows_of(on_evaluation, rows, part)
             gradient_of_row = passes.over_rows(part).pull_back(c, params, "influence: gradients on E")
-            directions.append(grounds.carried(gradient_of_row).direction)
+            directions.append(parts.carried(gradient_of_row).direction)
         with passes.clock("influence: U"):
             several = engine.directional_of_many(
-                grounds.step.policy,
+                parts.step.policy,
                 params,
                 directions,
-                grounds.prepared,
+                parts.prepared,
                 as_training=True,
                 leaves=moving,
-                stats=grounds.step.objective.stats,
-                microbatch=grounds.microbatch,
+                stats=parts.step.objective.stats,
+                microbatch=parts.microbatch,
             )
-        found += [_by_sequence(grounds.on_update, along) for along in several]
+        found += [_by_sequence(parts.on_batch, along) for along in several]
         if passes.progress is not None:
             passes.progress("influence", min(start + chunk, len(each)), len(each))
     matrix, labels = torch.stack(found).cpu(), torch.tensor([label for label, _ in each])

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.attribution.parameter_parts import PARAMETER_TABLES
-from funcprobe.attribution.step_parts import Grounds
+from funcprobe.attribution.step_parts import StepParts
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.uncertainty import Bar, bar
 from funcprobe.measurement.evidence import NOISE, Evidence
-from funcprobe.measurement.options import Inquiry
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.readings import WEIGHTLESS, resampled
 
 #: Tables whose rows can have bars.
@@ -51,7 +51,9 @@ def check_bars_of(tables: Collection[str], form: str, bars: str | None) -> None:
         )
 
 
-def part_bars(asked: Inquiry, evidence: Evidence, grounds: Grounds, tables: Collection[str], chunk: int) -> PartBars:
+def part_bars(
+    measurement: Measurement, evidence: Evidence, parts: StepParts, tables: Collection[str], chunk: int
+) -> PartBars:
     """Return the bars of every row of some tables; a table is left out, with a note, where "auto" finds there are none.
 
     Raises:
@@ -60,29 +62,31 @@ def part_bars(asked: Inquiry, evidence: Evidence, grounds: Grounds, tables: Coll
     """
     found: PartBars = {}
     for table in tables:
-        rows, bars = grounds.pieces(table), dict[str, Bar]()
+        rows, bars = parts.pieces(table), dict[str, Bar]()
         try:
             while together := dict(islice(rows, chunk)):
-                along = asked.passes.directional_of_many(grounds.params, list(together.values()), f"E along {table}")
-                bars |= _bars(asked, evidence, list(together), along, chunk)
+                along = measurement.passes.directional_of_many(
+                    parts.params, list(together.values()), f"E along {table}"
+                )
+                bars |= _bars(measurement, evidence, list(together), along, chunk)
         except (InputError, NumericsError) as error:
-            if asked.options.bars != "auto":
+            if measurement.options.bars != "auto":
                 raise
-            asked.said.notes.append(f"no error bars of {table}: {error}")
+            measurement.messages.note("no bars", f"no error bars of {table}: {error}")
             continue
-        moved = [row for row in bars.values() if abs(row.value) > evidence.noise(asked.main[1])]
+        moved = [row for row in bars.values() if abs(row.value) > evidence.noise(measurement.main[1])]
         if moved and all(row.error <= NOISE * abs(row.value) for row in moved):
-            asked.said.notes.append(f"no error bars of {table}: {WEIGHTLESS}")
+            measurement.messages.note("no bars", f"no error bars of {table}: {WEIGHTLESS}")
             continue
         found[table] = bars
     return found
 
 
 def _bars(
-    asked: Inquiry, evidence: Evidence, labels: list[str], along: list[engine.Directional], chunk: int
+    measurement: Measurement, evidence: Evidence, labels: list[str], along: list[engine.Directional], chunk: int
 ) -> dict[str, Bar]:
     """Return the bar of `δF` along every row's piece of Δθ, from replicates over prompts that all rows share."""
-    options, observable = asked.options, asked.main[1]
+    options, observable = measurement.options, measurement.main[1]
     each = [evidence._replace(along=row) for row in along]
 
     def quantities(a: Tensor) -> Tensor:
@@ -91,7 +95,7 @@ def _bars(
     cells = 2 * chunk * evidence.rollouts.completion_mask.numel()  # of a whole chunk: one method for a table
     method = "auto" if options.bars is None else options.bars
     named = [f"The contribution of '{label}'" for label in labels]
-    with asked.passes.clock("error bars"):
+    with measurement.passes.clock("error bars"):
         generator = torch.Generator().manual_seed(options.seed)  # anew, so that all rows see one resampling
         sampled = resampled(quantities, evidence.rollouts, method, named, cells, generator)
     return {label: bar(sampled, itemgetter(k), options.level) for k, label in enumerate(labels)}

@@ -32,13 +32,10 @@ import torch
 from torch import Tensor
 
 from funcprobe import engine
-from funcprobe.engine.passes import DEFAULT_MICROBATCH
 from funcprobe.errors import InputError, NumericsError, listed
 from funcprobe.objectives.advantages import by_token
-from funcprobe.objectives.by_name import grpo
 from funcprobe.optimizers.groups import check_lr
-from funcprobe.policy.module import Policy
-from funcprobe.types import Microbatch, Objective, Params, Progress, Rollouts, Statistic, TokenScores
+from funcprobe.types import Objective, Rollouts, Statistic, TokenScores
 
 #: What each predictor is, by name.
 PREDICTORS: Mapping[str, str] = MappingProxyType(
@@ -48,9 +45,6 @@ PREDICTORS: Mapping[str, str] = MappingProxyType(
         "discriminant": "entropy discriminant of every drawn token against its expectation (2602.03392)",
     }
 )
-
-#: GRPO: only its advantages are read.
-DEFAULT_OBJECTIVE: Objective = grpo()
 
 
 class Predictions(NamedTuple):
@@ -87,39 +81,6 @@ def check_stats(objective: Objective) -> None:
                 f"The objective '{objective.name}' declares a statistic '{name}', which is what the predictors call "
                 "one of theirs; rename it, or use predictors.STATS."
             )
-
-
-def predict(
-    policy: Policy,
-    params: Params,
-    update: Rollouts,
-    *,
-    objective: Objective | None = None,
-    lr: float = 1.0,
-    microbatch: Microbatch = DEFAULT_MICROBATCH,
-    progress: Progress | None = None,
-) -> Predictions:
-    """Return what the published predictors expect one step on `update` to do to the entropy, from one no-grad pass.
-
-    See `predictions` for formulas, estimand and bias. Scores are taken at the temperature of the rollouts.
-
-    Args:
-        policy: What scores the rollouts.
-        params: θ, before the step.
-        update: Rollouts U, with rewards or advantages.
-        objective: Whose `prepare` makes advantages of rewards; `grpo()` by default.
-        lr: η. The predictions are proportional to it.
-        microbatch: How U is cut for the model; it changes memory and no result.
-        progress: Called as progress(what, done, total).
-
-    Raises:
-        InputError: If there are neither rewards nor advantages, no completion token, or lr is out of range.
-        NumericsError: If a score is not finite; the message names the sequences.
-    """
-    lr = check_lr(lr)
-    prepared = (DEFAULT_OBJECTIVE if objective is None else objective).prepare(update)
-    options = {"microbatch": microbatch, "progress": progress, "what": "U, predictors"}
-    return predictions(engine.scores(policy, params, prepared, stats=STATS, **options), prepared, lr)  # type: ignore[arg-type]
 
 
 def predictions(scores: TokenScores, rollouts: Rollouts, lr: float = 1.0) -> Predictions:

@@ -12,12 +12,13 @@ import pickle
 import re
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from funcprobe.checkpoints.adapters import adapter_dtypes, load_adapter
+from funcprobe.checkpoints.checkpoint import Checkpoint
 from funcprobe.checkpoints.generation import end_tokens
 from funcprobe.checkpoints.models import load_full, load_tokenizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
@@ -28,21 +29,9 @@ from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage
 from funcprobe.checkpoints.weights import dtypes_of_leaves, header
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.optimizers.factories import adamw, from_param_groups
-from funcprobe.optimizers.stored import Storage, stored
-from funcprobe.policy.module import Policy, from_module
+from funcprobe.optimizers.stored import stored
+from funcprobe.policy.module import from_module
 from funcprobe.types import Optimizer, OptState, Params
-
-
-class Checkpoint(NamedTuple):
-    """Everything that one step needs, keyed by the same names."""
-
-    policy: Policy  #: the model as pure functions of its trainable leaves
-    params: Params  #: the trainable leaves
-    optimizer: Optimizer | None  #: with the run's hyperparameters; None where none was asked for
-    opt_state: OptState | None  #: the run's moments by name; None where no optimizer was asked for
-    tokenizer: Any = None  #: the folder's tokenizer; None where it has none, and for a live pair
-    storage: Storage = {}  # noqa: RUF012  dtype by leaf, where the run keeps it in another one than it is computed in
-    eos_ids: tuple[int, ...] = ()  #: every token that ends a completion, by generation_config.json and the tokenizer
 
 
 def load_checkpoint(

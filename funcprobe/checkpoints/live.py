@@ -3,25 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from funcprobe.checkpoints.folder import Checkpoint
+from funcprobe.checkpoints.checkpoint import Checkpoint
 from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import bitsandbytes_optimizer
 from funcprobe.checkpoints.optimizer_state import state_by_name
 from funcprobe.errors import CheckpointError
+from funcprobe.measurement.update import Update
 from funcprobe.optimizers.factories import from_param_groups
 from funcprobe.policy.module import from_module
 from funcprobe.types import Optimizer, OptState, Params
 
 
+@dataclass(frozen=True)
+class LivePair(Checkpoint):
+    """A checkpoint that shares storage with a model in training."""
+
+    leaves: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)  #: the module's own, with their .grad
+
+    def update_from_grad(self, *, lr: float | None = None, max_grad_norm: float | None = None) -> Update:
+        """Return the update that the optimizer is about to make of `.grad`, as it stands now.
+
+        Between `backward()` (and clipping) and `optimizer.step()` this is that very step. A gradient that a scaler has
+        multiplied has to be unscaled first. `.grad` is not copied: use the update before the trainer's own step.
+
+        Args:
+            lr: Learning rate; None takes the optimizer's.
+            max_grad_norm: The global norm to which the gradients are still to be clipped; None where they were.
+
+        Raises:
+            CheckpointError: If there is no optimizer.
+            InputError: If no leaf has a gradient, or a number is out of range.
+        """
+        optimizer, state = self._steps()
+        gradient = {name: None if p.grad is None else p.grad.detach() for name, p in self.leaves.items()}
+        moved = {name: g if g is None else g.to(self.params[name].device) for name, g in gradient.items()}
+        return Update.from_gradient(self.policy, optimizer, self.params, state, moved, lr, max_grad_norm)
+
+
 def from_training(
     model: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, device: str | torch.device | None = None
-) -> Checkpoint:
+) -> LivePair:
     """Return the checkpoint that a live pair is at this moment, for asking *before* a step is applied.
+
+    `from_training(model, optimizer).update(objective, batch)` is the step on a batch, and `.update_from_grad()` the one
+    that the optimizer is about to take.
 
     Names come from parameter identity and hyperparameters from `optimizer.param_groups`, so there is nothing to guess.
     A DDP or compiled wrapper round the model, and accelerate's round the optimizer, are looked through. Optimizers
@@ -37,10 +68,12 @@ def from_training(
     """
     module = unwrapped(model)
     policy, params = from_module(module, device=device)
+    own = dict(module.named_parameters())
+    leaves = {name: own[name] for name in params}
     if optimizer is None:
-        return Checkpoint(policy, params, None, None)
+        return LivePair(policy, params, leaves=leaves)
     pure, state = _read(_inner(optimizer), module, params, device)
-    return Checkpoint(policy, params, pure, state)
+    return LivePair(policy, params, pure, state, leaves=leaves)
 
 
 def _read(

@@ -12,7 +12,7 @@ from funcprobe import __version__
 from funcprobe.analysis.attribute import attribute
 from funcprobe.attribution.part_bars import BARRED
 from funcprobe.attribution.token_tables import TOKEN_TABLES, Columns
-from funcprobe.cli.command import STORED, Beside, Command, merged
+from funcprobe.cli.command import Beside, Command, merged
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
@@ -21,7 +21,6 @@ from funcprobe.errors import ConfigError, Note, missing_extra
 from funcprobe.report.attribution_figures import save_attribution_figures
 from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.heat_map import environment, heat_map
-from funcprobe.results import attribution_file
 from funcprobe.results.attribution import Attribution
 
 DESCRIPTION = """\
@@ -164,6 +163,5 @@ COMMAND = Command(
     options=(INFLUENCE, FORM, BARS_OF),
     suffix="-attribution",
     check=_check,
-    stored=STORED | set(attribution_file.FILES),
     beside=(Beside(TABLES, _save_tables), Beside(FIGURES, _save_figures), Beside(PAGES, _save_pages)),
 )

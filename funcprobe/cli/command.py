@@ -18,6 +18,7 @@ from funcprobe.cli.prepare import check_output, collected_warnings, memory_advic
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note
+from funcprobe.results.storage import FILES
 
 
 class Stored(Protocol):
@@ -30,8 +31,7 @@ class Stored(Protocol):
 
 R = TypeVar("R", bound=Stored)
 
-#: What a result is stored in, and what every command writes beside it.
-STORED = frozenset({"result.json", "result.safetensors"})
+#: What every command writes beside the stored result.
 ALWAYS = frozenset({"config.yaml", "summary.txt"})
 
 
@@ -82,14 +82,13 @@ class Command(Generic[R]):
     options: tuple[Option, ...] = ()
     suffix: str = ""  #: of the output folder, unless one is named on the command line
     check: Callable[[Config, argparse.Namespace], None] = _nothing_more  #: refuses what cannot be done, first of all
-    stored: frozenset[str] = STORED
     beside: tuple[Beside, ...] = ()
     unfinished: Callable[[Config], Path] | None = None  #: the file in which finished parts are kept until all are done
     when_interrupted: str = ""  #: ends the line that is said then
     written: frozenset[str] = field(init=False)  #: a folder that holds anything else is not replaced, forced or not
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "written", self.stored.union(ALWAYS, *(files.names for files in self.beside)))
+        object.__setattr__(self, "written", ALWAYS.union(FILES, *(files.names for files in self.beside)))
 
     def main(self, words: Sequence[str]) -> None:
         """Parse the words, do it, show the result, and say last where it is.

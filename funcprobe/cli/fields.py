@@ -169,27 +169,13 @@ def option_fields() -> dict[str, Any]:
 def option(name: str) -> tuple[Any, Any]:
     """Return type and field of an option of a measurement, with the default and the words that `Options` gives it."""
     (found,) = (f for f in dataclasses.fields(Options) if f.name == name)
-    accepted = AfterValidator(functools.partial(_accepted, name))
     words = found.metadata
-    return Annotated[get_type_hints(Options)[name], accepted], key(found.default, words["expected"], words["meaning"])
+    return get_type_hints(Options)[name], key(found.default, words["expected"], words["meaning"], **words["limits"])
 
 
 def default_of(name: str) -> Any:
     """Return the default of an option of a measurement."""
     return next(f.default for f in dataclasses.fields(Options) if f.name == name)
-
-
-def _accepted(name: str, value: Any) -> Any:
-    """Check that an option may have a value, by what `Options` itself says of it.
-
-    Raises:
-        PydanticCustomError: If it may not; the message is made of what the field expects.
-    """
-    try:
-        Options(**{name: value})
-    except InputError:
-        raise PydanticCustomError("option", "out of range") from None
-    return value
 
 
 def _fields(

@@ -20,7 +20,6 @@ from funcprobe.data.rollouts import to_device
 from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
 from funcprobe.measurement.update import Update
 from funcprobe.report.figures import new_axes
-from funcprobe.training.step import make_step
 from funcprobe.types import Rollouts
 
 
@@ -44,14 +43,11 @@ def prepared(config: Config, bars: Bars) -> Prepared:
     bars.phase("reading the rollouts")
     evaluation, batch = (_rollouts(path, checkpoint) for path in (config.evaluation, config.batch))
     _check_fields(config, evaluation)
-    assert checkpoint.optimizer is not None  # `resolved` has seen to it
-    assert checkpoint.opt_state is not None
-    policy, objective = checkpoint.policy, config.objective.build()
-    step = make_step(policy, objective, checkpoint.optimizer, config.max_grad_norm, config.microbatching)
-    bars.phase("gradient on U")
-    return Prepared(
-        Update.from_step(step, checkpoint.params, checkpoint.opt_state, batch), evaluation, checkpoint.tokenizer
+    update = checkpoint.update(
+        config.objective.build(), batch, max_grad_norm=config.max_grad_norm, microbatch=config.microbatching
     )
+    bars.phase("gradient on U")
+    return Prepared(update, evaluation, checkpoint.tokenizer)
 
 
 def check_output(output: Path, written: Collection[str], *, force: bool) -> None:

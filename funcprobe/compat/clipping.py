@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from funcprobe.estimators.importance import Weighting, log_ratios
-from funcprobe.types import Observable, Rollouts, Statistic, TokenScores
+from funcprobe.estimators.importance import log_ratios
+from funcprobe.types import Observable, Proposal, Rollouts, Statistic, TokenScores, Weighting
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Clipped:
 
     observable: Observable  #: under sequence weights
     c: float  #: the largest weight, where that of an unmoved sequence is 1
+    proposal: ClassVar[Proposal] = "anchor"
+    inclusive: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -21,8 +21,9 @@ from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import first_order
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.messages import Messages
-from funcprobe.measurement.options import Inquiry, Options
+from funcprobe.measurement.options import Options
 from funcprobe.optimizers.unreached import reached, with_zeros
 from funcprobe.training.step import make_step
 from funcprobe.types import Params
@@ -161,10 +162,10 @@ class ProbeComponents:
         update = DeltaEntropyIS(config=self.config).update_rollouts(batch, self.model)
         rows = rows_of_prompts(mb_size_prompts, update)
         step = make_step(pair.policy, settings.objective(self.config), pair.optimizer, microbatch=rows)
-        said = Messages(quiet=True)
-        with clock("phase2_time"), said.recording():
+        messages = Messages(quiet=True)
+        with clock("phase2_time"), messages.recording():
             gradient, _ = step.gradient(pair.params, update)
-        for message in said.warnings:
+        for message in messages.warnings:
             self.logger.warning(message)
         with clock("phase3_time"):
             whole = with_zeros(gradient, pair.params)
@@ -183,8 +184,8 @@ class ProbeComponents:
         observables = settings.entropies(self.config)
         rows = rows_of_prompts(mb_size_prompts, evaluation)
         passes = Passes.over(pair.policy, evaluation, observables, rows, None, Clock())
-        asked = Inquiry(passes, observables, Options(bars=None), Messages(quiet=True), independent=True)
-        first = first_order(asked, pair.params, direction)
+        measurement = Measurement(passes, observables, Options(bars=None), Messages(quiet=True), independent=True)
+        first = first_order(measurement, pair.params, direction)
         evidence = Evidence(passes.evaluation, first.scores, first.scores, first.along)
         whole, per_token = (first.value(name, o, evidence, direction) for name, o in observables.items())
         assert whole is not None  # the gradient of every observable that was asked for is there

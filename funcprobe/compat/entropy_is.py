@@ -157,8 +157,8 @@ class DeltaEntropyIS:
 
     def _numbers(self, found: ProbeResult, importance: Importance) -> dict[str, Any]:
         whole, per_token = (found.readings[name] for name in ("sequence", "token"))
-        assert found.update is not None  # asked for with keep_delta
-        l2 = float(tree.norm(found.update))
+        assert found.delta is not None  # asked for with keep_delta
+        l2 = float(tree.norm(found.delta))
         self.logger.info("[GT] H_orig=%.6f, H_upd=%.6f nats per sequence", whole.before, whole.after)
         largest = ", ".join(f"{name} {norm:.2e}" for name, norm in found.top)
         self.logger.debug("[GT] ||Δθ||₂=%.4e, largest: %s", l2, largest)
@@ -168,7 +168,7 @@ class DeltaEntropyIS:
             "H_upd": whole.after,
             "deltaH_true": whole.change,
             **(tokens if importance.report_per_token else {}),
-            "param_update_buf_named": found.update if importance.return_param_update_buf else None,
+            "param_update_buf_named": found.delta if importance.return_param_update_buf else None,
             "param_update_l2": l2,
             "learning_rate_used": found.lr,
             "diagnostics": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -26,7 +27,6 @@ from funcprobe.errors import CheckpointError, ConfigError
 from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.state import state_to_torch
 from funcprobe.policy.module import from_module
-from funcprobe.results.probe import json_safe
 from funcprobe.types import Rollouts
 
 #: What the stateful system calls dtypes.
@@ -131,7 +131,7 @@ class OfflineEntropyProbe:
         measured = time.perf_counter()
 
         self.logger.info("Phase 2: δH₁ from X on E and %s", "the same Δθ" if enabled else "the preconditioned gradient")
-        asked = {
+        measurement = {
             "mb_size_prompts": self.sections.section("computation_options").get("mb_size_prompts", 2),
             "weighting_mode": self.sections.weighting_mode,
         }
@@ -141,7 +141,7 @@ class OfflineEntropyProbe:
             adam_preconditioner=self.adam_preconditioner,
             optimizer=self.optimizer,
             param_update_buf=truth.get("param_update_buf_named"),
-            **asked,
+            **measurement,
         )
         self.logger.info(
             f"[δH1] bars_dot={predicted['bars_dot']:.10f}, deltaH1={predicted['deltaH1']:.10f}"
@@ -153,7 +153,7 @@ class OfflineEntropyProbe:
         found = {
             **truth,
             **predicted,
-            **asked,
+            **measurement,
             "B_E": len(E_batch.ids) if isinstance(E_batch, Rollouts) else predicted["B_E"],  # drawn with replacement
             "importance_enabled": enabled,
             "timing": {"total_time": time.perf_counter() - start, **times},
@@ -196,7 +196,7 @@ class OfflineEntropyProbe:
             return
         plain = {key: value for key, value in found.items() if key != "param_update_buf_named"}
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_text(json.dumps(json_safe(plain), indent=2, allow_nan=False) + "\n")
+        Path(place).write_text(json.dumps(_json_safe(plain), indent=2, allow_nan=False) + "\n")
         if found.get("param_update_buf_named") is not None:
             torch.save(found["param_update_buf_named"], Path(place).with_suffix(".update.pt"))
 
@@ -231,3 +231,14 @@ def _level(name: Any) -> int:
     if found is None:
         raise ConfigError(f"output.log_level is {name!r}; expected {', '.join(logging.getLevelNamesMapping())}.")
     return found
+
+
+def _json_safe(value: Any) -> Any:
+    """Return plain JSON: tuples become lists, and numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {str(key): _json_safe(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -128,7 +128,11 @@ def _format(path: Path) -> _Format:
 
 
 def _reader(path: Path) -> Callable[[Path], Table | Rollouts]:
-    """Return the function that reads files of that suffix, funcprobe's own or another package's."""
+    """Return the function that reads files of that suffix, funcprobe's own or another package's.
+
+    Raises:
+        InputError: If there is none.
+    """
     own = {suffix.removeprefix("."): format.read for suffix, format in FORMATS.items()}
     reader = plugins.find("reader", path.suffix.removeprefix("."), own)
     if reader is None:
@@ -138,9 +142,14 @@ def _reader(path: Path) -> Callable[[Path], Table | Rollouts]:
 
 
 def _checked(path: Path, found: object, step: int | None, vocab_size: int | None) -> Rollouts:
-    """Return the rollouts that another package read, those of one step alone where one is named."""
+    """Return the rollouts that another package read, those of one step alone where one is named.
+
+    Raises:
+        InputError: If it read something else.
+    """
     if not isinstance(found, Rollouts):
-        raise plugins.wrong("reader", path.suffix.removeprefix("."), found)
+        error = plugins.wrong("reader", path.suffix.removeprefix("."), found)
+        raise error
     if step is not None:
         steps = None if found.step is None else found.step.cpu().numpy()
         found = take(found, np.flatnonzero(_of_step(steps, step)).tolist())
@@ -199,7 +208,11 @@ def _rows_of_step(table: Table, step: int) -> Table:
 
 
 def _of_step(steps: Any, step: int) -> Array:
-    """Return which rows were drawn at that step."""
+    """Return which rows were drawn at that step.
+
+    Raises:
+        InputError: If there is none.
+    """
     if steps is None:
         raise InputError(f"step {step} was asked for, but the file has no column 'step'.")
     steps = np.asarray(steps)

@@ -261,19 +261,19 @@ def transform_errors() -> AbstractContextManager[None]:
     """Return a context in which torch's words for what function transforms cannot see through become a sentence."""
     return _in_our_words(
         "an operation that function transforms do not see through",
-        "so torch.func cannot differentiate it; probe(...) does, by plain autograd.",
-        ", ",
+        "so torch.func cannot differentiate it",
+        "probe(...) does, by plain autograd",
     )
 
 
 def forward_mode_errors() -> AbstractContextManager[None]:
     """Return a context in which torch's ways of saying 'no forward derivative' become one, which names the module."""
-    return _in_our_words("an operation without a forward derivative", 'use mode="reverse".', "; ")
+    return _in_our_words("an operation without a forward derivative", None, 'use mode="reverse"')
 
 
 @contextmanager
-def _in_our_words(what: str, then: str, between: str) -> Iterator[None]:
-    """Say what the module that was running has, what torch said of it, and what to do then.
+def _in_our_words(what: str, so: str | None, hint: str) -> Iterator[None]:
+    """Say what the module that was running has, what torch said of it, what follows, and what to do.
 
     Raises:
         ForwardModeError: In place of what torch says of such operations.
@@ -284,6 +284,11 @@ def _in_our_words(what: str, then: str, between: str) -> Iterator[None]:
     except (RuntimeError, NotImplementedError) as error:
         if not any(mark in str(error) for mark in _MARKS):
             raise
-        raise ForwardModeError(
-            f'{running_module(error.__traceback__)} has {what} ("{first_sentence(error)}"){between}{then}'
-        ) from error
+        follows = "" if so is None else f", {so}"
+        text = f'{running_module(error.__traceback__)} has {what} ("{first_sentence(error)}"){follows}'
+        raise ForwardModeError(text, hint=hint, kind="no derivative") from error
+
+
+def without_batching_rule(error: RuntimeError) -> bool:
+    """Return whether torch says that vmap cannot run something: it has no batching rule, or looks at values."""
+    return "vmap" in str(error)

@@ -10,10 +10,7 @@ from funcprobe.data.rollouts import to_device
 from funcprobe.engine.clock import Clock
 from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
-from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts, Statistic, TokenBudget, TokenScores
-
-#: A microbatch that suits a laptop and a data-centre card alike.
-DEFAULT_MICROBATCH = TokenBudget(4096)
+from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts, Statistic, TokenScores
 
 
 class Passes(NamedTuple):

@@ -37,10 +37,9 @@ def observable_named(name: str) -> Observable:
     """
     factory = plugins.find("observable", name, OBSERVABLES)
     if factory is None:
-        raise InputError(
-            f"There is no observable named '{name}'; the observables are {', '.join(observable_names())}."
-        )
+        raise InputError(f"There is no observable named '{name}'; the observables are {', '.join(observable_names())}.")
     made = factory()
     if not isinstance(made, Observable) or isinstance(made, type):
-        raise plugins.wrong("observable", name, made)
+        error = plugins.wrong("observable", name, made)
+        raise error
     return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import optree
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.errors import InputError
-from funcprobe.estimators.importance import Weighting
-from funcprobe.types import Observable, Rollouts, Statistic, TokenScores
+from funcprobe.types import Observable, Proposal, Rollouts, Statistic, TokenScores, Weighting
 
 #: What a user writes: (scores, anchor, rollouts) -> scalar.
 Function = Callable[[TokenScores, TokenScores, Rollouts], Tensor]
@@ -27,6 +26,8 @@ class Custom:
     name: str
     unit: str
     weighting: Weighting = "sequence"
+    proposal: Proposal = "anchor"
+    inclusive: bool = False
     stats: Mapping[str, Statistic] = field(default_factory=dict, repr=False, hash=False)
 
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
@@ -35,17 +36,24 @@ class Custom:
 
 
 def observable(
-    name: str, unit: str, *, stats: Mapping[str, Statistic] | None = None, weighting: Weighting = "sequence"
+    name: str,
+    unit: str,
+    *,
+    stats: Mapping[str, Statistic] | None = None,
+    weighting: Weighting = "sequence",
+    proposal: Proposal = "anchor",
+    inclusive: bool = False,
 ) -> Callable[[Function], Custom]:
     """Return a decorator that makes an observable of a pure function `(scores, anchor, rollouts) -> scalar`.
 
     The function says what the policy at `scores` would give, from rollouts that the policy at `anchor` drew: so it
     weighs them, with the weights of `importance`. Its derivative is taken through `scores` alone. `unit` is printed
-    beside its numbers, `stats` are the named statistics it needs in `scores.extra`, and `weighting` says by which
-    effective sample size it is to be judged. Estimand and bias are the function's own.
+    beside its numbers, `stats` are the named statistics it needs in `scores.extra`. `weighting`, `proposal` and
+    `inclusive` (per-decision weights over s ≤ t) say by which effective sample size it is to be judged.
+    Estimand and bias are the function's own.
 
     Raises:
-        InputError: If the weighting is unknown.
+        InputError: If the weighting or the proposal is unknown.
 
     Example:
         >>> from funcprobe.data.rollouts import rollouts_from_lists
@@ -62,9 +70,13 @@ def observable(
         >>> [round(float(success_rate(scores, before, rollouts)), 3) for scores in (before, after)]
         [0.5, 0.731]
     """
-    if weighting not in ("sequence", "per_decision"):
-        raise InputError(f"observable(): unknown weighting '{weighting}'; expected one of sequence, per_decision.")
-    return lambda function: Custom(function, name, unit, weighting, dict(stats or {}))
+    for option, value, choices in (
+        ("weighting", weighting, get_args(Weighting)),
+        ("proposal", proposal, get_args(Proposal)),
+    ):
+        if value not in choices:
+            raise InputError(f"observable(): unknown {option} '{value}'; expected one of {', '.join(choices)}.")
+    return lambda function: Custom(function, name, unit, weighting, proposal, inclusive, dict(stats or {}))
 
 
 def check_observable(observable: Observable, anchor: TokenScores, rollouts: Rollouts) -> None:
@@ -79,7 +91,8 @@ def check_observable(observable: Observable, anchor: TokenScores, rollouts: Roll
     """
     if not isinstance(observable, Observable):
         raise InputError(
-            f"{observable!r} is no observable: it needs name, unit and stats, and to be callable; decorate a function "
+            f"{observable!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to "
+            "be callable; decorate a function "
             'of (scores, anchor, rollouts) with funcprobe.observable("its name", "its unit").'
         )
     said = f"The observable '{observable.name}' returned"

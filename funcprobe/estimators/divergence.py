@@ -13,14 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from funcprobe.errors import InputError
-from funcprobe.estimators.importance import Weighting, log_ratios, prefix_weights
-from funcprobe.types import Rollouts, Statistic, TokenScores
+from funcprobe.estimators.importance import log_ratios, prefix_weights
+from funcprobe.types import Proposal, Rollouts, Statistic, TokenScores, Weighting
 
 Of = Literal["after", "before"]
 
@@ -41,6 +41,9 @@ class Divergence:
         if self.of not in ("after", "before"):
             raise InputError(f"kl(): unknown of '{self.of}'; expected 'after' or 'before'.")
 
+    proposal: ClassVar[Proposal] = "anchor"
+    inclusive: ClassVar[bool] = False
+
     @property
     def name(self) -> str:
         """Return 'kl(after‖before)' or 'kl(before‖after)'."""
@@ -52,7 +55,7 @@ class Divergence:
         return "nats per sequence"
 
     @property
-    def weighting(self) -> Weighting | Literal["none"]:
+    def weighting(self) -> Weighting:
         """Return 'per_decision', or 'none' for the divergence of the policy that sampled: a plain mean."""
         return "per_decision" if self.of == "after" else "none"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,7 @@ from torch import Tensor
 
 from funcprobe.errors import InputError
 from funcprobe.objectives.ratios import LARGEST_REPORTED
-from funcprobe.types import Rollouts, TokenScores
-
-Proposal = Literal["anchor", "sampler"]
-Weighting = Literal["per_decision", "sequence"]
+from funcprobe.types import Proposal, Rollouts, TokenScores, Weighting
 
 #: Rollouts below which a Pareto tail cannot be fitted.
 FEWEST_FOR_KHAT = 25
@@ -102,6 +99,8 @@ class WeightHealth(NamedTuple):
 
         `inclusive` asks for per-decision weights over `s ≤ t`, which a surprisal takes, instead of `s < t`.
         """
+        if weighting == "none":  # a plain mean over rollouts uses all of them
+            return 1.0
         per_decision = self.ess_inclusive_min if inclusive else self.ess_prefix_min
         return (self.ess_sequence if weighting == "sequence" else per_decision) / self.ess_base
 

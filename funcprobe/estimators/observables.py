@@ -19,8 +19,8 @@ from torch import Tensor
 
 from funcprobe.errors import InputError
 from funcprobe.estimators.control_variate import controlled_sum
-from funcprobe.estimators.importance import Proposal, Weighting, log_ratios, prefix_weights, sequence_weights
-from funcprobe.types import Rollouts, Statistic, TokenScores
+from funcprobe.estimators.importance import log_ratios, prefix_weights, sequence_weights
+from funcprobe.types import Proposal, Rollouts, Statistic, TokenScores, Weighting
 
 Integrand = Literal["rao_blackwell", "surprisal"]
 Per = Literal["token", "sequence"]
@@ -60,6 +60,11 @@ class Entropy:
     def unit(self) -> str:
         """Return 'nats per token' or 'nats per sequence'."""
         return f"nats per {self.per}"
+
+    @property
+    def inclusive(self) -> bool:
+        """Whether a term depends on the token itself: a surprisal does."""
+        return self.integrand == "surprisal"
 
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
         """Return the estimate at `scores` from rollouts drawn at `anchor`, a float64 scalar in nats.

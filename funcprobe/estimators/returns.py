@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from funcprobe.errors import InputError
 from funcprobe.estimators.control_variate import controlled_sum
-from funcprobe.estimators.importance import Weighting, log_ratios, prefix_weights, sequence_weights
-from funcprobe.types import Rollouts, Statistic, TokenScores
+from funcprobe.estimators.importance import log_ratios, prefix_weights, sequence_weights
+from funcprobe.types import Proposal, Rollouts, Statistic, TokenScores, Weighting
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class ExpectedReward:
     """The policy's expected reward, as a function of scores; see `expected_reward`."""
 
     control_variate: bool = False
+
+    proposal: ClassVar[Proposal] = "anchor"
+    inclusive: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
@@ -60,6 +64,9 @@ class ExpectedReward:
 @dataclass(frozen=True)
 class MeanLength:
     """The mean number of tokens that the policy generates, as a function of scores; see `mean_length`."""
+
+    proposal: ClassVar[Proposal] = "anchor"
+    inclusive: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

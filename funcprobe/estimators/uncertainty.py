@@ -243,7 +243,11 @@ def _check_finite(values: Tensor, where: Callable[[int], str]) -> None:
     wrong = ~torch.isfinite(values)
     if bool(wrong.any()):
         row, k = wrong.nonzero()[0].tolist()
+        value = float(values[row, k])
         raise NumericsError(
-            f"Quantity {k} is {float(values[row, k])} {where(row)}, so it has no error bar; check the scores, or what "
-            "the quantity divides by."
+            f"Quantity {k} is {value} {where(row)}, so it has no error bar; check the scores, or what the quantity "
+            "divides by.",
+            quantity=k,
+            found=value,
+            expected=where(row),
         )

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from funcprobe.measurement.first_order import First
+from funcprobe.measurement.first_order import FirstOrder
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import WORTH_TELLING, Move, movement
-from funcprobe.measurement.options import Inquiry
 from funcprobe.measurement.path import along_line
 from funcprobe.types import Params
 
@@ -22,11 +22,11 @@ class Apart(NamedTuple):
     """One step as two displacements, either of which can be measured like any other step."""
 
     exact: Move  #: to θ + Δθ, as near as the arithmetic holds it
-    stored: Move  #: to θ′, with θ′ − θ as its update
+    stored: Move  #: to θ′, with θ′ − θ as its Δθ
     held: bool  #: whether the arithmetic holds θ + Δθ, so that a subtraction can see it
 
 
-def told_apart(asked: Inquiry, move: Move, first: First) -> Apart | None:
+def told_apart(measurement: Measurement, move: Move, first: FirstOrder) -> Apart | None:
     """Return the two displacements of a step; None where they are one, or where only θ′ can be measured.
 
     θ + Δθ is out of reach where the model computes in the very dtype that is too coarse for it: a bfloat16 model has
@@ -34,26 +34,26 @@ def told_apart(asked: Inquiry, move: Move, first: First) -> Apart | None:
     """
     if move.size.rounding_ratio <= WORTH_TELLING:
         return None
-    target = along_line(move.params, move.update, 1.0)
-    held = movement(move.params, target, move.update).rounding_ratio <= WORTH_TELLING
-    options = asked.options
+    target = along_line(move.params, move.delta, 1.0)
+    held = movement(move.params, target, move.delta).rounding_ratio <= WORTH_TELLING
+    options = measurement.options
     by_path = first.along is not None and first.eps is not None and first.eps <= options.tolerance
     if not held and (options.method == "difference" or not by_path):
         return None
     exact = move._replace(after=target) if held else move
-    return Apart(exact, move._replace(update=displacement(move)), held)
+    return Apart(exact, move._replace(delta=displacement(move)), held)
 
 
-def first_of_stored(asked: Inquiry, move: Move, first: First) -> First | None:
+def first_of_stored(measurement: Measurement, move: Move, first: FirstOrder) -> FirstOrder | None:
     """Return the tangents along θ′ − θ, at the scores of `first`; None in reverse mode, or where no row is wanted."""
-    if first.along is None or asked.options.rounding is False:
+    if first.along is None or measurement.options.rounding is False:
         return None
-    along = asked.passes.directional(move.params, move.update, "E, forward mode along θ′ − θ")
-    return First(first.scores, along, {}, first.eps)
+    along = measurement.passes.directional(move.params, move.delta, "E, forward mode along θ′ − θ")
+    return FirstOrder(first.scores, along, {}, first.eps)
 
 
 def displacement(move: Move) -> Params:
-    """Return θ′ − θ, subtracted in float64 and kept in the update's dtype."""
+    """Return θ′ − θ, subtracted in float64 and kept in the dtype of Δθ."""
     return {
         name: (move.after[name].double() - p.double()).to(torch.promote_types(p.dtype, torch.float32))
         for name, p in move.params.items()

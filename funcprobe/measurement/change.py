@@ -13,9 +13,9 @@ from funcprobe import engine
 from funcprobe.errors import NumericsError
 from funcprobe.measurement.continuity import disagree
 from funcprobe.measurement.evidence import Evidence
-from funcprobe.measurement.first_order import First
+from funcprobe.measurement.first_order import FirstOrder
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import Move
-from funcprobe.measurement.options import Inquiry
 from funcprobe.measurement.path import ROUNDING_UNITS, Path, along_line, path, subtraction_error
 from funcprobe.measurement.routing import Choices, Routing, watched
 from funcprobe.types import Observable, TokenScores
@@ -44,33 +44,37 @@ class Measured(NamedTuple):
     routing: Routing | None  #: how many tokens are sent elsewhere at θ′; None where the model sends none, or not known
 
 
-def measure_change(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> Measured:
+def measure_change(
+    measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None
+) -> Measured:
     """Return ΔF by two evaluations or, where their subtraction is too coarse and F does not jump, by a path.
 
     Raises:
         NumericsError: If `method="path"` does not reach the tolerance, or F jumps on the way.
     """
-    options, eps = asked.options, _eps(first)
-    difference = _difference(asked, move, first, scores_after)
+    options, eps = measurement.options, _eps(first)
+    difference = _difference(measurement, move, first, scores_after)
     if options.method == "path":
-        return _checked(asked, move, first, difference)
-    if first.along is None or options.method == "difference" or _is_fine(asked, difference):
+        return _checked(measurement, move, first, difference)
+    if first.along is None or options.method == "difference" or _is_fine(measurement, difference):
         return difference
-    if eps > options.tolerance and not _walks(asked, move):
-        asked.said.notes.append(
+    if eps > options.tolerance and not _walks(measurement, move):
+        measurement.messages.note(
+            "subtraction",
             f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
-            "coarse for a path; load it in float32"
+            "coarse for a path; load it in float32",
         )
         return difference
     if _is_rerouted(difference):
-        asked.said.notes.append(
-            "ΔF is a subtraction, though float error shows in it: a path misses the jumps where tokens change experts"
+        measurement.messages.note(
+            "subtraction",
+            "ΔF is a subtraction, though float error shows in it: a path misses the jumps where tokens change experts",
         )
         return difference
-    return _preferred(asked, move, first, difference)
+    return _preferred(measurement, move, first, difference)
 
 
-def _checked(asked: Inquiry, move: Move, first: First, difference: Measured) -> Measured:
+def _checked(measurement: Measurement, move: Move, first: FirstOrder, difference: Measured) -> Measured:
     """Return ΔF by the path that was asked for.
 
     Raises:
@@ -81,48 +85,48 @@ def _checked(asked: Inquiry, move: Move, first: First, difference: Measured) -> 
             f"{routing.changed} of {routing.tokens} tokens of E are sent to other experts at θ′ than at θ: F jumps "
             "there, and a path, being an integral of derivatives, misses it; use method='auto' or 'difference'."
         )
-    found = _path(asked, move, first)
+    found = _path(measurement, move, first)
     if not found.converged:
-        raise NumericsError(_not_converged(asked, found))
+        raise NumericsError(_not_converged(measurement, found))
     by_path = _by(found, difference)
-    if names := _apart(asked, move, first, difference, by_path):
+    if names := _apart(measurement, move, first, difference, by_path):
         raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
     return by_path
 
 
-def _preferred(asked: Inquiry, move: Move, first: First, difference: Measured) -> Measured:
+def _preferred(measurement: Measurement, move: Move, first: FirstOrder, difference: Measured) -> Measured:
     """Return ΔF by a path, unless that is no better, or the difference shows that it misses something."""
-    found = _path(asked, move, first)
+    found = _path(measurement, move, first)
     by_path = _by(found, difference)
-    if names := _apart(asked, move, first, difference, by_path):
-        asked.said.notes.append(f"{_jumps(names)}; the difference is what is reported")
+    if names := _apart(measurement, move, first, difference, by_path):
+        measurement.messages.note("jump", f"{_jumps(names)}; the difference is what is reported")
         return difference
     if found.converged:
         return by_path
-    asked.said.notes.append(_not_converged(asked, found))
+    measurement.messages.note("path", _not_converged(measurement, found))
     better = any(difference.errors[name] < found.errors[name] for name in found.errors)
     return difference if better else by_path
 
 
-def _difference(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> Measured:
+def _difference(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> Measured:
     """Return ΔF by two evaluations, with its float error."""
-    passes, along = asked.passes, first.along
+    passes, along = measurement.passes, first.along
     choices, routing = Choices(passes), None
     if scores_after is None:
-        order = 0 if along is None else asked.options.order
+        order = 0 if along is None else measurement.options.degree
         scores_after = watched(passes, choices).scores(move.after, "E at θ′", order)
         routing = None if first.choices is None else first.choices.against(choices)
     evidence = Evidence(passes.evaluation, first.scores, scores_after, along)
-    changes = {name: float(evidence.change(o)) for name, o in asked.observables.items()}
+    changes = {name: float(evidence.change(o)) for name, o in measurement.observables.items()}
     if along is None:
-        errors = _without_tangents(asked, move, first, evidence, changes)
+        errors = _without_tangents(measurement, move, first, evidence, changes)
     else:
-        errors = {name: subtraction_error(evidence, o, _eps(first)) for name, o in asked.observables.items()}
+        errors = {name: subtraction_error(evidence, o, _eps(first)) for name, o in measurement.observables.items()}
     return Measured(evidence, "difference", 0, errors, changes, routing)
 
 
 def _without_tangents(
-    asked: Inquiry, move: Move, first: First, evidence: Evidence, changes: Mapping[str, float]
+    measurement: Measurement, move: Move, first: FirstOrder, evidence: Evidence, changes: Mapping[str, float]
 ) -> dict[str, float]:
     """Return an estimate of the float error of each difference in reverse mode, where no ṡ explains a score's change.
 
@@ -131,26 +135,28 @@ def _without_tangents(
     the variance. Neither sees a change that is too small to change any bit of the scores. But what such changes add up
     to is known, `ΔF − δF₁`, and it is float error as far as one rounding of every score explains it.
     """
-    observables = asked.observables
-    bounds = _left_by(asked, first, evidence, engine.each(torch.zeros_like, first.scores))
+    observables = measurement.observables
+    bounds = _left_by(measurement, first, evidence, engine.each(torch.zeros_like, first.scores))
     narrow = [bounds[n] <= max(BOUND_WORTH_A_PASS * abs(changes[n]), evidence.noise(o)) for n, o in observables.items()]
     if not all(narrow):
-        halfway = asked.passes.scores(along_line(move.params, move.update, 0.5), "E at θ + ½Δθ")
+        halfway = measurement.passes.scores(along_line(move.params, move.delta, 0.5), "E at θ + ½Δθ")
         explained = engine.each(lambda middle, anchor: 2 * (middle - anchor), halfway, first.scores)
-        found = _left_by(asked, first, evidence, explained)
+        found = _left_by(measurement, first, evidence, explained)
         bounds = {name: min(bounds[name], found[name] / math.sqrt(3)) for name in bounds}
     for name, o in observables.items():
-        slope = first.value(name, o, evidence, move.update)
+        slope = first.value(name, o, evidence, move.delta)
         assert slope is not None  # every observable that was asked for has its gradient
         unseen = min(abs(changes[name] - slope), _one_rounding(evidence, o, _eps(first)))
         bounds[name] = max(bounds[name], unseen)
     return bounds
 
 
-def _left_by(asked: Inquiry, first: First, evidence: Evidence, explained: TokenScores) -> dict[str, float]:
+def _left_by(
+    measurement: Measurement, first: FirstOrder, evidence: Evidence, explained: TokenScores
+) -> dict[str, float]:
     """Return the float errors that a part of every score's change leaves, which stands for its derivative."""
     explaining = evidence._replace(along=engine.Directional(first.scores, explained))
-    return {name: subtraction_error(explaining, o, _eps(first)) for name, o in asked.observables.items()}
+    return {name: subtraction_error(explaining, o, _eps(first)) for name, o in measurement.observables.items()}
 
 
 def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
@@ -160,23 +166,25 @@ def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> flo
     return float(engine.fields(parts).sum(0).norm())
 
 
-def _eps(first: First) -> float:
+def _eps(first: FirstOrder) -> float:
     assert first.eps is not None
     return first.eps
 
 
-def _walks(asked: Inquiry, move: Move) -> bool:
+def _walks(measurement: Measurement, move: Move) -> bool:
     """Return whether the nodes of a path are different points: leaves as fine as its tolerance, whatever computes."""
-    return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= asked.options.tolerance
+    return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= measurement.options.tolerance
 
 
-def _path(asked: Inquiry, move: Move, first: First) -> Path:
+def _path(measurement: Measurement, move: Move, first: FirstOrder) -> Path:
     """Walk the path. Under autocast each ṡ is as accurate as its arithmetic, and no rule agrees better with another."""
     assert first.along is not None  # a path is refused in reverse mode
-    tolerance = asked.options.tolerance
-    if _walks(asked, move) and _eps(first) > tolerance:
+    tolerance = measurement.options.tolerance
+    if _walks(measurement, move) and _eps(first) > tolerance:
         tolerance = LOW_PRECISION_UNITS * _eps(first)
-    return path(asked.passes, move.params, move.update, first.along, asked.observables, tolerance, _eps(first))
+    return path(
+        measurement.passes, move.params, move.delta, first.along, measurement.observables, tolerance, _eps(first)
+    )
 
 
 def _by(found: Path, difference: Measured) -> Measured:
@@ -184,26 +192,28 @@ def _by(found: Path, difference: Measured) -> Measured:
     return difference._replace(evidence=evidence, method="path", nodes=found.nodes, errors=found.errors)
 
 
-def _apart(asked: Inquiry, move: Move, first: First, difference: Measured, by_path: Measured) -> list[str]:
+def _apart(
+    measurement: Measurement, move: Move, first: FirstOrder, difference: Measured, by_path: Measured
+) -> list[str]:
     """Return the observables of which difference and path disagree by more than rounding can explain.
 
     Scores that differ by a few roundings of one tell nothing, in whatever way these add up in F; and neither does what
     the rounding of θ′ adds: a difference sees θ′ as stored, a path θ + Δθ.
     """
-    tolerance, errors = asked.options.tolerance, {}
-    for name, o in asked.observables.items():  # a path promises no more than its tolerance
+    tolerance, errors = measurement.options.tolerance, {}
+    for name, o in measurement.observables.items():  # a path promises no more than its tolerance
         promised = max(by_path.errors[name], tolerance * by_path.evidence.magnitude(o))
         errors[name] = math.hypot(difference.errors[name], promised)
     apart = engine.each(torch.sub, difference.evidence.after, by_path.evidence.after)
 
     def off(name: str, apart: TokenScores) -> bool:
-        beyond = _beyond_rounding(by_path.evidence, asked.observables[name], apart, _eps(first))
+        beyond = _beyond_rounding(by_path.evidence, measurement.observables[name], apart, _eps(first))
         return disagree(beyond, errors[name])
 
     suspects = [name for name in errors if off(name, apart)]
     if not suspects:
         return []
-    rounded = asked.passes.directional(move.after, move.rounding(), "E at θ′, along its rounding")
+    rounded = measurement.passes.directional(move.after, move.rounding(), "E at θ′, along its rounding")
     apart = engine.each(torch.sub, apart, rounded.tangents)
     return [name for name in suspects if off(name, apart)]
 
@@ -227,11 +237,11 @@ def _jumps(names: list[str]) -> str:
     )
 
 
-def _not_converged(asked: Inquiry, found: Path) -> str:
+def _not_converged(measurement: Measurement, found: Path) -> str:
     return (
         f"The path integral reached {found.reached:.1e} of the size of its terms with {found.nodes} nodes; the "
-        f"tolerance is {asked.options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or load the "
-        "model in a wider dtype."
+        f"tolerance is {measurement.options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or "
+        "load the model in a wider dtype."
     )
 
 
@@ -239,11 +249,11 @@ def _is_rerouted(difference: Measured) -> bool:
     return difference.routing is not None and difference.routing.changed > 0
 
 
-def _is_fine(asked: Inquiry, difference: Measured) -> bool:
+def _is_fine(measurement: Measurement, difference: Measured) -> bool:
     """Return whether float error leaves every ΔF alone, and what it has beyond first order where that was asked for."""
     evidence, errors, subtractions = difference.evidence, difference.errors, difference.subtractions
     curved = evidence.along is not None and evidence.along.curvatures is not None
-    for name, o in asked.observables.items():
+    for name, o in measurement.observables.items():
         if abs(subtractions[name]) <= evidence.noise(o) and errors[name] <= evidence.noise(o):
             continue  # it does not move
         limits = [SUBTRACTION_WORTH_A_PATH * abs(subtractions[name])]

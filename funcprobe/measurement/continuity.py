@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from funcprobe.errors import Note
+from funcprobe.measurement.readings import Reading
 from funcprobe.measurement.routing import Routing
-
-if TYPE_CHECKING:
-    from funcprobe.measurement.readings import Reading
 
 #: Numbers disagree where they differ by more than this multiple of their float errors, taken together. The error of a
 #: subtraction is `√Σ x_i²` over sequences whose roundings x_i are as likely up as down; so |Σ x_i| is above k times it
@@ -54,17 +52,17 @@ def is_bent(reading: Reading) -> bool:
 
     That is by more than twice |δF₂|, or twice the 5 % of δF₁ that a straight line may miss, and beyond float error.
     """
-    if reading.second_order is None or reading.error is None:
+    if reading.second_order is None or reading.float_error is None:
         return False
     first, second = abs(reading.first_order), abs(reading.second_order)
     unexplained = reading.remainder - reading.second_order
     far = abs(unexplained) > 2 * max(second, CLOSE * first)
-    return second <= EXPANDS * first and far and disagree(unexplained, reading.error)
+    return second <= EXPANDS * first and far and disagree(unexplained, reading.float_error)
 
 
 def remarks(
     readings: Mapping[str, Reading], routing: Routing | None, rounding_ratio: float
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[Note], list[Note]]:
     """Return what to warn of, and what to note, about jumps between θ and θ′.
 
     `rounding_ratio` is that of storing θ′: what a second order can be held against is a step that was taken.
@@ -74,14 +72,17 @@ def remarks(
     missed = [name for name, reading in readings.items() if moved and _misses(reading)]
     if routing is not None and moved:
         if missed:
-            return [f"{JUMPS}: the remainder of {_listed(missed)} is theirs, or beyond second order."], []
-        return ([f"{JUMPS}."], []) if routing.fraction > MANY else ([], [f"{JUMPS}."])
+            return [
+                Note("experts", f"{JUMPS}: the remainder of {_listed(missed)} is theirs, or beyond second order.")
+            ], []
+        jumps = [Note("experts", f"{JUMPS}.")]
+        return (jumps, []) if routing.fraction > MANY else ([], jumps)
     if bent:
         text = (
             f"The remainder ΔF − δF₁ of {_listed(bent)} is far from δF₂, though the step is small enough for an "
             "expansion: F is not smooth between θ and θ′, as where a model compares with a threshold; trust ΔF."
         )
-        return [text], []
+        return [Note("bend", text)], []
     return [], []
 
 
@@ -89,7 +90,7 @@ def _misses(reading: Reading) -> bool:
     """Return whether the orders that are known miss more of ΔF than 5 %, and than its float error."""
     known = reading.first_order + (reading.second_order or 0.0)
     off = abs(reading.change - known)
-    return off > CLOSE * abs(reading.change) and (reading.error is None or disagree(off, reading.error))
+    return off > CLOSE * abs(reading.change) and (reading.float_error is None or disagree(off, reading.float_error))
 
 
 def _listed(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import warnings
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import FuncprobeWarning
-from funcprobe.training.step import Step
-from funcprobe.types import Observable, OptState, Params, Rollouts, Statistic, TokenScores
+from funcprobe.measurement.measurement import Measurement
+from funcprobe.measurement.update import Update
+from funcprobe.optimizers.unreached import reached
+from funcprobe.types import Observable, Rollouts, Statistic, TokenScores
 
 #: Entries of a leaf that are read in order, evenly spread; of all of them it is the sum of the bits that counts.
 SAMPLED_ENTRIES = 4096
@@ -24,30 +27,29 @@ TRIED_LR, TRIED_ROWS = 1e-3, 4
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def identity_of(
-    step: Step,
-    params: Params,
-    opt_state: OptState,
-    evaluation: Rollouts,
-    update: Rollouts,
-    observables: Mapping[str, Observable],
-    options: object,
-) -> str:
+def identity_of(update: Update, measurement: Measurement) -> str:
     """Return a digest of all that a sweep's points depend on, but for the learning rate and frozen weights.
 
     It holds from one process to the next, so no address in memory is in it. Observables, objective and optimizer count
-    by their settings, as `repr` prints them, and by what they return on made-up scores: two functions of one name are
-    told apart by their values.
+    by their settings, as `repr` prints them, and by their values on made-up scores: two functions of one name are told
+    apart by these. How batches are cut does not count: it changes no number but by rounding.
     """
     digest = hashlib.sha256()
-    states = {f"{name}.{key}": value for name, state in opt_state.items() for key, value in state.items()}
+    evaluation = measurement.passes.evaluation
+    options = dataclasses.replace(measurement.options, microbatch=None)
+    assert update.rule is not None  # a sweep needs a gradient
+    rule = [update.rule.optimizer, update.rule.max_grad_norm]
+    objective = [] if update.step is None else [update.step.objective]
+    states = {
+        f"{name}.{key}": value for name, state in (update.opt_state or {}).items() for key, value in state.items()
+    }
     for part in (
-        *_of_tree(params),
+        *_of_tree(update.params),
         *_of_tree(states),
         *_of_batch(evaluation),
-        *_of_batch(update),
-        *_of_settings([observables, options, step.objective, step.optimizer, step.max_grad_norm]),
-        *_of_behaviour(step, params, opt_state, evaluation, update, observables),
+        *(_of_tree(reached(update.gradient().gradient)) if update.batch is None else _of_batch(update.batch)),
+        *_of_settings([measurement.observables, options, *objective, *rule]),
+        *_of_behaviour(update, evaluation, measurement.observables),
     ):
         digest.update(part)
     return digest.hexdigest()
@@ -74,25 +76,22 @@ def _of_settings(settings: Iterable[object]) -> Iterator[bytes]:
         yield re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting)).encode()
 
 
-def _of_behaviour(
-    step: Step,
-    params: Params,
-    opt_state: OptState,
-    evaluation: Rollouts,
-    update: Rollouts,
-    observables: Mapping[str, Observable],
-) -> Iterator[bytes]:
-    """Yield what observables and objective return on made-up scores, and the optimizer on a made-up gradient: θ."""
-    size = step.policy.vocab_size
+def _of_behaviour(update: Update, evaluation: Rollouts, observables: Mapping[str, Observable]) -> Iterator[bytes]:
+    """Yield values of observables and objective on made-up scores, and of the optimizer on the gradient θ."""
+    size = update.policy.vocab_size
     for name, o in observables.items():
         scores, anchor = (_made_up(evaluation, o.stats, size, seed) for seed in (1, 2))
         yield f"{name} {o.name} {o.unit} {float(o(scores, anchor, evaluation)):.9g}".encode()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FuncprobeWarning)  # what it warns of is said when the gradient is taken
-        prepared = step.objective.prepare(update)
-        loss, _ = step.objective(_made_up(prepared, step.objective.stats, size, 3), prepared)
-    taken = step.apply(params, opt_state, params, lr=TRIED_LR)
-    yield f"{float(loss):.9g} {float(tree.norm(taken.update)):.9g} {float(tree.norm(taken.params)):.9g}".encode()
+    if update.step is not None and update.batch is not None:
+        objective = update.step.objective
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FuncprobeWarning)  # issued again when the gradient is taken
+            prepared = objective.prepare(update.batch)
+            loss, _ = objective(_made_up(prepared, objective.stats, size, 3), prepared)
+        yield f"{float(loss):.9g}".encode()
+    assert update.rule is not None
+    taken = update.rule.apply(update.params, update.opt_state or {}, update.params, lr=TRIED_LR)
+    yield f"{float(tree.norm(taken.delta)):.9g} {float(tree.norm(taken.params)):.9g}".encode()
 
 
 def _made_up(rollouts: Rollouts, stats: Mapping[str, Statistic], vocab_size: int, seed: int) -> TokenScores:

@@ -11,7 +11,7 @@ import torch
 
 from funcprobe import engine, tree
 from funcprobe.errors import InputError, NumericsError
-from funcprobe.estimators.importance import Proposal, WeightHealth, log_ratios, weight_health
+from funcprobe.estimators.importance import WeightHealth, log_ratios, weight_health
 from funcprobe.estimators.observables import entropy_family
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.measurement.apart import Apart, first_of_stored, told_apart
@@ -19,12 +19,11 @@ from funcprobe.measurement.cautions import after_measuring, check_ess
 from funcprobe.measurement.change import Measured, measure_change
 from funcprobe.measurement.continuity import remarks
 from funcprobe.measurement.evidence import Evidence
-from funcprobe.measurement.first_order import First
+from funcprobe.measurement.first_order import FirstOrder
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import Move
-from funcprobe.measurement.options import Inquiry
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading, Sampled, sample, with_bars
-from funcprobe.measurement.routing import Routing
 from funcprobe.types import Estimate, Observable, TokenScores
 
 #: Above this ratio of rounding to update, the rounding row is worth a pass of its own.
@@ -35,10 +34,10 @@ ROUNDING_WORTH_A_PASS = 1e-3
 LOW_PRECISION = 1e-6
 
 
-def measure_step(
-    asked: Inquiry,
+def measure(
+    measurement: Measurement,
     move: Move,
-    first: First,
+    first: FirstOrder,
     info: Mapping[str, float],
     scores_after: TokenScores | None = None,
 ) -> tuple[Outcome, Evidence]:
@@ -50,29 +49,28 @@ def measure_step(
         NumericsError: If a path that was asked for misses its tolerance or a jump, or a score is not finite.
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below the threshold.
     """
-    evaluation, options = asked.passes.evaluation, asked.options
-    both = _both(asked, move, first, scores_after)
+    evaluation, options, messages = measurement.passes.evaluation, measurement.options, measurement.messages
+    both = _both(measurement, move, first, scores_after)
     evidence, measured, other = both.main, both.measured, both.other
-    row = _rounding_row(asked, move, first, evidence) if both.row is None else both.row
-    healths = {name: _health(evidence, o) for name, o in asked.observables.items()}
-    health = healths[asked.main[0]]
-    asked.said.also(after_measuring(first.scores, evaluation, health))
-    for name, o in asked.observables.items():
-        check_ess(healths[name], o, options.ess_threshold, options.on_low_ess, asked.said)
+    row = _rounding_row(measurement, move, first, evidence) if both.row is None else both.row
+    healths = {name: _health(evidence, o) for name, o in measurement.observables.items()}
+    health = healths[measurement.main[0]]
+    messages.warn(*after_measuring(first.scores, evaluation, health))
+    for name, o in measurement.observables.items():
+        check_ess(healths[name], o, options.ess_threshold, options.on_low_ess, messages)
     readings = {
-        name: _reading(asked, move, first, evidence, name, o, measured) for name, o in asked.observables.items()
+        name: _reading(measurement, move, first, evidence, name, o, measured)
+        for name, o in measurement.observables.items()
     }
-    _say(asked, move, first, readings, measured)
-    sampled = _sampled(asked, evidence)
+    _say(measurement, move, first, readings, measured)
+    sampled = _sampled(measurement, evidence)
     if sampled is not None:
-        independent, level = asked.independent, options.level
-        readings = with_bars(readings, asked.observables, sampled, evidence, healths, independent, level)
+        readings = with_bars(measurement, readings, sampled, evidence, healths)
     if other is not None:
-        readings = {name: _beside(asked, name, reading, both, other) for name, reading in readings.items()}
-    exchange = _exchange(readings, sampled, options.level)
+        readings = {name: _beside(measurement, name, reading, both, other) for name, reading in readings.items()}
     outcome = Outcome(
         readings=readings,
-        exchange=exchange,
+        exchange=_exchange(readings, sampled, options.level),
         health=health,
         lr=info.get("lr"),
         delta_norm=move.size.norm,
@@ -82,8 +80,8 @@ def measure_step(
         info={name: value for name, value in info.items() if name != "lr"},
         routing=measured.routing,
         sampled=sampled,
-        warnings=tuple(asked.said.warnings),
-        notes=tuple(asked.said.notes),
+        warnings=tuple(messages.warnings),
+        notes=tuple(messages.notes),
     )
     return outcome, evidence
 
@@ -99,83 +97,91 @@ class _Both(NamedTuple):
     row: float | None = None  #: the rounding row, where it came with the tangents along θ′ − θ
 
 
-def _both(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> _Both:
+def _both(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> _Both:
     """Return what was measured: one step, or two where storing θ′ sets it apart from θ + Δθ.
 
     Where a run stores what it steps in a narrower dtype than the arithmetic's, the main one is θ + Δθ at every learning
     rate, so that ΔF is compared with its own first order, unless a difference was asked for, which sees θ′.
     """
-    apart = told_apart(asked, move, first)
+    apart = told_apart(measurement, move, first)
     if apart is None:
-        evidence, measured = _measured(asked, move, first, scores_after)
+        evidence, measured = _measured(measurement, move, first, scores_after)
         return _Both(evidence, measured, measured.method == "path")
-    method, order = asked.options.method, asked.options.order
+    method, order = measurement.options.method, measurement.options.degree
     exactly = move.narrow and apart.held and method != "difference"
     if exactly and scores_after is None and method != "path":
-        scores_after = asked.passes.scores(move.after, "E at θ′", 0 if first.along is None else order)
-    evidence, measured = _measured(asked, *((apart.exact, first, None) if exactly else (move, first, scores_after)))
+        scores_after = measurement.passes.scores(move.after, "E at θ′", 0 if first.along is None else order)
+    evidence, measured = _measured(
+        measurement, *((apart.exact, first, None) if exactly else (move, first, scores_after))
+    )
     if exactly or measured.method == "path":
-        along = first_of_stored(asked, apart.stored, first)
-        stored, of_stored = _measured_as_stored(asked, apart, first, along, scores_after)
-        row = None if along is None else _value(along, asked, stored) - _value(first, asked, evidence)
+        along = first_of_stored(measurement, apart.stored, first)
+        stored, of_stored = _measured_as_stored(measurement, apart, first, along, scores_after)
+        row = None if along is None else _value(along, measurement, stored) - _value(first, measurement, evidence)
         return _Both(evidence, measured, True, stored, of_stored.subtractions, row)
     if not apart.held:  # the path did not converge: θ′ is all there is
         return _Both(evidence, measured, of_delta=False)
-    exact, _ = _measured(asked, apart.exact, first, None)
+    exact, _ = _measured(measurement, apart.exact, first, None)
     return _Both(evidence, measured, False, exact, measured.subtractions)
 
 
-def _measured(asked: Inquiry, move: Move, first: First, scores_after: TokenScores | None) -> tuple[Evidence, Measured]:
-    measured = measure_change(asked, move, first, scores_after)
+def _measured(
+    measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None
+) -> tuple[Evidence, Measured]:
+    measured = measure_change(measurement, move, first, scores_after)
     return measured.evidence, measured
 
 
 def _measured_as_stored(
-    asked: Inquiry, apart: Apart, first: First, along: First | None, scores_after: TokenScores | None
+    measurement: Measurement,
+    apart: Apart,
+    first: FirstOrder,
+    along: FirstOrder | None,
+    scores_after: TokenScores | None,
 ) -> tuple[Evidence, Measured]:
     """Return θ′ measured: by subtraction alone where there are no tangents along θ′ − θ, as in a sweep."""
     if along is not None:
-        return _measured(asked, apart.stored, along, scores_after)
-    plain = asked._replace(options=dataclasses.replace(asked.options, method="difference"))
+        return _measured(measurement, apart.stored, along, scores_after)
+    plain = measurement._replace(options=dataclasses.replace(measurement.options, method="difference"))
     return _measured(plain, apart.stored, first, scores_after)
 
 
-def _value(first: First, asked: Inquiry, evidence: Evidence) -> float:
+def _value(first: FirstOrder, measurement: Measurement, evidence: Evidence) -> float:
     """Return δF₁ of the first observable along the direction of some tangents."""
     assert first.along is not None
-    return float(engine.derivative(evidence.of(asked.main[1]), first.along)[1])
+    return float(engine.derivative(evidence.of(measurement.main[1]), first.along)[1])
 
 
-def _beside(asked: Inquiry, name: str, reading: Reading, both: _Both, other: Evidence) -> Reading:
+def _beside(measurement: Measurement, name: str, reading: Reading, both: _Both, other: Evidence) -> Reading:
     """Return a reading with ΔF of both θ + Δθ and θ′ as stored, the other one with its error bar."""
-    observable, bars = asked.observables[name], dict(reading.bars)
+    observable, bars = measurement.observables[name], dict(reading.bars)
     found = float(other.change(observable))
     found = 0.0 if abs(found) <= other.noise(observable) else found
     what = "stored" if both.of_delta else "exact"
-    sampled = _sampled(asked, other) if bars else None
+    sampled = _sampled(measurement, other) if bars else None
     if sampled is not None:
-        bars[what] = sampled.bar(name, "change", asked.options.level)
+        bars[what] = sampled.bar(name, "change", measurement.options.level)
     exact, stored = (reading.change, found) if both.of_delta else (found, reading.change)
     subtraction = None if both.subtractions is None else both.subtractions[name]
     return reading._replace(exact=exact, stored=stored, of_delta=both.of_delta, subtraction=subtraction, bars=bars)
 
 
-def family_of(asked: Inquiry, move: Move, first: First, evidence: Evidence) -> dict[str, Estimate]:
+def family_of(measurement: Measurement, move: Move, first: FirstOrder, evidence: Evidence) -> dict[str, Estimate]:
     """Return every member of the entropy family on the same scores; no model is run."""
-    proposal: Proposal = getattr(asked.main[1], "proposal", "anchor")
-    return {o.name: _estimate(asked, move, first, evidence, o) for o in entropy_family(proposal)}
+    proposal = measurement.main[1].proposal
+    return {o.name: _estimate(measurement, move, first, evidence, o) for o in entropy_family(proposal)}
 
 
 def _reading(
-    asked: Inquiry,
+    measurement: Measurement,
     move: Move,
-    first: First,
+    first: FirstOrder,
     evidence: Evidence,
     name: str,
     observable: Observable,
     measured: Measured,
 ) -> Reading:
-    slope = first.value(name, observable, evidence, move.update)
+    slope = first.value(name, observable, evidence, move.delta)
     assert slope is not None  # every observable that was asked for has its gradient
     second = first.second(name, observable, evidence)
     before, change = float(evidence.before(observable)), float(evidence.change(observable))
@@ -201,44 +207,46 @@ def _reading(
     )
 
 
-def _say(asked: Inquiry, move: Move, first: First, readings: Mapping[str, Reading], measured: Measured) -> None:
+def _say(
+    measurement: Measurement, move: Move, first: FirstOrder, readings: Mapping[str, Reading], measured: Measured
+) -> None:
     """Say which readings float error has eaten, and where F jumps."""
     warned, noted = remarks(readings, measured.routing, move.size.rounding_ratio)
-    asked.said.also(warned)
-    asked.said.notes += noted
+    measurement.messages.warn(*warned)
+    measurement.messages.add(noted)
     if lost := [name for name, reading in readings.items() if reading.is_lost]:
         listed = ", ".join(f"'{name}'" for name in lost)
         wider = "float64" if first.eps is not None and first.eps < LOW_PRECISION else "float32"
-        asked.said.notes.append(
+        measurement.messages.note(
+            "lost",
             f"ΔF of {listed} is lost in float error, which is above a tenth of it; δF₁, a derivative, keeps its "
-            f"accuracy. Take a larger learning rate, or load the model in {wider}"
+            f"accuracy. Take a larger learning rate, or load the model in {wider}",
         )
 
 
-def _sampled(asked: Inquiry, evidence: Evidence) -> Sampled | None:
+def _sampled(measurement: Measurement, evidence: Evidence) -> Sampled | None:
     """Return replicates over prompts; None where none were asked for, or "auto" finds that there can be none.
 
     Raises:
         InputError: If a named method cannot be used.
         NumericsError: The same for a replicate that is not finite.
     """
-    options = asked.options
+    options = measurement.options
     if options.bars is None:
         return None
     try:
-        with asked.passes.clock("error bars"):
+        with measurement.passes.clock("error bars"):
             generator = torch.Generator().manual_seed(options.seed)
-            return sample(evidence, asked.observables, options.bars, generator)
+            return sample(evidence, measurement.observables, options.bars, generator)
     except (InputError, NumericsError) as error:
         if options.bars != "auto":
             raise
-        asked.said.notes.append(f"no error bars: {error}")
+        measurement.messages.note("no bars", f"no error bars: {error}")
         return None
 
 
 def _health(evidence: Evidence, observable: Observable) -> WeightHealth:
-    proposal: Proposal = getattr(observable, "proposal", "anchor")
-    d = log_ratios(evidence.after, evidence.anchor, evidence.rollouts, proposal)
+    d = log_ratios(evidence.after, evidence.anchor, evidence.rollouts, observable.proposal)
     return weight_health(d, evidence.rollouts)
 
 
@@ -258,22 +266,27 @@ def _exchange(readings: dict[str, Reading], sampled: Sampled | None, level: floa
     return found
 
 
-def _estimate(asked: Inquiry, move: Move, first: First, evidence: Evidence, member: Observable) -> Estimate:
+def _estimate(
+    measurement: Measurement, move: Move, first: FirstOrder, evidence: Evidence, member: Observable
+) -> Estimate:
     """Return a member of the entropy family from the same scores."""
-    name = next((name for name, o in asked.observables.items() if o == member), "")
-    slope = first.value(name, member, evidence, move.update)
+    name = next((name for name, o in measurement.observables.items() if o == member), "")
+    slope = first.value(name, member, evidence, move.delta)
     before, change = float(evidence.before(member)), float(evidence.change(member))
     return Estimate(before, before + change, change, slope)
 
 
-def _rounding_row(asked: Inquiry, move: Move, first: First, evidence: Evidence) -> float | None:
+def _rounding_row(measurement: Measurement, move: Move, first: FirstOrder, evidence: Evidence) -> float | None:
     """Return ⟨∇F, (θ′ − θ) − Δθ⟩ of the first observable: free in reverse mode, a pass in forward mode."""
-    name, observable = asked.main
+    name, observable = measurement.main
     if name in first.gradients:
         return float(tree.dot(first.gradients[name], move.rounding()))
-    ratio, wanted = move.size.rounding_ratio, asked.options.rounding
+    ratio, wanted = move.size.rounding_ratio, measurement.options.rounding
     if wanted is False or (wanted == "auto" and ratio <= ROUNDING_WORTH_A_PASS):
-        asked.said.notes.append(f"the rounding row was not computed: rounding is {ratio:.1e} of the update's norm")
+        if wanted == "auto":
+            measurement.messages.note(
+                "no rounding row", f"the rounding row was not computed: rounding is {ratio:.1e} of ‖Δθ‖"
+            )
         return None
-    along = asked.passes.directional(move.params, move.rounding(), "E, rounding row")
+    along = measurement.passes.directional(move.params, move.rounding(), "E, rounding row")
     return float(engine.derivative(evidence.of(observable), along)[1])

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
-from funcprobe.errors import FuncprobeWarning
+from funcprobe.errors import FuncprobeWarning, Note
 from funcprobe.policy.checks import Checks
 
 
 class Messages:
-    """What a probe has to say beside its numbers: warnings are issued (unless quiet) and kept, notes only kept."""
+    """Remarks beside a measurement's numbers: warnings are issued (unless quiet) and kept, notes only kept."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.warnings: list[str] = []
-        self.notes: list[str] = []
+        self.warnings: list[Note] = []
+        self.notes: list[Note] = []
 
-    def also(self, messages: Iterable[str]) -> None:
-        """Issue each message as a warning and keep it."""
-        for message in messages:
-            self.warnings.append(message)
+    def warn(self, *several: Note) -> None:
+        """Issue each as a warning and keep it."""
+        for note in several:
+            self.warnings.append(note)
             if not self.quiet:
-                warnings.warn(message, FuncprobeWarning, stacklevel=3)
+                warnings.warn(note, FuncprobeWarning, stacklevel=3)
 
-    def found(self, checks: Checks | None) -> None:
+    def note(self, kind: str, text: str) -> None:
+        """Keep a note."""
+        self.notes.append(Note(kind, text))
+
+    def add(self, several: Iterable[Note]) -> None:
+        """Keep some notes."""
+        self.notes += several
+
+    def about_the_copy(self, checks: Checks | None) -> None:
         """Say what was found out about the copy of a module, once."""
         if checks is not None:
-            self.also(text for text in checks.warnings if text not in self.warnings)
-            self.notes += [text for text in checks.notes if text not in self.notes]
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep the funcprobe warnings of a block, and let every warning through."""
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        for warning in caught:
-            if issubclass(warning.category, FuncprobeWarning):
-                self.also([str(warning.message)])
-            else:
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            self.warn(*(Note("copy", text) for text in checks.warnings if text not in self.warnings))
+            self.add(Note("copy", text) for text in checks.notes if text not in self.notes)

@@ -27,29 +27,29 @@ class Move(NamedTuple):
 
     params: Params  #: θ
     after: Params  #: θ′ as stored
-    update: Params  #: Δθ as a value
+    delta: Params  #: Δθ as a value
     size: Movement
     narrow: bool = False  #: whether θ′ is stored in a narrower dtype than it was computed in
 
     @classmethod
-    def of(cls, params: Params, after: Params, update: Params, *, narrow: bool = False) -> Move:
+    def of(cls, params: Params, after: Params, delta: Params, *, narrow: bool = False) -> Move:
         """Measure a step."""
-        return cls(params, after, update, movement(params, after, update), narrow)
+        return cls(params, after, delta, movement(params, after, delta), narrow)
 
     def rounding(self) -> Params:
-        """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the update's dtype."""
-        return {name: _off(self.params, self.after, self.update, name) for name in self.params}
+        """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the dtype of Δθ."""
+        return {name: _off(self.params, self.after, self.delta, name) for name in self.params}
 
 
-def movement(params: Params, after: Params, update: Params) -> Movement:
+def movement(params: Params, after: Params, delta: Params) -> Movement:
     """Return how far a step went; one leaf's rounding exists at a time."""
-    norm = float(tree.norm(update))
-    lost = math.sqrt(sum(float(tree.norm({name: _off(params, after, update, name)})) ** 2 for name in params))
-    wanted = sum(int((u != 0).sum()) for u in update.values())
-    stuck = sum(int(((u != 0) & (after[name] == params[name])).sum()) for name, u in update.items())
+    norm = float(tree.norm(delta))
+    lost = math.sqrt(sum(float(tree.norm({name: _off(params, after, delta, name)})) ** 2 for name in params))
+    wanted = sum(int((u != 0).sum()) for u in delta.values())
+    stuck = sum(int(((u != 0) & (after[name] == params[name])).sum()) for name, u in delta.items())
     return Movement(norm, lost / norm if norm > 0 else 0.0, stuck / wanted if wanted else 0.0)
 
 
-def _off(params: Params, after: Params, update: Params, name: str) -> Tensor:
-    off = (after[name].double() - params[name].double()) - update[name].double()
-    return off.to(update[name].dtype)
+def _off(params: Params, after: Params, delta: Params, name: str) -> Tensor:
+    off = (after[name].double() - params[name].double()) - delta[name].double()
+    return off.to(delta[name].dtype)

@@ -1,50 +1,91 @@
-"""What is asked of one or many steps: on which rollouts, which observables, and how."""
+"""`Options`: how an update is measured. The defaults, the meaning of every option and its limits stand here, once."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, get_args
 
-from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError
-from funcprobe.measurement.messages import Messages
-from funcprobe.measurement.readings import BarMethod
-from funcprobe.types import Observable
+from funcprobe.estimators.uncertainty import Method
+from funcprobe.types import Microbatch, TokenBudget
 
 Mode = Literal["auto", "forward", "reverse"]
 MeasureMethod = Literal["auto", "difference", "path"]
+Order = Literal["auto", 1, 2]
+BarMethod = Method | Literal["auto"]
+LowEss = Literal["warn", "raise"]
 
-#: Two rules that agree to this fraction of Σ|terms| have converged as far as float32 forward passes go.
-PATH_TOLERANCE = 1e-5
+
+def _option(default: Any, expected: str, meaning: str, **limits: float) -> Any:
+    """Return the field of an option: its default, the values that it takes, its meaning in a line, and its limits."""
+    metadata = {"expected": expected, "meaning": meaning, "limits": limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a step is measured; see `probe` for what each option means.
+    """How an update is measured; every verb takes these by keyword, the configuration and `--help` read them here.
+
+    Attributes:
+        mode: How the first order is taken. "auto" takes forward mode, and reverse mode where an operation of the model
+            has no forward derivative.
+        method: How ΔF is measured: by "difference" of two evaluations, along a "path" from θ to θ + Δθ on which
+            nothing cancels, or, with "auto", by the path where the float error of the difference is above 0.1 % of it.
+            A difference sees θ′ as stored, a path Δθ itself: they differ by the rounding row. Where that is above 1 %
+            of Δθ (a bfloat16 run), both are measured, as the reading's `exact` and `stored`, each by this method; with
+            a `stored` optimizer and "auto" the change itself is then that of θ + Δθ. A path is an integral of
+            derivatives and misses jumps: where tokens change experts, or the difference disagrees with it beyond float
+            error, "auto" takes the difference and says so, and "path" is refused.
+        tolerance: What two rules of the path have to agree to, relative to Σ|terms|.
+        order: 2 adds `δF₂ = ½ D²F[Δθ, Δθ]` and the crossover learning rate. "auto" is 2 in a sweep, where forward mode
+            can be used, and 1 elsewhere.
+        bars: Error bars over prompts: "jackknife", "infinitesimal", "bootstrap", None, or "auto": the exact jackknife
+            where it is cheap, and no bars where there is one prompt only.
+        level: Coverage of the bars' intervals.
+        seed: Of the bootstrap.
+        rounding: Whether the row `⟨∇F, (θ′ − θ) − Δθ⟩` is computed. It is free in reverse mode; in forward mode it
+            takes one more pass, which "auto" spends only where rounding is above 0.1 % of Δθ.
+        ess_threshold: The least effective sample, as a fraction of E.
+        on_low_ess: Whether to "warn" or to "raise" below it.
+        microbatch: How E is cut for the model, and U where the step does not say; it changes memory and no result.
+        top_k: How many of the most moved leaves are listed.
+        keep_delta: Whether the result carries Δθ.
+        keep_scores: Whether the result carries the scores that it was read from, for `plot_weights` and the like; they
+            are not saved.
 
     Raises:
         InputError: If one is out of range, or asks for what its mode cannot give.
     """
 
-    mode: Mode = "auto"
-    method: MeasureMethod = "auto"
-    tolerance: float = PATH_TOLERANCE
-    order: Literal[1, 2] = 1
-    bars: BarMethod | None = "auto"
-    level: float = 0.95
-    seed: int = 0
-    rounding: bool | Literal["auto"] = "auto"
-    ess_threshold: float = 0.1
-    on_low_ess: Literal["warn", "raise"] = "warn"
+    mode: Mode = _option("auto", "auto, forward or reverse", "how δF₁ is taken; auto: forward where the model allows")
+    method: MeasureMethod = _option(
+        "auto", "auto, difference or path", "how ΔF is measured; auto: by a path where float32 cannot subtract"
+    )
+    # two rules that agree to this fraction of Σ|terms| have converged as far as float32 forward passes go
+    tolerance: float = _option(1e-5, "a number > 0", "what a path has to agree to, relative to Σ|terms|", gt=0)
+    order: Order = _option("auto", "auto, 1 or 2", "2 adds δF₂ and the crossover; auto: in a sweep, not in a run")
+    bars: BarMethod | None = _option(
+        "auto", "auto, jackknife, infinitesimal, bootstrap or none", "error bars over prompts"
+    )
+    level: float = _option(0.95, "a number between 0 and 1", "coverage of the bars' intervals", gt=0, lt=1)
+    seed: int = _option(0, "an integer ≥ 0", "of the bootstrap", ge=0)
+    rounding: bool | Literal["auto"] = _option(
+        "auto", "auto, true or false", "true, false or auto: the effect of storing θ′ in its dtype"
+    )
+    ess_threshold: float = _option(0.1, "a number from 0 to 1", "least effective sample, of all rollouts", ge=0, le=1)
+    on_low_ess: LowEss = _option("warn", "warn or raise", "warn or raise below ess_threshold")
+    microbatch: Microbatch = _option(TokenBudget(4096), "sequences, a token budget, or none", "how E is cut")
+    top_k: int = _option(10, "an integer ≥ 0", "how many of the most moved leaves are listed", ge=0)
+    keep_delta: bool = _option(False, "true or false", "write Δθ beside the result, as safetensors")
+    keep_scores: bool = _option(False, "true or false", "keep the scores that the result was read from")
 
     def __post_init__(self) -> None:
-        _one_of("mode", self.mode, get_args(Mode))
-        _one_of("method", self.method, get_args(MeasureMethod))
-        _one_of("order", self.order, (1, 2))
+        for name, kind in (("mode", Mode), ("method", MeasureMethod), ("order", Order), ("on_low_ess", LowEss)):
+            _one_of(name, getattr(self, name), get_args(kind))
         _one_of("bars", self.bars, ("auto", "jackknife", "infinitesimal", "bootstrap", None))
-        _one_of("on_low_ess", self.on_low_ess, ("warn", "raise"))
         if not (math.isfinite(self.ess_threshold) and 0 <= self.ess_threshold <= 1):
             raise InputError(
                 f"ess_threshold is {self.ess_threshold}; expected a fraction of the sample between 0 and 1."
@@ -59,65 +100,50 @@ class Options:
             wanted = "order=2" if self.order == 2 else "method='path'"
             raise InputError(f"{wanted} is made of forward-mode passes; use mode='auto' or 'forward' with it.")
 
-
-def options_of(**given: Any) -> Options:
-    """Return the options of those names.
-
-    Raises:
-        InputError: If there is no option of a name, or as `Options`.
-    """
-    known = [field.name for field in fields(Options)]
-    if unknown := [name for name in given if name not in known]:
-        raise InputError(f"There is no option '{unknown[0]}' here; the options are {', '.join(known)}.")
-    return Options(**given)
-
-
-class Inquiry(NamedTuple):
-    """What is asked."""
-
-    passes: Passes  #: over E
-    observables: Mapping[str, Observable]  #: the first one is what ESS, rounding and exchange rates refer to
-    options: Options
-    said: Messages  #: told what should be known beside the numbers
-    independent: bool  #: whether Δθ was made without E
-
-    def check(self) -> None:
-        """Refuse what no pass over E could give, before any is made.
-
-        Raises:
-            InputError: If error bars were asked for by name, and E has one prompt.
-        """
-        rollouts = self.passes.evaluation
-        prompts = int(rollouts.group_ids[rollouts.weight > 0].unique().numel())
-        if self.options.bars not in (None, "auto") and prompts < 2:
-            raise InputError(
-                f"E holds {prompts} prompt (group) that carries weight, and bars='{self.options.bars}' needs 2 or "
-                "more; use bars=None, or 'auto'."
-            )
-
     @property
-    def main(self) -> tuple[str, Observable]:
-        """The first observable and its name."""
-        return next(iter(self.observables.items()))
+    def degree(self) -> Literal[1, 2]:
+        """The highest order that is taken; "auto" is 1 where a verb does not say otherwise."""
+        return 2 if self.order == 2 else 1
 
 
-def named(observables: Observable | Mapping[str, Observable]) -> dict[str, Observable]:
-    """Return observables by name; a single one goes by its own.
+class Given(TypedDict, total=False):
+    """The options by keyword, all of them optional; see `Options` for their meaning and their defaults."""
+
+    mode: Mode
+    method: MeasureMethod
+    tolerance: float
+    order: Order
+    bars: BarMethod | None
+    level: float
+    seed: int
+    rounding: bool | Literal["auto"]
+    ess_threshold: float
+    on_low_ess: LowEss
+    microbatch: Microbatch
+    top_k: int
+    keep_delta: bool
+    keep_scores: bool
+
+
+def options_of(given: Mapping[str, Any], verb: str, without: Collection[str] = (), **settled: Any) -> Options:
+    """Return the options that were given by keyword to a verb, those that it settles itself, and defaults.
+
+    Args:
+        given: By name.
+        verb: Named in a refusal.
+        without: Options that can do nothing in this verb.
+        **settled: Values of such options.
 
     Raises:
-        InputError: If there is none, or one is not an observable.
+        InputError: If there is no option of a name, the verb has no use for it, or as `Options`.
     """
-    found: dict[Any, Observable] = dict(observables) if isinstance(observables, Mapping) else {None: observables}
-    if not found:
-        raise InputError("No observable was given; expected at least one, such as {'entropy': entropy()}.")
-    for o in found.values():
-        if not isinstance(o, Observable) or isinstance(o, type):
-            raise InputError(
-                f"{o!r} is no observable: it needs name, unit and stats, and to be callable. Call the factory, as in "
-                "entropy(), or decorate a function of (scores, anchor, rollouts) with "
-                'funcprobe.observable("its name", "its unit").'
-            )
-    return {o.name if name is None else str(name): o for name, o in found.items()}
+    known = [f.name for f in dataclasses.fields(Options) if f.name not in without]
+    for name in given:
+        if name in without:
+            raise InputError(f"{name} can do nothing in {verb}; leave it out.")
+        if name not in known:
+            raise InputError(f"There is no option '{name}' here; the options are {', '.join(known)}.")
+    return Options(**{**settled, **given})
 
 
 def _one_of(option: str, found: object, choices: tuple[object, ...]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcprobe.engine.kernels import without_batching_rule
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.importance import WeightHealth
-from funcprobe.estimators.uncertainty import Bar, Method, Quantities, Replicates, bar, promise_broken, replicates
+from funcprobe.estimators.uncertainty import Bar, Quantities, Replicates, bar, promise_broken, replicates
 from funcprobe.measurement.cautions import ess_fraction
 from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.measurement import Measurement
+from funcprobe.measurement.options import BarMethod
 from funcprobe.types import Observable, Rollouts
 
 #: A number is lost where its float error is above this fraction of it.
@@ -21,8 +24,6 @@ LOST = 0.1
 
 #: Why an observable whose replicates do not vary has no bar.
 WEIGHTLESS = "the observable does not use rollouts.weight, so it has no error bar"
-
-BarMethod = Method | Literal["auto"]
 
 
 class Reading(NamedTuple):
@@ -36,7 +37,7 @@ class Reading(NamedTuple):
     second_order: float | None = None  #: δF₂ = ½ D²F[Δθ, Δθ], where it was asked for
     method: str = "difference"  #: "difference" of two evaluations, or a "path" integral
     nodes: int = 0  #: of the path
-    error: float | None = None  #: estimated numerical error of the change; None where nothing could estimate it
+    float_error: float | None = None  #: estimated arithmetic error of the change; None where nothing could estimate it
     subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
     bars: Mapping[str, Bar] = {}
     caveats: tuple[str, ...] = ()  #: why the bars are optimistic
@@ -62,7 +63,7 @@ class Reading(NamedTuple):
     @property
     def is_lost(self) -> bool:
         """Whether the change is known to be mostly float error: nothing follows from it."""
-        return not self.change == self.first_order == 0.0 and is_lost(self.change, self.error)
+        return not self.change == self.first_order == 0.0 and is_lost(self.change, self.float_error)
 
     @property
     def nonlinearity(self) -> float:
@@ -81,17 +82,6 @@ class Reading(NamedTuple):
             return None
         return abs(self.first_order / self.second_order) if self.second_order else math.inf
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return {**self._asdict(), "bars": {name: found._asdict() for name, found in self.bars.items()}}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Reading:
-        """Return what `to_dict` was called on."""
-        bars = {name: bar_from_dict(found) for name, found in plain["bars"].items()}
-        by_path = {"of_delta": plain["method"] == "path"}  # which is what an older result does not say
-        return cls(**{**by_path, **plain, "bars": bars, "caveats": tuple(plain["caveats"])})
-
 
 def is_lost(value: float, error: float | None) -> bool:
     """Return whether the float error of a number is known, and above a tenth of it.
@@ -101,12 +91,6 @@ def is_lost(value: float, error: float | None) -> bool:
         (True, False, False)
     """
     return error is not None and error > LOST * abs(value)
-
-
-def bar_from_dict(plain: Mapping[str, Any]) -> Bar:
-    """Return a bar that went through JSON, where what is infinite is null."""
-    ends = {"error": math.inf, "low": -math.inf, "high": math.inf}
-    return Bar(**{name: ends.get(name, math.nan) if value is None else value for name, value in plain.items()})
 
 
 class Sampled(NamedTuple):
@@ -127,21 +111,7 @@ class Sampled(NamedTuple):
         estimate = torch.cat([part.estimate for part in parts])
         return parts[0]._replace(estimate=estimate, values=torch.cat([part.values for part in parts], dim=1))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        plain = self.replicates._asdict()
-        plain |= {"estimate": self.replicates.estimate.tolist(), "values": self.replicates.values.tolist()}
-        return {"replicates": plain, "columns": dict(self.columns)}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Sampled:
-        """Return what `to_dict` was called on."""
-        found = dict(plain["replicates"])
-        for name in ("estimate", "values"):
-            found[name] = torch.tensor(found[name], dtype=torch.float64)
-        return cls(Replicates(**found), dict(plain["columns"]))
-
-    def bar(self, name: str, what: str, level: float = 0.95) -> Bar:
+    def bar(self, name: str, what: str, level: float) -> Bar:
         """Return the bar of "change", "first_order", "second_order", "remainder" or "ratio" of an observable."""
         k = self.columns[name]
         functions = {
@@ -153,7 +123,7 @@ class Sampled(NamedTuple):
         }
         return bar(self.replicates, functions[what], level)
 
-    def exchange(self, cost: str, gain: str, level: float = 0.95) -> Bar:
+    def exchange(self, cost: str, gain: str, level: float) -> Bar:
         """Return the bar of ΔF(cost) / ΔF(gain)."""
         i, j = self.columns[cost], self.columns[gain]
         return bar(self.replicates, lambda q: q[i] / q[j], level)
@@ -208,10 +178,14 @@ def resampled(
     try:
         return replicates(quantities, rollouts, method, generator=generator, cells=cells)
     except NumericsError as error:
-        k = int(str(error).split()[1])  # "Quantity 4 is nan without prompt (group) 7, ..."
-        raise NumericsError(str(error).replace(f"Quantity {k}", labels[k], 1)) from None
+        if not isinstance(error.quantity, int):
+            raise
+        raise NumericsError(
+            f"{labels[error.quantity]} is {error.found} {error.expected}, so it has no error bar; check the scores, or "
+            "what the quantity divides by."
+        ) from None
     except RuntimeError as error:
-        if "vmap" not in str(error):
+        if not without_batching_rule(error):
             raise
         raise InputError(
             "An observable looks at the values of its weights (an if, or .item()), so it cannot be resampled; write it "
@@ -220,13 +194,11 @@ def resampled(
 
 
 def with_bars(
+    measurement: Measurement,
     readings: Mapping[str, Reading],
-    observables: Mapping[str, Observable],
     sampled: Sampled,
     evidence: Evidence,
     healths: Mapping[str, WeightHealth],
-    independent: bool,
-    level: float = 0.95,
 ) -> dict[str, Reading]:
     """Return the readings with their bars, and with what makes these optimistic."""
     names = ["change"]
@@ -235,8 +207,9 @@ def with_bars(
         names += ["second_order"] if evidence.along.curvatures is not None else []
     done = {}
     for name, reading in readings.items():
-        bars = {what: sampled.bar(name, what, level) for what in names}
-        broken = promise_broken(sampled.replicates.prompts, ess_fraction(healths[name], observables[name]), independent)
+        bars = {what: sampled.bar(name, what, measurement.options.level) for what in names}
+        fraction = ess_fraction(healths[name], measurement.observables[name])
+        broken = promise_broken(sampled.replicates.prompts, fraction, measurement.independent)
         if reading.change == reading.first_order == 0.0:
             bars = {}
         elif bars["change"].error == 0.0 and reading.change != 0.0:

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from funcprobe import engine
 from funcprobe.data.rollouts import take
-from funcprobe.engine.clock import Clock
-from funcprobe.engine.passes import DEFAULT_MICROBATCH, Passes
+from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.measurement.evidence import Evidence
-from funcprobe.policy.module import Policy
-from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts
+from funcprobe.types import Observable, Params, Rollouts
 
 #: Sequences, and completion tokens of each, on which nested forward mode is held against forward over reverse.
 CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 64
-
-
-class SecondOrder(NamedTuple):
-    """The expansion of one observable along Δθ to second order."""
-
-    first_order: float  #: δF₁ = DF[Δθ]
-    second_order: float  #: δF₂ = ½ D²F[Δθ, Δθ]
-    mode: Literal["forward", "reverse"]  #: nested forward mode, or forward over reverse
-    disagreement: float  #: |nested − forward over reverse| / Σ|terms| on the sequences that were checked
-    magnitude: float  #: Σ|terms| of the first order: what its rounding is relative to
-
-    @property
-    def crossover(self) -> float:
-        """The multiple of Δθ at which |δF₂| = |δF₁|; infinite where there is no curvature."""
-        return abs(self.first_order / self.second_order) if self.second_order else math.inf
-
-    @property
-    def linear_until(self) -> float:
-        """The multiple of Δθ at which first order is 5 % off: a twentieth of the crossover."""
-        return self.crossover / 20
-
-
-def second_order(
-    observable: Observable,
-    policy: Policy,
-    params: Params,
-    direction: Params,
-    evaluation: Rollouts,
-    *,
-    mode: Literal["auto", "forward", "reverse"] = "auto",
-    microbatch: Microbatch = DEFAULT_MICROBATCH,
-    progress: Progress | None = None,
-) -> SecondOrder:
-    """Return δF₁ and `δF₂ = ½ D²F(θ)[Δθ, Δθ]` of an observable along a direction Δθ.
-
-    `D²F[v, v] = f″[ṡ, ṡ] + f′·s̈` with ṡ, s̈ from nested forward mode: one pass, nothing stored. Forward over reverse
-    gives `f′·s̈` by other formulas; on the beginnings of a few sequences, with fixed cotangents, the two are always held
-    against each other, and where they disagree, because an operation's second derivative is wrong, `mode="auto"` takes
-    forward over reverse throughout. Reverse over forward would not do as a check: it shares the first-order forward
-    formulas, which is where torch's `layer_norm` is at fault (see `engine.kernels`).
-
-    Raises:
-        ForwardModeError: If an operation of the model has no forward derivative.
-        NumericsError: With `mode="forward"`, if the two disagree.
-    """
-    passes = Passes.over(policy, evaluation, {observable.name: observable}, microbatch, progress, Clock())
-    evaluation = passes.evaluation
-    found, disagreement = curved(passes, params, direction, engine.arithmetic(policy, params).eps, mode)
-    evidence = Evidence(evaluation, found.scores, found.scores, found)
-    magnitude = float(engine.fields(engine.contributions(evidence.of(observable), found)).abs().sum())
-    first = float(evidence.first_order(observable))
-    if found.curvatures is not None:
-        second = float(evidence.second_order(observable))
-    else:
-        second = second_by_reverse(passes, params, direction, observable, found)
-    used: Literal["forward", "reverse"] = "reverse" if found.curvatures is None else "forward"
-    return SecondOrder(first, second, used, disagreement, magnitude)
 
 
 def curved(

@@ -86,7 +86,8 @@ def objective(name: str, **options: Any) -> Objective:
         raise InputError(f"'{name}'{over} has no option '{unknown[0]}'; its options are {', '.join(valid)}.")
     made = factory(**options)
     if not isinstance(made, Objective) or isinstance(made, type):
-        raise plugins.wrong("objective", name, made)
+        error = plugins.wrong("objective", name, made)
+        raise error
     return made
 
 

@@ -23,7 +23,7 @@ from funcprobe.types import Gradients, OptimizerResult, OptState, Params
 class LiftedOptimizer:
     """An optimizer class of torch.optim, or of anybody, run on copies.
 
-    Its `update` is the difference of a second run on float64 copies, so it is accurate to about 1e-16·|θ|/|Δθ|. A
+    Its `delta` is the difference of a second run on float64 copies, so it is accurate to about 1e-16·|θ|/|Δθ|. A
     class that rounds inside (Muon orthogonalises in bfloat16) rounds there too.
     """
 
@@ -47,7 +47,7 @@ class LiftedOptimizer:
     def apply(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> OptimizerResult:
-        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+        """Return parameters, Δθ and state after one step; `lr` overrides every group's for this call.
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit.
@@ -55,11 +55,11 @@ class LiftedOptimizer:
         check_gradient(params, gradient)
         after, state = self._run(params, opt_state, gradient, lr, wide=False)
         exact, _ = self._run(params, opt_state, gradient, lr, wide=True)
-        update = {
+        delta = {
             name: (exact[name] - p.detach().double()).to(torch.promote_types(p.dtype, torch.float32))
             for name, p in params.items()
         }
-        return OptimizerResult(after, update, state)
+        return OptimizerResult(after, delta, state)
 
     def vjp(
         self, params: Params, opt_state: OptState, gradient: Gradients, covector: Params, lr: float | None = None

@@ -59,14 +59,14 @@ class PureOptimizer:
     def apply(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> OptimizerResult:
-        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+        """Return parameters, Δθ and state after one step; `lr` overrides every group's for this call.
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit.
         """
         check_gradient(params, gradient)
         there = {name: g.detach() for name, g in reached(gradient).items()}
-        update = self.update(params, opt_state, {name: there.get(name) for name in params}, lr)
+        delta = self.delta(params, opt_state, {name: there.get(name) for name in params}, lr)
         after = {name: leaf.detach().clone() for name, leaf in params.items() if name not in there}
         state_after = {name: self._kept(name, params, opt_state) for name in after}
         for names, hyper in assignments(self.groups, params, lr):
@@ -81,10 +81,10 @@ class PureOptimizer:
             after |= {name: laid_out_as(leaf, params[name]) for name, leaf in zip(mine, leaves, strict=True)}
             state_after |= dict(zip(mine, states, strict=True))
         return OptimizerResult(
-            {name: after[name] for name in params}, update, {name: state_after[name] for name in params}
+            {name: after[name] for name in params}, delta, {name: state_after[name] for name in params}
         )
 
-    def update(self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None) -> Params:
+    def delta(self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None) -> Params:
         """Return the step `Δθ` alone, in float32 (float64 for float64 leaves); differentiable in the gradient.
 
         A leaf is worked on in flat chunks, so that float64 temporaries do not grow with it.
@@ -92,9 +92,9 @@ class PureOptimizer:
         Raises:
             InputError: If names or shapes do not fit.
         """
-        return self._update(params, opt_state, gradient, lr)
+        return self._delta(params, opt_state, gradient, lr)
 
-    def _update(
+    def _delta(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, as_stored: bool = True
     ) -> Params:
         pieces: dict[str, list[Tensor]] = {name: [] for name in params}
@@ -120,7 +120,7 @@ class PureOptimizer:
         # the gradient as it is stored, differentiated in a dtype that does not round its derivative
         at = {name: wide(g.to(params[name].dtype), name) for name, g in reached(gradient).items()}
         _, pull = torch.func.vjp(  # type: ignore[misc]
-            lambda g: self._update(params, opt_state, {**gradient, **g}, lr, as_stored=False), at
+            lambda g: self._delta(params, opt_state, {**gradient, **g}, lr, as_stored=False), at
         )
         (found,) = pull({name: wide(c, name) for name, c in covector.items()})
         return {name: found[name] if name in found else wide(torch.zeros_like(p), name) for name, p in params.items()}

@@ -1,7 +1,7 @@
-"""Optimizers as pure pairs: `init(params) -> state`, `apply(params, state, gradient) -> (params, update, state)`.
+"""Optimizers as pure pairs: `init(params) -> state`, `apply(params, state, gradient) -> (params, delta, state)`.
 
 `params` and `state` after a step are bit-identical to what the class in torch.optim would store: SGD, Adam and AdamW
-run torch's functional kernels on copies, any other class is run itself on copies. `update` is the step as a value, in
+run torch's functional kernels on copies, any other class is run itself on copies. `delta` is the step as a value, in
 float64 arithmetic, kept in float32 (float64 for float64 leaves), so that it carries no rounding of the stored weights.
 """
 
@@ -58,7 +58,7 @@ def sgd(
         InputError: If an option is out of range, or a leaf is in two groups.
 
     Example:
-        >>> sgd(0.1).apply({"w": torch.ones(1)}, {"w": {}}, {"w": torch.ones(1)}).update
+        >>> sgd(0.1).apply({"w": torch.ones(1)}, {"w": {}}, {"w": torch.ones(1)}).delta
         {'w': tensor([-0.1000])}
     """
     return _built(torch.optim.SGD, locals())
@@ -110,7 +110,7 @@ def from_torch(
 ) -> PureOptimizer | LiftedOptimizer:
     """Return any torch.optim optimizer class as a pure optimizer.
 
-    SGD, Adam and AdamW become the built-in ones. Every other class is run itself, on copies, and its `update` is the
+    SGD, Adam and AdamW become the built-in ones. Every other class is run itself, on copies, and its `delta` is the
     difference of a run on float64 copies.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The arithmetic of SGD and Adam twice: torch's own kernels for the stored result, float64 terms for the update.
+"""The arithmetic of SGD and Adam twice: torch's own kernels for the stored result, float64 terms for Δθ.
 
 A step is `Δθ = scale ⊙ g + momentum + decay` with the denominators held at their actual values. The terms are built
 from parameters, state, gradient and hyperparameters, so nothing nearly equal is ever subtracted.

@@ -81,8 +81,12 @@ def check_state(name: str, leaf: Tensor, opt_state: OptState, keys: Sequence[str
         return state
     if set(state) != set(keys):
         raise InputError(
-            f"The optimizer state of '{name}' holds {sorted(state)}, and this optimizer keeps {sorted(keys)}; it was "
-            "written by another optimizer, or with other options."
+            f"The optimizer state of '{name}' holds {sorted(state)}, and this optimizer keeps {sorted(keys)}",
+            hint="it was written by another optimizer, or with other options",
+            kind="optimizer state",
+            quantity=name,
+            found=sorted(state),
+            expected=sorted(keys),
         )
     for key, value in state.items():
         if key != "step" and value.shape != leaf.shape:

@@ -2,7 +2,7 @@
 
 A bfloat16 run steps bfloat16 weights with bfloat16 moments, and at a small learning rate most of its entries do not
 move at all. Computed in float32 and stored as the run stores it, such a step has both sides: `params` are what torch's
-own kernel makes of weights, moments and gradient in the storage dtype, bit for bit, and `update` is Δθ from the same
+own kernel makes of weights, moments and gradient in the storage dtype, bit for bit, and `delta` is Δθ from the same
 weights, the same moments and the gradient as it came, in float64, with nothing rounded.
 """
 
@@ -30,7 +30,7 @@ _NUMBERS = frozenset({"step", "mu_product", "mu", "eta"})
 
 
 def stored(optimizer: Optimizer, storage: Storage) -> Optimizer:
-    """Return an optimizer whose result is stored as a run stores it: `params` rounded by the step, `update` not.
+    """Return an optimizer whose result is stored as a run stores it: `params` rounded by the step, `delta` not.
 
     Parameters, moments and gradient are cast to the storage dtype, the class's own kernel runs there, and what it
     leaves is cast back, which loses nothing. State that is a single number (`step`, the μ-product of NAdam) keeps its
@@ -47,7 +47,7 @@ def stored(optimizer: Optimizer, storage: Storage) -> Optimizer:
         >>> from funcprobe.optimizers.factories import sgd
         >>> w = {"w": torch.ones(2)}
         >>> taken = stored(sgd(1e-3), {"w": torch.bfloat16}).apply(w, {"w": {}}, w)
-        >>> taken.params["w"], taken.update["w"]
+        >>> taken.params["w"], taken.delta["w"]
         (tensor([1., 1.]), tensor([-0.0010, -0.0010]))
     """
     if wrong := [dtype for dtype in storage.values() if not dtype.is_floating_point]:
@@ -116,7 +116,7 @@ class StoredPure(PureOptimizer):
     def apply(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> OptimizerResult:
-        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+        """Return parameters, Δθ and state after one step; `lr` overrides every group's for this call.
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit.
@@ -126,8 +126,8 @@ class StoredPure(PureOptimizer):
         low = narrowed(params, self.storage)
         after, _, state = kernel.apply(low, narrowed_state(opt_state, params, self.storage), _like(gradient, low), lr)
         detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
-        update = self.update(params, opt_state, detached, lr)
-        return _widened(OptimizerResult(after, update, state), params)
+        delta = self.delta(params, opt_state, detached, lr)
+        return _widened(OptimizerResult(after, delta, state), params)
 
     def terms(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
@@ -158,14 +158,14 @@ class StoredPure(PureOptimizer):
 
 @dataclass(frozen=True)
 class StoredLifted(LiftedOptimizer):
-    """Any other class, stored: run on copies in the storage dtype, and once more in float64 for the update."""
+    """Any other class, stored: run on copies in the storage dtype, and once more in float64 for Δθ."""
 
     storage: Storage = field(default_factory=dict)  #: by leaf
 
     def apply(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> OptimizerResult:
-        """Return parameters, update and state after one step; `lr` overrides every group's for this call.
+        """Return parameters, Δθ and state after one step; `lr` overrides every group's for this call.
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit.
@@ -177,15 +177,15 @@ class StoredLifted(LiftedOptimizer):
         )
         held, moments = as_held(params, opt_state, self.storage)
         exact, _ = self._exactly(params)._run(held, moments, gradient, lr, wide=True)
-        update = {
+        delta = {
             name: (exact[name] - p.double()).to(torch.promote_types(p.dtype, torch.float32)) for name, p in held.items()
         }
-        return _widened(OptimizerResult(after, update, state), params)
+        return _widened(OptimizerResult(after, delta, state), params)
 
     def vjp(
         self, params: Params, opt_state: OptState, gradient: Gradients, covector: Params, lr: float | None = None
     ) -> Params:
-        """Return `(∂Δθ/∂g)ᵀ c` at the gradient, of the update in which nothing is rounded.
+        """Return `(∂Δθ/∂g)ᵀ c` at the gradient, of Δθ in which nothing is rounded.
 
         Raises:
             InputError: If names, shapes or the learning rate do not fit, or the step cuts the graph.
@@ -194,7 +194,7 @@ class StoredLifted(LiftedOptimizer):
         return self._exactly(params).vjp(held, moments, gradient, covector, lr)
 
     def _exactly(self, params: Params) -> LiftedOptimizer:
-        """Return the optimizer of the exact update, whose defaults that follow a dtype follow that of the storage."""
+        """Return the optimizer of the exact step, whose defaults that follow a dtype follow that of the storage."""
         groups = []
         for names, hyper in assignments(self.groups, params, None):
             dtypes = {name: self.storage.get(name, params[name].dtype) for name in names}
@@ -204,9 +204,9 @@ class StoredLifted(LiftedOptimizer):
 
 
 class _KernelAlone(PureOptimizer):
-    """torch's kernel without the update as a value, which is taken where nothing is rounded."""
+    """torch's kernel without Δθ as a value, which is taken where nothing is rounded."""
 
-    def update(self, *_: Any, **__: Any) -> Params:
+    def delta(self, *_: Any, **__: Any) -> Params:
         return {}
 
 
@@ -214,7 +214,7 @@ def _widened(taken: OptimizerResult, params: Params) -> OptimizerResult:
     """Return a result in the dtypes of `params`, which hold every value of the storage dtypes."""
     after = {name: taken.params[name].to(p.dtype) for name, p in params.items()}
     state = _moments(taken.opt_state, params, lambda name, m: m.to(params[name].dtype))
-    return OptimizerResult(after, taken.update, state)
+    return OptimizerResult(after, taken.delta, state)
 
 
 def _moments(opt_state: OptState, params: Params, f: Callable[[str, Tensor], Tensor]) -> OptState:

@@ -9,9 +9,9 @@ import numpy as np
 
 from funcprobe.attribution.token_tables import Columns, correlations, movers
 from funcprobe.report.terminal import as_text, bare_table, cost_of, headline, show
-from funcprobe.report.visible_text import visible
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.attribution_words import SHOWN, ledger_rows, share, ways_rows
+from funcprobe.results.visible_text import visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -15,9 +15,9 @@ from funcprobe.attribution.token_parts import TokenParts
 from funcprobe.attribution.token_tables import Columns, completion_ids, prompt_columns, sequence_columns, token_columns
 from funcprobe.report.colour_classes import LegendRow, class_name, classes_of
 from funcprobe.report.terminal import headline
-from funcprobe.report.visible_text import visible
 from funcprobe.results.attribution import Attribution, Batch
 from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
+from funcprobe.results.visible_text import visible
 
 
 class Run(NamedTuple):

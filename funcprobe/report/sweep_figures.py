@@ -187,7 +187,7 @@ def _slope(sweep: SweepResult, fit: Fit | None, up_to: float) -> str:
     if fit is None:
         return "a slope takes two learning rates"
     last = max(lr for lr in sweep.lrs if lr <= up_to * (1 + 1e-9))
-    said = "" if any(r.error is not None for r in sweep.readings()) else "\nfloat error not estimated"
+    said = "" if any(r.float_error is not None for r in sweep.readings()) else "\nfloat error not estimated"
     return f"{fit_text(fit)}, from {fit.points} learning rates up to {lr_text(last)}{said}"
 
 

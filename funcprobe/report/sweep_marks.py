@@ -49,7 +49,7 @@ def marks_of(sweep: SweepResult, name: str | None, what: str) -> list[Mark]:
     """
     found = []
     for lr, r in zip(sweep.lrs, sweep.readings(name), strict=True):
-        value, lost = getattr(r, what), is_lost(getattr(r, what), r.error)
+        value, lost = getattr(r, what), is_lost(getattr(r, what), r.float_error)
         found.append(Mark(lr, value, r.method, r.bars.get(what), bool(r.caveats), lost))
     return found
 

@@ -1,41 +1,79 @@
-"""The plain words and numbers of an attribution, for terminals, notebooks and logs."""
+"""The words of an attribution: the answer, the step in a few rows, who moved it most, what that goes with."""
 
 from __future__ import annotations
 
-import html
-from typing import TYPE_CHECKING
+from math import isnan
 
-from funcprobe.attribution.token_tables import Columns, movers
-from funcprobe.results.probe_words import with_error
+from funcprobe.attribution.token_tables import Columns, correlations, movers
+from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table, pairs
+from funcprobe.results.parts import Parts
+from funcprobe.results.probe_words import MEASURED, PREDICTED, headline_of
+from funcprobe.results.words import closing, sizes_of, with_error
 
-if TYPE_CHECKING:
-    from funcprobe.results.attribution import Attribution
-
-#: How many rows of a table a summary shows either way.
+#: How many rows of a table are shown either way.
 SHOWN = 3
 
+#: What contributions of U are held against: the words, and the column of tokens and of sequences that holds it.
+_BESIDE = (
+    ("advantage", "advantage", "advantage"),
+    ("log-probability", "logp", "mean_logp"),
+    ("entropy", "entropy", "mean_entropy"),
+    ("position, or length", "position", "length"),
+    ("reward", "reward", "reward"),
+    ("cov_pg", "cov_pg", "cov_pg"),
+    ("cov_npg", "cov_npg", "cov_npg"),
+    ("discriminant", "discriminant", "discriminant"),
+)
 
-def ledger_rows(attribution: Attribution) -> list[tuple[str, str]]:
+
+def blocks_of(parts: Parts) -> tuple[Block, ...]:
+    """Return an attribution in blocks; it reads in ten seconds."""
+    probe = parts.probe
+    rows = [*ledger_rows(parts), *ways_rows(parts)]
+    return (
+        Sentence(headline_of(probe.outcome, probe.provenance, probe.family), "strong"),
+        Sentence(led_by(parts), "strong"),
+        *sizes_of(probe.provenance),
+        Sentence(f"{parts.unit}, {parts.form} form; shares are of δF₁", "quiet"),
+        pairs(rows, (MEASURED, PREDICTED), f"{parts.reading.observable}, {parts.unit}"),
+        *(movers_table(parts, table) for table in ("layers", "prompts", "tokens")),
+        correlation_table(parts),
+        *closing(probe.provenance, probe.notes, probe.warnings),
+        *map(Figure, ("layers", "kinds", "tokens", "prompts")),
+        *([Figure("influence")] if parts.influence is not None else []),
+    )
+
+
+def led_by(parts: Parts) -> str:
+    """Return which part of the step did it, in a sentence."""
+    whole = parts.first_order
+    if not whole:
+        return "Its parts sum to nothing."
+    ledger = sorted(((name, x) for name, x in parts.ledger.items() if x), key=lambda pair: -abs(pair[1]))
+    return "Of δF₁: " + ", ".join(f"{name} {share(x, whole)}" for name, x in ledger) + "."
+
+
+def ledger_rows(parts: Parts) -> list[tuple[str, str]]:
     """Return the whole and its parts as (what, value) rows."""
-    reading, bars = attribution.result.readings[attribution.observable], attribution.bars.get("ledger", {})
+    reading, bars = parts.reading, parts.bars.get("ledger", {})
     return [
-        ("measured   ΔF", with_error(reading.change, reading.bars.get("change"))),
-        ("predicted  δF₁", with_error(reading.first_order, reading.bars.get("first_order"))),
+        (MEASURED, with_error(reading.change, reading.bars.get("change"))),
+        (PREDICTED, with_error(reading.first_order, reading.bars.get("first_order"))),
         *(
             (f"  by {row}", f"{with_error(value, bars.get(row))}  ({share(value, reading.first_order)})")
-            for row, value in attribution.ledger.items()
+            for row, value in parts.ledger.items()
         ),
-        ("parts − whole", f"{attribution.completeness_error:.1e} of Σ|parts|"),
+        ("parts − whole", f"{parts.completeness_error:.1e} of Σ|parts|"),
     ]
 
 
-def ways_rows(attribution: Attribution) -> list[tuple[str, str]]:
+def ways_rows(parts: Parts) -> list[tuple[str, str]]:
     """Return which way evaluation tokens moved: by visiting other states, or by entropies of their own."""
     words = {"logp": "through the states visited", "entropy": "through entropies there"}
-    whole = attribution.first_order
+    whole = parts.first_order
     return [
         (words.get(name, f"through {name}"), f"{float(x.sum()):+.6e}  ({share(float(x.sum()), whole)})")
-        for name, x in attribution.evaluation.through.items()
+        for name, x in parts.evaluation.through.items()
         if bool(x.any())
     ]
 
@@ -50,57 +88,50 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole + 0.0:.1%}".replace("%", " %") if whole else "of nothing"  # + 0.0: no "-0.0 %"
 
 
-def mover_rows(columns: Columns, label: str, count: int = SHOWN) -> list[tuple[str, float]]:
-    """Return (label, contribution) of the rows that move most, those that lower first."""
-    up, down = movers(columns, count)
-    return [
-        (str(what), float(x)) for rows in (down, up) for what, x in zip(rows[label], rows["contribution"], strict=True)
-    ]
+def movers_table(parts: Parts, table: str) -> Table:
+    """Return the rows of a table that lower most, and under them those that raise most."""
+    columns = parts.columns(table)
+    up, down = movers(columns, SHOWN)
+    barred = "error" in columns
+    rows = []
+    for some in (down, up):
+        for k, x in enumerate(some["contribution"]):
+            error = [f"{some['error'][k]:.1e}"] if barred else []
+            rows.append(Row((f"{x:+.3e}", *error, share(float(x), parts.first_order), _label(table, some, k))))
+    numbers = [Column(heading, "right") for heading in ("contribution", *(["±"] if barred else []), "share")]
+    whose = f"{table}{'' if table == 'layers' else ' of U'} that moved it most"
+    return Table((*numbers, Column(whose, narrow="cut")), tuple(rows) or (Row(("none",)),))
 
 
-def token_label(columns: Columns, k: int) -> str:
-    """Return where a token stands, for people."""
-    return f"{columns['text'][k]!r} at {columns['position'][k]} of sequence {columns['sequence'][k]}"
+def correlation_table(parts: Parts) -> Table:
+    """Return how contributions of U go with their tokens' and sequences' own numbers."""
+    found = {of: _coefficients(parts.columns(of)) for of in ("tokens", "sequences")}
+    rows = []
+    for words, *names in _BESIDE:
+        cells = [found[of].get(name) for of, name in zip(found, names, strict=True)]
+        if any(cell is not None for cell in cells):
+            rows.append(Row((words, *(text for cell in cells for text in _pair(cell)))))
+    numbers = (Column(f"{of} {which}", "right") for of in found for which in ("r", "ρ"))
+    return Table((Column("contribution of U goes with"), *numbers), tuple(rows))
 
 
-def summary_of(attribution: Attribution) -> str:
-    """Return the text of `Attribution.summary`."""
-    e, u = attribution.result.evaluation, attribution.result.update_batch
-    rows = [*ledger_rows(attribution), *ways_rows(attribution)]
-    width = max(len(name) for name, _ in rows)
-    lines = [
-        f"{attribution.result.readings[attribution.observable].observable}, {attribution.unit} "
-        f"({attribution.form} form)",
-        f"E: {e.sequences} sequences, {e.tokens} tokens   U: {u.sequences} sequences, {u.tokens} tokens",
-        "",
-        *(f"  {name:<{width}}  {value}" for name, value in rows),
-    ]
-    for heading, found in sections(attribution):
-        lines += ["", heading, *(f"  {value:+.3e}  {label}" for label, value in found)]
-    said = [f"Warning: {text}" for text in attribution.result.warnings]
-    return "\n".join([*lines, *([""] if said else []), *said])
+def _label(table: str, rows: Columns, k: int) -> str:
+    if table == "layers":
+        return str(rows["layer"][k])
+    if table == "prompts":
+        return f"prompt {rows['prompt'][k]}: {rows['text'][k]}"
+    return f"at {rows['position'][k]} of sequence {rows['sequence'][k]}: “{rows['text'][k]}”"
 
 
-def sections(attribution: Attribution) -> list[tuple[str, list[tuple[str, float]]]]:
-    """Return the largest movers of layers, update tokens and update prompts, under a heading each."""
-    tokens = attribution.columns("tokens")
-    labelled = {**tokens, "label": [token_label(tokens, k) for k in range(len(tokens["token"]))]}
-    found = [
-        ("layers", mover_rows(attribution.columns("layers"), "layer")),
-        ("tokens of U", mover_rows(labelled, "label")),
-    ]
-    prompts = attribution.columns("prompts")
-    if len(prompts["prompt"]) > 1:
-        named = [f"prompt {p}: {text}" for p, text in zip(prompts["prompt"], prompts["text"], strict=True)]
-        found.append(("prompts of U", mover_rows({**prompts, "label": named}, "label")))
-    return found
+def _coefficients(columns: Columns) -> dict[str, tuple[float, float]]:
+    """Return {column: (Pearson's r, Spearman's ρ)} of contributions with every column that holds numbers."""
+    names = [name for row in _BESIDE for name in row[1:]]
+    found = correlations(columns, list(dict.fromkeys(names)))
+    return dict(zip(found["with"], zip(found["pearson"], found["spearman"], strict=True), strict=True))
 
 
-def html_of(attribution: Attribution) -> str:
-    """Return the ledger as a small HTML table, for notebooks."""
-    cells = "".join(
-        f"<tr><td>{html.escape(name)}</td><td style='text-align:right'><code>{html.escape(value)}</code></td></tr>"
-        for name, value in [*ledger_rows(attribution), *ways_rows(attribution)]
-    )
-    caption = f"{attribution.observable}, {attribution.unit}, {attribution.form} form"
-    return f"<table><caption>{html.escape(caption)}</caption>{cells}</table>"
+def _pair(cell: tuple[float, float] | None) -> tuple[str, str]:
+    if cell is None:
+        return "", ""
+    r, rho = ("constant" if isnan(x) else f"{x:+.2f}" for x in cell)
+    return r, rho

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.optimizers.unreached import reached
 from funcprobe.measurement.outcome import Outcome
+from funcprobe.optimizers.unreached import reached
+from funcprobe.results.codec import DamagedError, Inline, decode, encode
+from funcprobe.results.curve import lr_of
 from funcprobe.types import Gradients
 
 #: What the first line of a journal says it is.
-TITLE = "funcprobe sweep, journal 2"
+TITLE = "funcprobe sweep, journal 3"
 
 #: How that line begins: a file that holds no more than a piece of it was cut off before there was anything to keep.
 START = json.dumps({"title": TITLE}).removesuffix("}").encode()
@@ -53,16 +55,16 @@ class Journal:
             self._append(json.dumps({"title": TITLE, "identity": self.identity, "gradient_norm": norm}))
         elif not math.isclose(norm, self._norm, rel_tol=SAME_MODEL):
             raise InputError(
-                f"{self.path} belongs to a sweep of another model: its gradient on the update batch has norm "
+                f"{self.path} belongs to a sweep of another model: its gradient on the batch has norm "
                 f"{self._norm:.6g}, and this one {norm:.6g}, though parameters and options agree. Give another file, "
                 "or delete it to begin anew."
             )
 
     def add(self, point: Outcome) -> None:
         """Keep a finished point, on disk before this returns."""
-        self.points[point.lr] = point
+        self.points[lr_of(point)] = point
         if self.path is not None:
-            self._append(json.dumps(point.to_dict(), allow_nan=False))
+            self._append(json.dumps(encode(point, Outcome, Inline()), allow_nan=False))
 
     def _append(self, line: str) -> None:
         assert self.path is not None
@@ -95,9 +97,21 @@ def _read(path: Path, identity: str) -> tuple[float | None, dict[float, Outcome]
             "options differ. Give another file, or delete it to begin anew."
         )
     try:
-        points = [Outcome.from_dict(json.loads(line)) for line in lines[1:]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        points: list[Outcome] = [decode(json.loads(line), Outcome, Inline()) for line in lines[1:]]
+        found = {_lr(point): point for point in points}
+    except (ValueError, RecursionError) as error:  # which a DamagedError is too
         raise InputError(f"{path} is damaged ({error}); delete it to begin anew.") from error
     if rest:
         os.truncate(path, len(whole) + 1)
-    return norm, {point.lr: point for point in points}
+    return norm, found
+
+
+def _lr(point: Outcome) -> float:
+    """Return the learning rate of a point that was read.
+
+    Raises:
+        DamagedError: If it has none.
+    """
+    if point.lr is None:
+        raise DamagedError("a point has no lr")
+    return point.lr

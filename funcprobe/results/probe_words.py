@@ -1,91 +1,171 @@
-"""The plain words and numbers of a result, for terminals, notebooks and logs."""
+"""The words of a probe: the answer in a sentence, its numbers, every estimator side by side, what should be known."""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
-from funcprobe.estimators.uncertainty import Bar
 from funcprobe.measurement.move import WORTH_TELLING
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
+from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table, pairs
+from funcprobe.results.provenance import Provenance
+from funcprobe.results.words import closing, is_stored_narrower, sizes_of, storage_of, with_error
+from funcprobe.types import Estimate
 
-if TYPE_CHECKING:
-    from funcprobe.results.probe import ProbeResult
-    from funcprobe.results.sweep import SweepResult
+#: What tables call the integrands and weightings of the entropy family.
+WORDS = {
+    "rao_blackwell": "Rao–Blackwell",
+    "surprisal": "surprisal",
+    "per_decision": "per decision",
+    "sequence": "sequence",
+}
+
+#: The rows that are the answer.
+MEASURED, PREDICTED = "measured   ΔF", "predicted  δF₁"
+
+#: So many of the leaves that moved most are listed.
+SHOWN = 3
 
 
-def rows_of(result: ProbeResult) -> list[tuple[str, str]]:
-    """Return the result as (what, value) rows, most important first."""
-    main, health, n = result.main, result.health, result.evaluation.sequences
+def blocks_of(
+    outcome: Outcome,
+    provenance: Provenance,
+    family: Mapping[str, Estimate],
+    top: Sequence[tuple[str, float]],
+) -> tuple[Block, ...]:
+    """Return a probe in blocks; it reads in ten seconds."""
+    main = outcome.main
+    moved = Table(
+        (Column(), Column(narrow="broken")),
+        tuple(Row((f"{norm:.3e}", name), "quiet") for name, norm in top[:SHOWN]),
+        "most moved, by ‖Δθ‖₂",
+    )
+    rows = rows_of(outcome, provenance)
+    return (
+        Sentence(headline_of(outcome, provenance, family), "strong"),
+        *sizes_of(provenance),
+        pairs(rows, (MEASURED, PREDICTED), caption_of(main)),
+        *([family_table(outcome, family)] if family else []),
+        *([moved] if moved.rows else []),
+        *closing(provenance, (), outcome.warnings),
+        Figure("measured_vs_predicted"),
+    )
+
+
+def headline_of(outcome: Outcome, provenance: Provenance, family: Mapping[str, Estimate]) -> str:
+    """Return the answer as a sentence or two: how far it moved, and whether first order said so."""
+    main, what = outcome.main, named(outcome, family)
+    step = "The update" if outcome.lr is None else f"One step at lr {outcome.lr:g}"
+    if main.change == 0:
+        moved = f"leaves {what} at {main.before:.6g} {main.unit}"
+    else:
+        verb = "raises" if main.change > 0 else "lowers"
+        share = f" ({abs(main.change / main.before):.2%})" if main.before else ""
+        moved = f"{verb} {what} by {abs(main.change):.3g} {main.unit}{share}"
+    return f"{step} {moved}. {_verdict(main)}{_as_stored(main, provenance)}"
+
+
+def named(outcome: Outcome, family: Mapping[str, Estimate]) -> str:
+    """Return what a sentence calls the main observable."""
+    return "the entropy" if outcome.main.observable in family else outcome.main.observable
+
+
+def caption_of(reading: Reading) -> str:
+    """Return the full name of an observable, and its unit."""
+    return f"{reading.observable}, {reading.unit}"
+
+
+def rows_of(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
+    """Return the numbers as (what, value) rows, most important first."""
+    main, health, n = outcome.main, outcome.health, provenance.evaluation.sequences
     share = f"  ({main.ratio:.2%} of ΔF)" if main.change and not main.is_lost else ""
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
+    at = "" if outcome.lr is None else f" at lr {outcome.lr:g}"
     return [
         ("before  F(θ)", f"{main.before:.9f}"),
         (f"after   F({'θ′' if main.exact is None or not main.of_delta else 'θ + Δθ'})", f"{main.after:.9f}"),
-        ("measured   ΔF", with_error(main.change, main.bars.get("change")) + _by(main) + _lost(main)),
-        *told_apart(result),
-        ("predicted  δF₁", with_error(main.first_order, main.bars.get("first_order")) + share),
+        (MEASURED, with_error(main.change, main.bars.get("change")) + _by(main) + _lost(main)),
+        *told_apart(outcome, provenance),
+        (PREDICTED, with_error(main.first_order, main.bars.get("first_order")) + share),
         ("remainder  ΔF − δF₁", with_error(main.remainder, main.bars.get("remainder"))),
-        *_rounding(result),
-        *([] if main.error is None else [("float error of ΔF", f"about {main.error:.0e}")]),
-        *_curvature(result),
-        *_others(result),
-        *_routing(result),
-        ("step  ‖Δθ‖₂", f"{result.delta_norm:.6e} at lr {result.lr:g}"),
-        ("entries too small to move", f"{result.unmoved:.2%}"),
+        *_rounding(outcome),
+        *([] if main.float_error is None else [("float error of ΔF", f"about {main.float_error:.0e}")]),
+        *_curvature(outcome),
+        *_others(outcome),
+        *_routing(outcome),
+        ("step  ‖Δθ‖₂", f"{outcome.delta_norm:.6e}{at}"),
+        ("entries too small to move", f"{outcome.unmoved:.2%}"),
         (
             "effective sample",
             f"{health.ess_sequence:.1f} of {n} sequences, prefixes at least {health.ess_prefix_min:.1f}",
         ),
         ("Pareto k̂", khat),
-        *_caveats(result),
-        *(("about the copy", text) for text in result.checks),
+        *_caveats(outcome),
+        *(("about the copy", text) for text in provenance.checks),
     ]
 
 
-def told_apart(result: ProbeResult) -> list[tuple[str, str]]:
+def family_table(outcome: Outcome, family: Mapping[str, Estimate]) -> Table:
+    """Return every member of the entropy family with both changes, under its unit; the main one is marked."""
+    numbers = (Column(heading, "right") for heading in ("measured ΔF", "predicted δF₁", "δF₁/ΔF"))
+    rows, unit = [], None
+    for name, estimate in family.items():
+        integrand, weighting, per, *_ = name.split("/")
+        if per != unit:
+            rows.append(Row((f"nats per {per}",), "quiet"))
+            unit = per
+        slope = "" if estimate.first_order is None else f"{estimate.first_order:+.4e}"
+        known = estimate.first_order is not None and estimate.change
+        ratio = f"{(estimate.first_order or 0.0) / estimate.change:.4f}" if known else ""
+        is_main = name == outcome.main.observable
+        label = f"{'›' if is_main else ' '} {WORDS[integrand]}, {WORDS[weighting]}"
+        rows.append(Row((label, f"{estimate.change:+.4e}", slope, ratio), "strong" if is_main else "plain"))
+    return Table((Column("estimator"), *numbers), tuple(rows))
+
+
+def told_apart(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
     """Return ΔF of the exact update and of θ′ as stored, where rounding sets them apart by over 1 % of Δθ."""
-    main = result.main
-    if result.rounding_ratio <= WORTH_TELLING:
+    main = outcome.main
+    if outcome.rounding_ratio <= WORTH_TELLING:
         return []
     exact = main.change if main.exact is None and main.of_delta else main.exact
     stored = main.change if main.stored is None and not main.of_delta else main.stored
     bars = {"exact": main.bars.get("exact"), "stored": main.bars.get("stored")}
     bars["exact" if main.of_delta else "stored"] = main.bars.get("change")
-    missing = f"not measured: {result.environment.get('dtype', 'the')} arithmetic does not hold θ + Δθ"
+    missing = f"not measured: {provenance.environment.get('dtype', 'the')} arithmetic does not hold θ + Δθ"
     return [
         ("  exact update", missing if exact is None else with_error(exact, bars["exact"])),
         (
-            f"  as stored in {storage_of(result)}",
+            f"  as stored in {storage_of(provenance)}",
             "not measured" if stored is None else with_error(stored, bars["stored"]),
         ),
     ]
 
 
-def storage_of(result: ProbeResult | SweepResult) -> str:
-    """Return the dtype that θ′ is stored in, as a word."""
-    return str(result.environment.get("storage") or result.environment.get("dtype") or "its dtype")
+def _verdict(main: Reading) -> str:
+    if main.change == 0:
+        return f"First order predicts {main.first_order:+.3g}."
+    share = main.first_order / main.change
+    if share < 0:
+        return f"First order predicts the other direction: {main.first_order:+.3g}."
+    if abs(share - 1) < 0.0005:
+        return "First order predicts all of it."
+    return f"First order predicts {share:.1%} of it."
 
 
-def is_stored_narrower(result: ProbeResult | SweepResult) -> bool:
-    """Return whether θ′ is stored in another dtype than it was computed in."""
-    return storage_of(result) != str(result.environment.get("dtype") or "its dtype")
+def _as_stored(main: Reading, provenance: Provenance) -> str:
+    """Say what the other of the two steps does, where storing θ′ sets it apart from θ + Δθ."""
+    if main.exact is None or main.stored is None or not is_stored_narrower(provenance):
+        return ""
+    value = main.stored if main.of_delta else main.exact
+    who = f"As stored in {storage_of(provenance)} the step" if main.of_delta else "The exact update, unrounded,"
+    verb = "raises" if value > 0 else "lowers"
+    return f" {who} {f'{verb} it by {abs(value):.3g}' if value else 'leaves it where it is'}."
 
 
-def with_error(value: float, found: Bar | None, digits: int = 6) -> str:
-    """Return a number with its standard error, where there is one.
-
-    Example:
-        >>> with_error(-2.5e-3, None)
-        '-2.500000e-03'
-    """
-    known = found is not None and math.isfinite(found.error)
-    return f"{value:+.{digits}e}" + (f" ± {found.error:.1e}" if known and found else "")
-
-
-def _caveats(result: ProbeResult) -> list[tuple[str, str]]:
+def _caveats(outcome: Outcome) -> list[tuple[str, str]]:
     """Say why bars are optimistic, once where all observables share the reasons."""
-    every = {name: "; ".join(reading.caveats) for name, reading in result.readings.items()}
+    every = {name: "; ".join(reading.caveats) for name, reading in outcome.readings.items()}
     if len(set(every.values())) == 1:
         every = {"": next(iter(every.values()))}
     return [(f"error bars optimistic {name}".rstrip(), text) for name, text in every.items() if text]
@@ -99,34 +179,34 @@ def _lost(reading: Reading) -> str:
     return "  (lost in float error)" if reading.is_lost else ""
 
 
-def _routing(result: ProbeResult) -> list[tuple[str, str]]:
-    if (found := result.routing) is None:
+def _routing(outcome: Outcome) -> list[tuple[str, str]]:
+    if (found := outcome.routing) is None:
         return []
     return [("tokens that change experts", f"{found.changed} of {found.tokens} ({found.fraction:.2%})")]
 
 
-def _rounding(result: ProbeResult) -> list[tuple[str, str]]:
-    part = "rounding of θ′ adds" if result.main.of_delta else "  of it rounding of θ′"
-    return [(part, "negligible" if result.rounding is None else f"{result.rounding:+.6e}")]
+def _rounding(outcome: Outcome) -> list[tuple[str, str]]:
+    part = "rounding of θ′ adds" if outcome.main.of_delta else "  of it rounding of θ′"
+    return [(part, "negligible" if outcome.rounding is None else f"{outcome.rounding:+.6e}")]
 
 
-def _curvature(result: ProbeResult) -> list[tuple[str, str]]:
-    main = result.main
+def _curvature(outcome: Outcome) -> list[tuple[str, str]]:
+    main, lr = outcome.main, outcome.lr
     if main.second_order is None:
         return []
-    if main.crossover is None:
-        return [("second order  δF₂", with_error(main.second_order, main.bars.get("second_order")))]
-    return [
-        ("second order  δF₂", with_error(main.second_order, main.bars.get("second_order"))),
-        ("linear within 5 %", f"up to lr {result.linear_until_lr:.2g}; |δF₂| = |δF₁| at {result.crossover_lr:.2g}"),
-    ]
+    second = ("second order  δF₂", with_error(main.second_order, main.bars.get("second_order")))
+    if (at := main.crossover) is None:
+        return [second]
+    if lr is None:
+        return [second, ("linear within 5 %", f"up to {at / 20:.2g} of this update; |δF₂| = |δF₁| at {at:.2g} of it")]
+    return [second, ("linear within 5 %", f"up to lr {lr * at / 20:.2g}; |δF₂| = |δF₁| at {lr * at:.2g}")]
 
 
-def _others(result: ProbeResult) -> list[tuple[str, str]]:
-    main, *others = result.readings
+def _others(outcome: Outcome) -> list[tuple[str, str]]:
+    main, *others = outcome.readings
     rows = []
     for name in others:
-        reading = result.readings[name]
+        reading = outcome.readings[name]
         rows.append(
             (f"{name}  ΔF", f"{with_error(reading.change, reading.bars.get('change'))} {reading.unit}{_lost(reading)}")
         )
@@ -135,9 +215,9 @@ def _others(result: ProbeResult) -> list[tuple[str, str]]:
         if reading.second_order is not None:
             predicted += f", δF₂ {with_error(reading.second_order, reading.bars.get('second_order'))}"
         rows.append((f"{name}  δF₁", predicted))
-        price = result.exchange.get(f"{main} per {name}")
+        price = outcome.exchange.get(f"{main} per {name}")
         if price is not None:
-            rate = f"{with_error(price.value, price)} {result.unit} / {reading.unit}"
+            rate = f"{with_error(price.value, price)} {outcome.main.unit} / {reading.unit}"
             rows.append((f"{main} per {name}", f"{rate}{_vague(reading)}"))
     return rows
 
@@ -148,19 +228,3 @@ def _vague(reading: Reading) -> str:
     if found is None:
         return ""
     return "  (vague: its denominator is within two errors of 0)" if abs(found.value) < 2 * found.error else ""
-
-
-def summary_of(result: ProbeResult) -> str:
-    """Return the text of `ProbeResult.summary`."""
-    e, u = result.evaluation, result.update_batch
-    head = [
-        f"{result.observable}, {result.unit} (first order in {result.mode} mode)",
-        f"E: {e.sequences} sequences, {e.tokens} tokens, {e.prompts} prompts   "
-        f"U: {u.sequences} sequences, {u.tokens} tokens, {u.prompts} prompts",
-    ]
-    rows = rows_of(result)
-    width = max(len(name) for name, _ in rows)
-    body = [f"  {name:<{width}}  {value}" for name, value in rows]
-    moved = [f"  {norm:.3e}  {name}" for name, norm in result.top[:3]]
-    said = [f"Warning: {text}" for text in result.warnings]
-    return "\n".join([*head, "", *body, "", "largest moves ‖Δθ‖₂", *moved, *([""] if said else []), *said])

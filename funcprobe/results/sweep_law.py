@@ -1,16 +1,14 @@
-"""What a sweep says of an observable: which order leads, how straight the line is, which numbers float error ate."""
+"""Laws of a curve: which order leads an observable, how straight the line is, which numbers float error ate."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from funcprobe.errors import InputError
 from funcprobe.measurement.continuity import CLOSE
 from funcprobe.measurement.readings import Reading
-
-if TYPE_CHECKING:
-    from funcprobe.results.sweep import Fit, SweepResult
+from funcprobe.results.curve import Curve, Fit
 
 
 class Law(NamedTuple):
@@ -21,7 +19,7 @@ class Law(NamedTuple):
     fit: Fit | None  #: log |ΔF| against log η; None where fewer than two learning rates changed anything
 
 
-def law_of(sweep: SweepResult, name: str | None = None) -> Law:
+def law_of(curve: Curve, name: str | None = None) -> Law:
     """Return the line through log |ΔF| against log η, over the learning rates at which the leading order is good.
 
     Those end where the second order says that first order ends, at a twentieth of the crossover; without a second
@@ -31,44 +29,44 @@ def law_of(sweep: SweepResult, name: str | None = None) -> Law:
     Raises:
         InputError: If there is no such observable.
     """
-    readings = sweep.readings(name)
+    readings = curve.readings(name)
     lead = 1 if any(r.first_order for r in readings) else 2
-    until = sweep.linear_until_lr(name) if lead == 1 else None
+    until = curve.linear_until_lr(name) if lead == 1 else None
     if until is None:
-        until = max(close_at(sweep, name), default=math.inf)
+        until = max(close_at(curve, name), default=math.inf)
     for up_to in (until, math.inf):
         try:
-            return Law(lead, up_to, sweep.slope(name, up_to=up_to))
+            return Law(lead, up_to, curve.slope(name, up_to=up_to))
         except InputError:
             pass  # fewer than two learning rates that moved it: the readings, above, have found the name
     return Law(lead, math.inf, None)
 
 
-def remainder_fit(sweep: SweepResult, name: str | None = None) -> Fit | None:
+def remainder_fit(curve: Curve, name: str | None = None) -> Fit | None:
     """Return the line through log |ΔF − δF₁| over the learning rates of `law_of`; None where there is none.
 
     Raises:
         InputError: If there is no such observable.
     """
-    law = law_of(sweep, name)
+    law = law_of(curve, name)
     try:
-        return sweep.remainder_slope(name, up_to=law.up_to)
+        return curve.remainder_slope(name, up_to=law.up_to)
     except InputError:
         return None
 
 
-def close_at(sweep: SweepResult, name: str | None = None) -> list[float]:
+def close_at(curve: Curve, name: str | None = None) -> list[float]:
     """Return the learning rates at which the leading order was found within 5 % of ΔF.
 
     Raises:
         InputError: If there is no such observable.
     """
-    readings = sweep.readings(name)
+    readings = curve.readings(name)
     first = any(r.first_order for r in readings)
     predicted = [r.first_order if first else r.second_order for r in readings]
     return [
         lr
-        for lr, reading, value in zip(sweep.lrs, readings, predicted, strict=True)
+        for lr, reading, value in zip(curve.lrs, readings, predicted, strict=True)
         if value and not reading.is_lost and abs(reading.change - value) <= CLOSE * abs(reading.change)
     ]
 
@@ -77,4 +75,4 @@ def subtraction_error(reading: Reading) -> float | None:
     """Return how far a subtraction of two evaluations is off: from the path, where there is one, or by estimate."""
     if reading.method == "path":
         return None if reading.subtraction is None else abs(reading.subtraction - reading.change)
-    return reading.error
+    return reading.float_error

@@ -21,7 +21,7 @@ from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.optimizers.factories import PureOptimizer
 from funcprobe.optimizers.unreached import with_zeros
-from funcprobe.training.step import Step
+from funcprobe.training.rule import Rule
 from funcprobe.types import Gradients, Optimizer, OptState, Params
 
 Form = Literal["auto", "additive", "jacobian"]
@@ -47,7 +47,7 @@ class Response(NamedTuple):
 
 
 def respond(
-    step: Step,
+    rule: Rule,
     params: Params,
     opt_state: OptState,
     gradient: Gradients,
@@ -63,8 +63,8 @@ def respond(
     Raises:
         InputError: If the form is unknown, or the optimizer cannot give it.
     """
-    optimizer, form = step.optimizer, form_of(step.optimizer, form)
-    clipped, coefficient, norm = step.clipped(gradient)
+    optimizer, form = rule.optimizer, form_of(rule.optimizer, form)
+    clipped, coefficient, norm = rule.clipped(gradient)
     if isinstance(optimizer, PureOptimizer) and form == "additive":
         return _additive(optimizer, params, opt_state, clipped, covector, lr, coefficient)
     assert isinstance(optimizer, Differentiable)  # checked above
@@ -119,18 +119,18 @@ def _additive(
 
 
 def offsets_of(
-    step: Step, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
+    rule: Rule, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
 ) -> dict[str, Params]:
     """Return what of Δθ is no multiple of the gradient: the trees "momentum" and "weight decay", in float32 or wider.
 
     Raises:
         InputError: If the optimizer has no additive form.
     """
-    if not isinstance(step.optimizer, PureOptimizer):
-        raise InputError(f"{_name(step.optimizer)} has no additive form: its step is not offset + scale ⊙ g.")
-    clipped, _, _ = step.clipped(gradient)
+    if not isinstance(rule.optimizer, PureOptimizer):
+        raise InputError(f"{_name(rule.optimizer)} has no additive form: its step is not offset + scale ⊙ g.")
+    clipped, _, _ = rule.clipped(gradient)
     found: dict[str, dict[str, list[Tensor]]] = {what: {n: [] for n in params} for what in ("momentum", "weight decay")}
-    for name, _, terms in step.optimizer.pieces(params, opt_state, clipped, lr):
+    for name, _, terms in rule.optimizer.pieces(params, opt_state, clipped, lr):
         wide = torch.promote_types(params[name].dtype, torch.float32)
         found["momentum"][name].append(terms.momentum.to(wide))
         found["weight decay"][name].append(terms.decay.to(wide))

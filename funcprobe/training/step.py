@@ -7,16 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
-from funcprobe import engine, tree
-from funcprobe.errors import FuncprobeWarning, NumericsError
+from funcprobe import engine
+from funcprobe.errors import FuncprobeWarning, Note
 from funcprobe.estimators.importance import sampler_mismatch
-from funcprobe.optimizers.factories import clip_by_global_norm
-from funcprobe.optimizers.groups import check_lr
-from funcprobe.optimizers.unreached import check_reached, reached
+from funcprobe.optimizers.unreached import check_reached
 from funcprobe.policy.module import Policy
 from funcprobe.policy.training_only import training_cautions
+from funcprobe.training.rule import Rule, check_finite
 from funcprobe.types import (
     Gradients,
     Microbatch,
@@ -51,8 +48,7 @@ def make_step(
     Raises:
         InputError: If max_grad_norm is not above 0.
     """
-    if max_grad_norm is not None:
-        clip_by_global_norm({}, max_grad_norm)  # refuses a bound that is out of range before any model runs
+    Rule(optimizer, max_grad_norm)  # refuses a bound that is out of range before any model runs
     return Step(policy, objective, optimizer, max_grad_norm, microbatch)
 
 
@@ -61,7 +57,7 @@ class LossGradient(NamedTuple):
 
     gradient: Gradients  #: unclipped; None at leaves that no score of U depends on
     info: dict[str, float]  #: loss and what the objective reported
-    scores: TokenScores  #: [B, T] of U, with the objective's statistics
+    scores: TokenScores | None  #: [B, T] of U, with the objective's statistics; None for a gradient that was given
 
 
 @dataclass(frozen=True)
@@ -75,14 +71,14 @@ class Step:
     microbatch: Microbatch = None
 
     def __call__(self, params: Params, opt_state: OptState, rollouts: Rollouts, lr: float | None = None) -> StepResult:
-        """Return parameters, update, state, raw gradient and info after one step on the rollouts.
+        """Return parameters, delta, state, raw gradient and info after one step on the rollouts.
 
         Raises:
             InputError: If rollouts, state or learning rate do not fit.
             NumericsError: If a score, the gradient, the step or a stepped parameter is not finite.
         """
         gradient, info = self.gradient(params, rollouts)
-        return self._apply(params, opt_state, gradient, lr, info)
+        return self.rule.apply(params, opt_state, gradient, lr, info)
 
     def gradient(
         self, params: Params, rollouts: Rollouts, progress: Progress | None = None
@@ -126,7 +122,7 @@ class Step:
         self._caution(rollouts)
         gradient = {name: None if name in found.unreached else g for name, g in found.gradient.items()}
         check_reached(gradient)
-        _check_finite(found.gradient, "gradient of the loss")
+        check_finite(found.gradient, "gradient of the loss")
         info = {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
         mismatch = sampler_mismatch(found.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
@@ -135,7 +131,12 @@ class Step:
     def _caution(self, rollouts: Rollouts) -> None:
         terms = () if self.policy.checks is None else self.policy.checks.training
         for text in training_cautions(tuple(term for term in terms if term.kind != "left padding"), rollouts):
-            warnings.warn(text, FuncprobeWarning, stacklevel=4)
+            warnings.warn(Note("training only", text), FuncprobeWarning, stacklevel=4)
+
+    @property
+    def rule(self) -> Rule:
+        """The half of the step that needs no model."""
+        return Rule(self.optimizer, self.max_grad_norm)
 
     def apply(
         self,
@@ -145,52 +146,10 @@ class Step:
         lr: float | None = None,
         info: Mapping[str, float] | None = None,
     ) -> StepResult:
-        """Return the step along a gradient: clip, then the optimizer; `lr` overrides every group's for this call.
-
-        A leaf whose gradient is None is left alone, as torch.optim does: same parameters, same state, update 0.
-
-        The result's gradient is the raw one as it was given, detached and sharing storage; nothing else in the result
-        shares storage with an argument, and no argument is changed. Its info is `info` with `grad_norm`,
-        `clip_coefficient`, `lr` (the first group's, where groups differ) and, where there are leaves whose gradient is
-        None, their number: `leaves_without_gradient`.
+        """Return the step along a gradient; see `Rule.apply`.
 
         Raises:
-            InputError: If names, shapes or the learning rate do not fit, or no leaf has a gradient.
-            NumericsError: If the gradient, the step or a stepped parameter is not finite; the message names the leaf.
+            InputError: As `Rule.apply`.
+            NumericsError: As `Rule.apply`.
         """
-        check_reached(gradient)
-        _check_finite(reached(gradient), "gradient")
-        detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
-        return self._apply(params, opt_state, detached, lr, info or {})
-
-    def clipped(self, gradient: Gradients) -> tuple[Gradients, float, float]:
-        """Return (the gradient as the optimizer gets it, the clip factor, the norm of the raw one)."""
-        if self.max_grad_norm is None:
-            return gradient, 1.0, float(tree.norm(reached(gradient)))
-        coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
-        if coefficient == 1.0:
-            return gradient, coefficient, norm
-        return {name: None if g is None else g * coefficient for name, g in gradient.items()}, coefficient, norm
-
-    def _apply(
-        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, info: Mapping[str, float]
-    ) -> StepResult:
-        lr = None if lr is None else check_lr(lr)
-        clipped, coefficient, norm = self.clipped(gradient)
-        params_after, update, state_after = self.optimizer.apply(params, opt_state, clipped, lr)
-        _check_finite(update, "update")
-        _check_finite(params_after, "stepped parameter")  # a finite step may still leave the range of float16
-        reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": self.optimizer.lr if lr is None else lr}
-        if alone := len(gradient) - len(reached(gradient)):
-            reported["leaves_without_gradient"] = float(alone)
-        return StepResult(params_after, update, state_after, gradient, {**info, **reported})
-
-
-def _check_finite(leaves: Params, what: str) -> None:
-    bad = [name for name, leaf in leaves.items() if not bool(torch.isfinite(leaf).all())]
-    if bad:
-        raise NumericsError(
-            f"The {what} is not finite at '{bad[0]}' ({str(leaves[bad[0]].dtype).removeprefix('torch.')})"
-            + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
-            + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
-        )
+        return self.rule.apply(params, opt_state, gradient, lr, info)

@@ -13,7 +13,7 @@ import torch
 import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.results.comparison import Comparison
-from tests.analysis.cases import Case, E, U, prompted
+from tests.cases.probes import Case, E, U, prompted
 
 OBSERVABLES = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "kl": fp.kl()}
 
@@ -42,7 +42,7 @@ def probed(case: Case, variant: Any, **options: Any) -> fp.ProbeResult:
     """Probe one variant on its own."""
     v = variant if isinstance(variant, fp.Variant) else fp.Variant(variant)
     state = case.state if v.opt_state is None else v.opt_state
-    batch = U if v.update is None else v.update
+    batch = U if v.batch is None else v.batch
     return fp.probe(
         case.policy, v.step, case.params, state, E, batch, observables=OBSERVABLES, lr=v.lr, rounding=False, **options
     )

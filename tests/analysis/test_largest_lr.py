@@ -18,8 +18,8 @@ from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
 from funcprobe.measurement.cautions import ess_fraction
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.types import Observable
-from tests import models
-from tests.analysis.cases import Case, E, U
+from tests.cases import models
+from tests.cases.probes import Case, E, U
 
 BETWEEN = (1e-5, 10.0)
 BOUNDS = {"min_ess": 0.9, "max_abs_delta": 0.01, "max_nonlinearity": 0.02}

@@ -17,11 +17,11 @@ import funcprobe as fp
 from funcprobe.data.rollouts import take
 from funcprobe.engine import kernels
 from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, FuncprobeWarning, InputError, NumericsError
-from funcprobe.measurement.readings import Reading
 from funcprobe.measurement.outcome import Outcome
+from funcprobe.measurement.readings import Reading
 from funcprobe.results.sweep import SweepResult
-from tests import models
-from tests.analysis.cases import Case, E, Offset, U
+from tests.cases import models
+from tests.cases.probes import Case, E, Offset, U
 
 LRS = [1e-4, 1e-3, 1e-2]
 SEVERAL = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "length": fp.mean_length(), "kl": fp.kl()}

@@ -26,7 +26,7 @@ from benchmarks.stateful.updates import dot, optimizer_step, param_update, train
 from funcprobe import tree
 from funcprobe.engine import math_attention
 from funcprobe.types import Params, Rollouts
-from tests import models
+from tests.cases import models
 
 # dropout is off in both, and a probe says so of a run
 pytestmark = pytest.mark.filterwarnings("ignore:Dropout acts in training:funcprobe.errors.FuncprobeWarning")
@@ -264,7 +264,7 @@ def test_float32_differs_by_the_rounding_of_scores(model: str, weighting: str) -
     mine = StatefulProbe(*pair, objective="grpo", microbatch=4, weighting=weighting).run(evaluation, update)
     observable = fp.entropy(weighting=weighting)
     found, delta = functional(pair, "grpo", evaluation, update, observable=observable, keep_delta=True)
-    estimate, pure_update = found.family[observable.name], found.update
+    estimate, pure_update = found.family[observable.name], found.delta
     assert pure_update is not None
 
     checkpoint = fp.from_training(*pair)

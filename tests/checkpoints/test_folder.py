@@ -152,7 +152,7 @@ def test_optimizer_none_reads_none(full_gpt2: Run) -> None:
 def test_fresh_is_adamw_with_an_empty_state_and_a_warning(full_gpt2: Run) -> None:
     with pytest.warns(FuncprobeWarning, match="sign-like.*represents nothing of the run"):
         found = load_checkpoint(full_gpt2.folder, optimizer="fresh", lr=0.5)
-    update = found.optimizer.apply(found.params, found.opt_state, random_like(found.params)).update
+    update = found.optimizer.apply(found.params, found.opt_state, random_like(found.params)).delta
     for name, gradient in random_like(found.params).items():
         # |Δθ| = lr |g| / (|g| + eps'), eps' = 1e-8: entries of a normal draw below 1e-5 would be off by 1e-3
         assert torch.allclose(update[name], -0.5 * gradient.sign(), rtol=1e-3), name

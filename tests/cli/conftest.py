@@ -29,7 +29,7 @@ class World(NamedTuple):
 
     folder: Path
     evaluation: Rollouts
-    update: Rollouts
+    batch: Rollouts
 
     def config(self, place: Path, **changes: object) -> Path:
         """Write a configuration into a folder; a change to None leaves the key out."""

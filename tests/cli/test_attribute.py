@@ -19,8 +19,8 @@ from funcprobe.cli.main import main
 from funcprobe.report.attribution_table import attribution_text
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
+from tests.cases.heat_map_pages import data, page
 from tests.cli.conftest import World
-from tests.report.pages import data, page
 
 Refused = Callable[..., str]
 TOKENS = ("tokens", "sequences", "prompts", "positions")
@@ -68,7 +68,7 @@ def test_every_table_sums_to_the_first_order_of_the_result(done: Path) -> None:
 
 def test_tables_hold_what_they_are_read_for(done: Path, world: World) -> None:
     tokens = columns(done, "update-tokens")
-    assert len(tokens["token"]) == int(world.update.completion_mask.sum())
+    assert len(tokens["token"]) == int(world.batch.completion_mask.sum())
     assert set(tokens) >= {"sequence", "prompt", "position", "text", "logp", "entropy", "advantage", "reward"}
     assert "<eos>" in tokens["text"]
     assert "=" in columns(done, "update-prompts")["text"][0]

@@ -65,7 +65,7 @@ def test_a_run_writes_everything_that_it_says(finished: Path) -> None:
     result = ProbeResult.load(results)
     assert result.evaluation.sequences == 24
     assert result.delta_norm > 0
-    assert result.update is not None
+    assert result.delta is not None
     assert (results / "measured_vs_predicted.png").read_bytes().startswith(b"\x89PNG")
     assert (results / "summary.txt").read_text(encoding="utf-8") == summary_text(result)
 
@@ -113,7 +113,7 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
         ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.unmoved > 0),
         ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
-        ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.update is not None),
+        ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.delta is not None),
         ({"objective": {"name": "reinforce"}}, lambda result: abs(result.step["loss"]) > 1e-3),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_run_needs_no_optimizer_file_where_a_fresh_one_is_asked_for(
 def test_what_should_be_known_is_said_once_in_the_summary_and_kept(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    zero = world.update._replace(advantages=torch.zeros(24, dtype=torch.float64))
+    zero = world.batch._replace(advantages=torch.zeros(24, dtype=torch.float64))
     nucleus = world.evaluation._replace(top_p=torch.full((24,), 0.9, dtype=torch.float64))
     config = with_rollouts(world, tmp_path, update=zero, evaluation=nucleus)
     assert main(["run", str(config)]) == 0
@@ -153,7 +153,7 @@ def test_what_should_be_known_is_said_once_in_the_summary_and_kept(
 
 
 def test_an_overlap_of_the_batches_is_reported(world: World, tmp_path: Path) -> None:
-    config = with_rollouts(world, tmp_path, evaluation=world.update)
+    config = with_rollouts(world, tmp_path, evaluation=world.batch)
     assert main(["run", str(config)]) == 0
     assert any("also stand in the update batch" in w for w in ProbeResult.load(tmp_path / "results").warnings)
 

@@ -12,7 +12,7 @@ from funcprobe.checkpoints import save_checkpoint
 from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts
 from funcprobe.optimizers.factories import adamw
 from funcprobe.policy.module import from_module
-from tests import models
+from tests.cases import models
 
 #: What a file of the stateful system looks like, number for number.
 YAML = """

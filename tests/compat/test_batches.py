@@ -10,7 +10,7 @@ import torch
 import funcprobe as fp
 from funcprobe.compat.batches import for_the_loss, prompts_in, rows_of_prompts, to_rollouts
 from funcprobe.errors import InputError
-from tests.compat import cases
+from tests.cases import stateful as cases
 
 
 def test_rows_are_those_of_the_lists() -> None:

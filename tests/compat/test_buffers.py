@@ -12,9 +12,9 @@ from torch import nn
 
 from funcprobe.compat import ProbeComponents, buffers
 from funcprobe.errors import InputError
-from tests import models
 from tests.benchmarks.test_stateful import lora
-from tests.compat import cases
+from tests.cases import models
+from tests.cases import stateful as cases
 
 
 def random_buffer(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -20,10 +20,10 @@ from funcprobe.compat.batches import to_rollouts
 from funcprobe.compat.sampling import Source
 from funcprobe.errors import CheckpointError, ConfigError, InputError
 from funcprobe.policy.module import from_module
-from tests import models
 from tests.benchmarks.test_stateful import lora
+from tests.cases import models
+from tests.cases import stateful as cases
 from tests.checkpoints.test_live import assert_same, fingerprint
-from tests.compat import cases
 
 Configured = Callable[..., Path]
 

@@ -17,8 +17,8 @@ from funcprobe.compat import OfflineEntropyProbe
 from funcprobe.compat.sampling import Source
 from funcprobe.errors import ConfigError, InputError
 from funcprobe.policy.module import from_module
+from tests.cases import stateful as cases
 from tests.checkpoints.test_live import assert_same, fingerprint
-from tests.compat import cases
 
 Configured = Callable[..., Path]
 

@@ -19,7 +19,7 @@ from funcprobe.data import parquet
 from funcprobe.data.files import read_metadata, read_rollouts, write_rollouts
 from funcprobe.data.schema import KNOWN
 from funcprobe.errors import FuncprobeWarning, InputError, MissingExtraError
-from tests.data.cases import Lists, assert_same, fixed, law, lists
+from tests.cases.rollout_lists import Lists, assert_same, fixed, law, lists
 
 FORMATS = [".parquet", ".jsonl"]
 

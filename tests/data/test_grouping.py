@@ -22,7 +22,7 @@ from funcprobe.data.rollouts import concatenate, rollouts_from_lists, rollouts_f
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.objectives.by_name import grpo
 from funcprobe.types import Rollouts
-from tests.data.cases import assert_same, law
+from tests.cases.rollout_lists import assert_same, law
 
 ONE, TWO = uuid.UUID(int=7), uuid.UUID(int=2**100)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from funcprobe.data.rollouts import rollouts_from_lists, rollouts_from_padded
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.types import Rollouts
-from tests.data.cases import END, LOGPS, Lists, assert_same, fixed, law, lists
+from tests.cases.rollout_lists import END, LOGPS, Lists, assert_same, fixed, law, lists
 
 
 @law

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from funcprobe.data.rollouts import Overlap, concatenate, microbatches, overlap, split, take, to_device
 from funcprobe.errors import InputError
 from funcprobe.types import Rollouts, TokenBudget
-from tests.data.cases import Lists, assert_same, fixed, law, lists
+from tests.cases.rollout_lists import Lists, assert_same, fixed, law, lists
 
 
 @law

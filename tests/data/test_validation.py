@@ -12,7 +12,7 @@ import torch
 from funcprobe.data.rollouts import rollouts_from_lists, validate
 from funcprobe.errors import InputError
 from funcprobe.types import Rollouts
-from tests.data.cases import VOCABULARY, assert_same, fixed
+from tests.cases.rollout_lists import VOCABULARY, assert_same, fixed
 
 NAN, INF = math.nan, math.inf
 

@@ -16,7 +16,7 @@ from funcprobe.estimators.control_variate import leave_one_out
 from funcprobe.estimators.observables import Entropy
 from funcprobe.estimators.returns import expected_reward
 from funcprobe.types import Observable, Rollouts, TokenScores
-from tests.estimators.cases import VARIATES, batch, few, of_variates, scored, seeds, sizes
+from tests.cases.observables import VARIATES, batch, few, of_variates, scored, seeds, sizes
 
 
 def test_the_mean_of_the_others_by_hand() -> None:

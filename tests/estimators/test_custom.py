@@ -15,8 +15,8 @@ from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.importance import log_ratios, sequence_weights
 from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.types import Observable, Rollouts, TokenScores
-from tests import models
-from tests.estimators.cases import batch, scored
+from tests.cases import models
+from tests.cases.observables import batch, scored
 
 
 def second_moment(scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from funcprobe.estimators.divergence import forward_terms, kl, reverse_terms
-from tests.estimators.cases import batch, scored, seeds, sizes
+from tests.cases.observables import batch, scored, seeds, sizes
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -16,7 +16,7 @@ from funcprobe.estimators.custom import check_observable, observable
 from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.types import Observable, TokenScores
-from tests.estimators.cases import EVERY, VARIATES, batch, both, few, of_every, rows_of, scored, seeds, sizes
+from tests.cases.observables import EVERY, VARIATES, batch, both, few, of_every, rows_of, scored, seeds, sizes
 
 
 def test_reward_length_and_divergences_by_hand() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.cases.models import seeded
 from tests.families.building import ASKED, NO_FORWARD_MODE, built, cast
 from tests.families.table import FAMILIES
-from tests.models import seeded
 
 
 @dataclass(frozen=True)

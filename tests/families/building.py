@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from tests.models import seeded
+from tests.cases.models import seeded
 
 VOCABULARY = 96
 

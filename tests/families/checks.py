@@ -54,7 +54,7 @@ class Case:
     build: Callable[[torch.dtype], nn.Module]
     module: nn.Module
     evaluation: fp.Rollouts
-    update: fp.Rollouts
+    batch: fp.Rollouts
 
     @classmethod
     def of(cls, build: Callable[[torch.dtype], nn.Module]) -> Case:
@@ -95,9 +95,9 @@ class Case:
     def step(self) -> fp.StepResult:
         """One step, of length 1 in parameter space, where the model is far from linear."""
         made = self.make_step(self.policy)
-        raw = made(self.params, made.optimizer.init(self.params), self.update, lr=1.0)
+        raw = made(self.params, made.optimizer.init(self.params), self.batch, lr=1.0)
         return made(
-            self.params, made.optimizer.init(self.params), self.update, lr=self.length / float(tree.norm(raw.update))
+            self.params, made.optimizer.init(self.params), self.batch, lr=self.length / float(tree.norm(raw.delta))
         )
 
     #: ‖Δθ‖
@@ -117,7 +117,7 @@ class Case:
         made = self.make_step(self.policy)
         state = made.optimizer.init(self.params)
         return fp.probe(
-            self.policy, made, self.params, state, self.evaluation, self.update, lr=self.lr, bars=None, **options
+            self.policy, made, self.params, state, self.evaluation, self.batch, lr=self.lr, bars=None, **options
         )
 
     @functools.cached_property
@@ -128,12 +128,12 @@ class Case:
             return fp.entropy()(s, batches.detached(s), r), {}
 
         found = engine.gradient(f, self.policy, self.params, self.evaluation, as_training=False)
-        return float(tree.dot(tree.map_(torch.abs, found.gradient), tree.map_(torch.abs, self.step.update)))
+        return float(tree.dot(tree.map_(torch.abs, found.gradient), tree.map_(torch.abs, self.step.delta)))
 
     @functools.cached_property
     def curvature(self) -> float:
         """Σ|∂F/∂s s̈|/2, over tokens: what rounding of δF₂ is relative to."""
-        along = engine.directional(self.policy, self.params, self.step.update, self.evaluation, order=2)
+        along = engine.directional(self.policy, self.params, self.step.delta, self.evaluation, order=2)
         assert along.curvatures is not None
         c = engine.cotangents(lambda s: fp.entropy()(s, along.scores, self.evaluation), along.scores)
         return float(engine.fields(engine.each(torch.mul, c, along.curvatures)).abs().sum()) / 2
@@ -147,11 +147,11 @@ class Case:
         """
         with Wide():
             F = fp.anchored(fp.entropy(), self.policy, self.evaluation, self.params)
-            at = {k: tree.axpy(k * STEP, self.step.update, self.params) for k in (-2, -1, 1, 2)}
+            at = {k: tree.axpy(k * STEP, self.step.delta, self.params) for k in (-2, -1, 1, 2)}
             with torch.no_grad():
                 first = _slope({k: float(F(params)) for k, params in at.items()})
             try:
-                slopes = {k: float(torch.func.jvp(F, (p,), (self.step.update,))[1]) for k, p in at.items()}
+                slopes = {k: float(torch.func.jvp(F, (p,), (self.step.delta,))[1]) for k, p in at.items()}
             except (RuntimeError, FuncprobeError):  # no forward derivative, and no second order that needs this one
                 return first, math.nan
         return first, _slope(slopes) / 2
@@ -236,7 +236,7 @@ def attribution_is_complete(case: Case) -> None:
     """The parts of δF₁, three ways, sum to it."""
     made = case.make_step(case.policy)
     state = made.optimizer.init(case.params)
-    found = fp.attribute(case.policy, made, case.params, state, case.evaluation, case.update, lr=case.lr, bars=None)
+    found = fp.attribute(case.policy, made, case.params, state, case.evaluation, case.batch, lr=case.lr, bars=None)
     # forward over E, reverse over E and forward over U, each rounded by itself
     within(found.completeness_error, 0.0, 4 * ROUNDINGS * case.eps, "completeness error")
 
@@ -278,7 +278,7 @@ def float32_is_float64(case: Case) -> None:
     policy, params = fp.from_module(case.build(torch.float32))
     made = case.make_step(policy)
     state = made.optimizer.init(params)
-    found = fp.probe(policy, made, params, state, case.evaluation, case.update, lr=case.lr, bars=None)
+    found = fp.probe(policy, made, params, state, case.evaluation, case.batch, lr=case.lr, bars=None)
     # the weights, the gradient on U, the step and the derivative along it are rounded, each to float32
     tolerance = 4 * ROUNDINGS * torch.finfo(torch.float32).eps * case.terms
     within(found.first_order, case.differences[0], tolerance, f"float32, {found.mode}")

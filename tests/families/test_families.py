@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe.types import Params
+from tests.cases.models import TwoLines, seeded
 from tests.families.building import VOCABULARY
 from tests.families.checks import CHECKS, PROMPTS, Case, Wrong
 from tests.families.outcomes import Outcome, is_one_sentence, outcomes_of
 from tests.families.page import PAGE, page
 from tests.families.subjects import SUBJECTS, Subject
-from tests.models import TwoLines, seeded
 
 
 def every(subjects: dict[str, Subject]) -> list[Any]:

@@ -18,7 +18,7 @@ from funcprobe import ProbeResult
 from funcprobe.errors import FuncprobeWarning
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
 from funcprobe.policy.training_only import training_cautions, training_terms
-from tests.integrations.cases import (
+from tests.cases.trl_runs import (
     VOCABULARY,
     arguments,
     distance,

@@ -12,7 +12,7 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
-from tests.integrations.cases import VOCABULARY, Run, arguments, distance, qwen2, third_party, train, trainables
+from tests.cases.trl_runs import VOCABULARY, Run, arguments, distance, qwen2, third_party, train, trainables
 
 NAN = float("nan")
 

@@ -18,7 +18,7 @@ import funcprobe as fp
 from funcprobe import engine, tree
 from funcprobe.errors import InputError, ReverseModeError
 from funcprobe.policy.checks import COARSEST_FLOAT32
-from tests import models
+from tests.cases import models
 
 V = models.VOCABULARY
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine
 from funcprobe.errors import InputError
-from tests import models
+from tests.cases import models
 
 
 def snapshot(module: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.policy.sampling import _choose, sample
 from funcprobe.types import Params
-from tests import models
+from tests.cases import models
 from tests.oracles import enumeration
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 1, 2, 3, 4], [2, 2]]

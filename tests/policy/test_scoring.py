@@ -12,7 +12,7 @@ import funcprobe as fp
 from funcprobe.errors import InputError
 from funcprobe.policy import scoring
 from funcprobe.types import Params
-from tests import models
+from tests.cases import models
 
 
 def squares(log_probs: Tensor, token: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import (
 
 import funcprobe as fp
 from funcprobe.policy.training_only import TrainingTerm, training_cautions, training_terms
-from tests import models
+from tests.cases import models
 
 SMALL: dict[str, Any] = {
     "vocab_size": 12,

@@ -26,7 +26,7 @@ from funcprobe.report.attribution_figures import (
 )
 from funcprobe.report.canvas import new_axes
 from funcprobe.report.figure_text import drawable
-from tests.report.attribution_cases import NASTY, attribution, nasty, with_bars, words
+from tests.cases.written_attribution import NASTY, attribution, nasty, with_bars, words
 
 FIGURES = [plot_layers, plot_kinds, plot_movers, lambda a: plot_movers(a, "prompts"), plot_influence]
 
@@ -206,7 +206,7 @@ def test_figures_leave_an_axes_alone_that_is_given() -> None:
 
 def test_no_pyplot_state_is_made() -> None:
     code = (
-        "import sys\nfrom tests.report.attribution_cases import attribution\n"
+        "import sys\nfrom tests.cases.written_attribution import attribution\n"
         "from funcprobe.report.attribution_figures import plot_layers\nplot_layers(attribution())\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )

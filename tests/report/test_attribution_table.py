@@ -10,7 +10,7 @@ import pytest
 from funcprobe.attribution.token_tables import movers
 from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.terminal import headline
-from tests.report.attribution_cases import NASTY, attribution, nasty, with_bars, words
+from tests.cases.written_attribution import NASTY, attribution, nasty, with_bars, words
 from tests.report.test_terminal import pty
 
 

@@ -10,7 +10,7 @@ import funcprobe as fp
 from funcprobe.errors import InputError
 from funcprobe.report.comparison_figure import plot_comparison
 from funcprobe.results.comparison import Comparison
-from tests.analysis.cases import Case, E, U
+from tests.cases.probes import Case, E, U
 
 
 def compared(**options: object) -> Comparison:

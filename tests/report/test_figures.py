@@ -10,7 +10,7 @@ import pytest
 from funcprobe.errors import MissingExtraError
 from funcprobe.report.figures import new_axes, plot_measured_vs_predicted, points, save_figure
 from funcprobe.types import Estimate
-from tests.report.cases import family, result
+from tests.cases.written_probe import family, result
 
 NAME = "rao_blackwell/per_decision/token"
 
@@ -96,7 +96,7 @@ def test_axes_of_the_caller_are_drawn_on_and_returned() -> None:
 
 def test_an_image_is_written_and_pyplot_stays_unloaded(tmp_path: Path) -> None:
     script = (
-        "import sys; from funcprobe.report.figures import save_figure; from tests.report.cases import result\n"
+        "import sys; from funcprobe.report.figures import save_figure; from tests.cases.written_probe import result\n"
         f"save_figure(result(), {str(tmp_path / 'a.png')!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

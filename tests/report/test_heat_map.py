@@ -16,9 +16,9 @@ import pytest
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.report.colour_classes import DEPTH, class_name, classes_of
 from funcprobe.report.heat_map import heat_map
-from funcprobe.report.visible_text import shortened, visible
-from tests.report.attribution_cases import NASTY, attribution, nasty, words
-from tests.report.pages import Element, data, page
+from funcprobe.results.visible_text import shortened, visible
+from tests.cases.heat_map_pages import Element, data, page
+from tests.cases.written_attribution import NASTY, attribution, nasty, words
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_prompts_and_sequences_stand_largest_first_with_their_sums(drawn: Any) -
 
 def test_a_prompt_of_its_own_stands_before_its_completion(drawn: Any) -> None:
     found = attribution(vocabulary=words())
-    r = found.update.rollouts
+    r = found.batch.rollouts
     r.ids[1, 0] = (r.ids[1, 0] + 1) % 40
     (section,) = [s for s in drawn(found).all("section") if s.attributes["id"] == "p0"]
     own = [a.all("div", **{"class": "ask"}) for a in section.all("article")]

@@ -17,10 +17,10 @@ from selenium.webdriver import ActionChains, Keys
 
 from funcprobe.report.heat_map import heat_map
 from funcprobe.report.heat_map_page import signed
-from funcprobe.report.visible_text import visible
 from funcprobe.results.attribution import Attribution
-from tests.report.attribution_cases import NASTY, attribution, nasty, words
-from tests.report.browser import chromium, requests
+from funcprobe.results.visible_text import visible
+from tests.cases.browser import chromium, requests
+from tests.cases.written_attribution import NASTY, attribution, nasty, words
 
 pytestmark = pytest.mark.browser
 TOKENS = 100_000

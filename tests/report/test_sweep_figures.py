@@ -16,7 +16,7 @@ from funcprobe.report.canvas import new_axes, write
 from funcprobe.report.sweep_figures import plot_remainder, plot_sweep, save_sweep_figures
 from funcprobe.results.sweep_law import law_of, remainder_fit
 from funcprobe.results.sweep_words import fit_text
-from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
+from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
 
 PATHS = LRS[:5]  # by path, in a sweep of the cases; the others by difference
 
@@ -340,7 +340,7 @@ def test_every_observable_has_its_file(tmp_path: Path) -> None:
 def test_pyplot_stays_unloaded(tmp_path: Path) -> None:
     script = (
         "import sys; from funcprobe.report.sweep_figures import save_sweep_figures\n"
-        "from tests.report.sweep_cases import sweep\n"
+        "from tests.cases.written_sweep import sweep\n"
         f"save_sweep_figures(sweep(lrs=(1e-6, 1e-5)), {str(tmp_path)!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )

@@ -9,7 +9,7 @@ import pytest
 from funcprobe.errors import MissingExtraError
 from funcprobe.report.sweep_table import print_sweep, sweep_text
 from funcprobe.results.sweep_words import headline_of, table_of
-from tests.report.sweep_cases import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
+from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
 from tests.report.test_terminal import pty
 
 

@@ -12,7 +12,7 @@ import pytest
 from funcprobe.errors import MissingExtraError
 from funcprobe.report.terminal import headline, print_summary, summary_text
 from funcprobe.types import Estimate
-from tests.report.cases import family, result
+from tests.cases.written_probe import family, result
 
 NAME = "rao_blackwell/per_decision/token"
 

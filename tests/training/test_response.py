@@ -16,7 +16,7 @@ from funcprobe.errors import InputError
 from funcprobe.optimizers.factories import Group, PureOptimizer
 from funcprobe.training.response import respond
 from funcprobe.types import OptState, Params
-from tests.training import cases
+from tests.cases import scored as cases
 
 LR = 1e-2
 
@@ -73,16 +73,16 @@ def test_shares_momentum_and_decay_sum_to_the_whole(
     step, g = step_of(ADDITIVE[name], clip), cases.gradients(params, seed)
     state = step.optimizer.init(params) if cold else warm(step, params)
     c = covector(params)
-    found = respond(step, params, state, g, c)
+    found = respond(step.rule, params, state, g, c)
     taken = step.apply(params, state, g)
     assert found.form == "additive"
     parts = {
         n: [float(tree.dot({n: found.direction[n]}, {n: g[n]})), *(o[n] for o in found.offsets.values())] for n in g
     }
     for n in params:
-        whole = float(tree.dot({n: c[n]}, {n: taken.update[n]}))
+        whole = float(tree.dot({n: c[n]}, {n: taken.delta[n]}))
         # float64: a dozen roundings a term; float32: direction, clipped gradient and update are kept in it
-        size = float((c[n].double() * taken.update[n].double()).abs().sum()) + sum(map(abs, parts[n]))
+        size = float((c[n].double() * taken.delta[n].double()).abs().sum()) + sum(map(abs, parts[n]))
         assert abs(sum(parts[n]) - whole) <= (1e-14 if wide else 1e-6) * size, n
 
 
@@ -90,8 +90,8 @@ def test_offsets_are_what_a_zero_gradient_would_leave_of_sgd() -> None:
     params = cases.leaves(torch.float64)
     step = step_of(fp.sgd(LR, momentum=0.9, weight_decay=0.1), None)
     state, c, zero = warm(step, params), covector(params), tree.zeros_like(params)
-    left = step.apply(params, state, zero).update
-    found = respond(step, params, state, cases.gradients(params, 3), c)
+    left = step.apply(params, state, zero).delta
+    found = respond(step.rule, params, state, cases.gradients(params, 3), c)
     for n in params:
         expected = float(tree.dot({n: c[n]}, {n: left[n]}))
         assert sum(o[n] for o in found.offsets.values()) == pytest.approx(expected, rel=1e-12)
@@ -123,18 +123,18 @@ def test_the_jacobian_form_is_the_derivative_of_the_whole_in_the_gradient(
     step = step_of(optimizer, clip)
     empty = optimizer.init(params)
     state = empty if cold else step.apply(params, empty, tree.scale(0.7, g)).opt_state
-    found = respond(step, params, state, g, c, form="jacobian")
+    found = respond(step.rule, params, state, g, c, form="jacobian")
     assert (found.form, found.offsets) == ("jacobian", {})
 
     def whole(e: float) -> float:
-        return float(tree.dot(c, step.apply(params, state, tree.axpy(e, v, g)).update))
+        return float(tree.dot(c, step.apply(params, state, tree.axpy(e, v, g)).delta))
 
     # central differences, twice, with Richardson's step: O(h⁴) = 1e-12 of curvatures of order one, and rounding of
     # the whole, 1e-16 of its terms, divided by h
     h = 1e-3
     slopes = [(whole(e) - whole(-e)) / (2 * e) for e in (h, h / 2)]
     size = float(tree.norm(found.direction) * tree.norm(v))
-    rounding = 1e-15 * float(tree.norm(c) * tree.norm(step.apply(params, state, g).update)) / h
+    rounding = 1e-15 * float(tree.norm(c) * tree.norm(step.apply(params, state, g).delta)) / h
     expected = (4 * slopes[1] - slopes[0]) / 3
     assert float(tree.dot(found.direction, v)) == pytest.approx(expected, rel=1e-7, abs=1e-7 * size + rounding)
 
@@ -145,7 +145,7 @@ def test_the_two_forms_agree_where_the_step_is_linear_in_the_gradient_and_part_u
     for optimizer, same in ((fp.sgd(LR, momentum=0.9), True), (fp.adamw(LR), False)):
         step = step_of(optimizer, None)
         state = warm(step, params)
-        one, other = (respond(step, params, state, g, c, form=form).direction for form in ("additive", "jacobian"))
+        one, other = (respond(step.rule, params, state, g, c, form=form).direction for form in ("additive", "jacobian"))
         off = float(tree.norm(tree.sub(one, other)) / tree.norm(one))
         assert (off < 1e-14) == same, (optimizer, off)
 
@@ -156,7 +156,7 @@ def test_a_learning_rate_that_is_given_counts() -> None:
     for optimizer in (fp.sgd(LR), fp.from_torch(torch.optim.RMSprop, lr=LR)):
         step = step_of(optimizer, None)
         state = warm(step, params)
-        one, three = (respond(step, params, state, g, c, lr) for lr in (None, 3 * LR))
+        one, three = (respond(step.rule, params, state, g, c, lr) for lr in (None, 3 * LR))
         assert float(tree.norm(tree.sub(three.direction, tree.scale(3.0, one.direction)))) <= 1e-12 * float(
             tree.norm(three.direction)
         )
@@ -168,7 +168,7 @@ def test_an_entry_that_never_had_a_gradient_has_a_share_of_nothing_and_no_nan() 
     g = cases.gradients(params, 3)  # one of its entries is exactly 0
     for cls in (torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.AdamW):
         step = step_of(fp.from_torch(cls, lr=LR), None)
-        found = respond(step, params, step.optimizer.init(params), g, c, form="jacobian").direction
+        found = respond(step.rule, params, step.optimizer.init(params), g, c, form="jacobian").direction
         assert tree.is_finite(found), cls
         assert float(found["layer.2.bias"][0]) == 0.0 or cls is torch.optim.AdamW
 
@@ -181,7 +181,7 @@ def test_nothing_that_is_passed_in_changes() -> None:
         before = [cases.clone(x) for x in (params, state, g, c)]
         generator = torch.get_rng_state()
         for form in ("auto", "jacobian"):
-            respond(step, params, state, g, c, form=form)  # type: ignore[arg-type]
+            respond(step.rule, params, state, g, c, form=form)  # type: ignore[arg-type]
         for found, kept in zip((params, state, g, c), before, strict=True):
             cases.assert_same(found, kept)
         assert torch.equal(torch.get_rng_state(), generator)
@@ -232,11 +232,11 @@ def test_a_leaf_of_many_pieces_is_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
     params = cases.leaves(torch.float64)
     step = step_of(fp.adamw(LR, weight_decay=0.1), 0.5)
     state, g, c = warm(step, params), cases.gradients(params, 3), covector(params)
-    whole, update = respond(step, params, state, g, c), step.apply(params, state, g).update
+    whole, update = respond(step.rule, params, state, g, c), step.apply(params, state, g).delta
     monkeypatch.setattr("funcprobe.optimizers.closed_form.CHUNK", 4)
-    cut = respond(step, params, state, g, c)
+    cut = respond(step.rule, params, state, g, c)
     cases.assert_same(cut.direction, whole.direction)
-    cases.assert_same(step.apply(params, state, g).update, update)
+    cases.assert_same(step.apply(params, state, g).delta, update)
     for what, of in whole.offsets.items():
         assert cut.offsets[what] == pytest.approx(of, rel=1e-13), what
     assert isinstance(step.optimizer, PureOptimizer)

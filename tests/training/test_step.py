@@ -15,8 +15,8 @@ from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.policy.module import from_module
 from funcprobe.training.step import Step, make_step
 from funcprobe.types import Params, Rollouts, StepResult
+from tests.cases.scored import assert_same, clone
 from tests.oracles import losses
-from tests.training.cases import assert_same, clone
 
 V, TEMPERATURE = 7, 0.7
 
@@ -145,7 +145,7 @@ def test_the_gradient_in_the_result_is_the_raw_one_and_the_step_is_clipped() -> 
     assert found.info["grad_norm"] == pytest.approx(norm, rel=1e-14)
     assert found.info["clip_coefficient"] == pytest.approx(0.05 / (norm + 1e-6), rel=1e-14)
     assert found.info["lr"] == 1.0
-    torch.testing.assert_close(float(tree.norm(found.update)), 0.05 * norm / (norm + 1e-6), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(float(tree.norm(found.delta)), 0.05 * norm / (norm + 1e-6), rtol=1e-12, atol=0.0)
     loose = replace(step, max_grad_norm=1e9)(params, step.optimizer.init(params), rollouts())
     assert loose.info["clip_coefficient"] == 1.0
     assert_same(loose.gradient, found.gradient)
@@ -212,7 +212,7 @@ def test_no_advantage_leaves_momentum_and_decay() -> None:
     with pytest.warns(FuncprobeWarning, match="momentum and weight decay alone"):
         found = step(params, state, rollouts(rewards=[1.0] * 6))
     assert not any(bool(g.any()) for g in found.gradient.values())
-    for leaf, update in found.update.items():
+    for leaf, update in found.delta.items():
         torch.testing.assert_close(update, -0.01 * 0.1 * params[leaf], rtol=1e-15, atol=0.0)
 
 

@@ -1,0 +1,244 @@
+"""`Update`: a policy and how it is about to change, which every verb takes; its gradient is taken once, when needed."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from funcprobe import tree
+from funcprobe.errors import FuncprobeWarning, InputError, Note
+from funcprobe.measurement.path import along_line
+from funcprobe.optimizers.groups import check_gradient, check_lr
+from funcprobe.optimizers.stored import is_stored, storage_name
+from funcprobe.policy.module import Policy
+from funcprobe.training.step import LossGradient, Rule, Step
+from funcprobe.types import Gradients, Objective, Optimizer, OptState, Params, Progress, Rollouts, StepResult
+
+#: How much an update knows, from least to most.
+Depth = Literal["delta", "gradient", "batch"]
+
+_DEPTHS: tuple[Depth, ...] = ("delta", "gradient", "batch")
+
+#: What an update of each depth has that one of less has not.
+_KNOWS = {
+    "gradient": "a gradient and an optimizer; make it with Update.from_step or Update.from_gradient",
+    "batch": "the tokens of U; make it from a batch, with Update.from_step",
+}
+
+
+@dataclass
+class _Held:
+    """The gradient of a loss, once it was taken: updates that differ in what follows from it share one."""
+
+    loss: LossGradient | None = None
+    warnings: tuple[Note, ...] = ()
+
+
+@dataclass(frozen=True)
+class Update:
+    """A policy at θ and how it is about to change: the value that `probe`, `sweep`, `attribute` and `compare` take.
+
+    Made `from_step` it knows the tokens of its batch U, the gradient, the optimizer and Δθ; `from_gradient` all but the
+    tokens; `from_delta` Δθ alone. Nothing is computed before it is needed, the gradient on U only once, and nothing
+    that is passed in changes. `params` are kept as they are given, not copied: they have to be those of this moment
+    when the update is used.
+    """
+
+    policy: Policy  #: what scores rollouts
+    params: Params  #: θ
+    rule: Rule | None = None  #: how a gradient becomes Δθ; None for an update that was given as Δθ
+    opt_state: OptState | None = None  #: the optimizer's state before the step
+    lr: float | None = None  #: learning rate of this update; None takes the optimizer's
+    step: Step | None = None  #: objective and rule; None for an update that was not made from a batch
+    batch: Rollouts | None = None  #: rollouts U
+    given: StepResult | None = field(default=None, repr=False)  #: θ′ and Δθ, for an update that was given as Δθ
+    _held: _Held = field(default_factory=_Held, repr=False, compare=False)
+
+    @classmethod
+    def from_step(
+        cls, step: Step, params: Params, opt_state: OptState, batch: Rollouts, lr: float | None = None
+    ) -> Update:
+        """Return the update that one pure step on a batch makes.
+
+        Args:
+            step: The pure step; see `make_step`. Its policy is the update's.
+            params: θ.
+            opt_state: The optimizer's state before the step.
+            batch: Rollouts U, which the step is taken on.
+            lr: Learning rate; None takes the optimizer's.
+
+        Raises:
+            InputError: If `step` is none, or the learning rate is out of range.
+        """
+        if not isinstance(step, Step):
+            raise InputError(f"step is a {type(step).__name__}; expected what make_step(...) returns.")
+        return cls(step.policy, params, step.rule, opt_state, _checked(lr), step, batch)
+
+    @classmethod
+    def from_gradient(
+        cls,
+        policy: Policy,
+        optimizer: Optimizer,
+        params: Params,
+        opt_state: OptState,
+        gradient: Gradients,
+        lr: float | None = None,
+        max_grad_norm: float | None = None,
+    ) -> Update:
+        """Return the update that an optimizer makes of a gradient: momentum, decay and gradient are known, tokens not.
+
+        Args:
+            policy: What scores rollouts.
+            optimizer: The pure optimizer.
+            params: θ.
+            opt_state: The optimizer's state before the step.
+            gradient: By name; None at a leaf that is to be left alone.
+            lr: Learning rate; None takes the optimizer's.
+            max_grad_norm: The global norm to which the gradient is still to be clipped; None where it was.
+
+        Raises:
+            InputError: If the learning rate or the bound is out of range, or the gradient has other names or shapes.
+        """
+        check_gradient(params, gradient)
+        held = _Held(LossGradient(gradient, {}, None))
+        return cls(policy, params, Rule(optimizer, max_grad_norm), opt_state, _checked(lr), _held=held)
+
+    @classmethod
+    def from_delta(cls, policy: Policy, params: Params, delta: Params, after: Params | None = None) -> Update:
+        """Return the update that is Δθ itself: two checkpoints, or a step that something else has taken.
+
+        Args:
+            policy: What scores rollouts.
+            params: θ.
+            delta: Δθ by name, in float32 or wider.
+            after: θ′ as it is stored; None rounds θ + Δθ to the dtype of θ.
+
+        Raises:
+            InputError: If names or shapes differ.
+        """
+        tree.same_keys(params, delta, what="params and delta")
+        if after is not None:
+            tree.same_keys(params, after, what="params and after")
+        detached = {name: d.detach() for name, d in delta.items()}
+        stored = along_line(params, detached, 1.0) if after is None else {n: p.detach() for n, p in after.items()}
+        return cls(policy, params, given=StepResult(stored, detached, {}, {}, {}))
+
+    @property
+    def depth(self) -> Depth:
+        """How much is known: "batch", "gradient" or "delta"."""
+        return "batch" if self.batch is not None else "gradient" if self.rule is not None else "delta"
+
+    def need(self, depth: Depth, what: str) -> None:
+        """Check that the update knows enough for something.
+
+        Raises:
+            InputError: If it does not; the message says how to make one that does.
+        """
+        if _DEPTHS.index(self.depth) < _DEPTHS.index(depth):
+            raise InputError(f"{what} needs an update that knows {_KNOWS[depth]}.")
+
+    def at(self, lr: float | None) -> Update:
+        """Return the same update at another learning rate; both share one gradient.
+
+        Raises:
+            InputError: If the update was given as Δθ, or the learning rate is out of range.
+        """
+        self.need("gradient", "Another learning rate")
+        return replace(self, lr=_checked(lr))
+
+    def vary(
+        self,
+        *,
+        objective: Objective | None = None,
+        optimizer: Optimizer | None = None,
+        opt_state: OptState | None = None,
+        lr: float | None = None,
+        batch: Rollouts | None = None,
+    ) -> Update:
+        """Return the update with something else in place of its own, for `compare`; what is None stays.
+
+        Raises:
+            InputError: If it was not made from a batch, or the learning rate is out of range.
+        """
+        self.need("batch", "A varied update")
+        assert self.step is not None
+        step = replace(
+            self.step, objective=objective or self.step.objective, optimizer=optimizer or self.step.optimizer
+        )
+        own = {"opt_state": self.opt_state if opt_state is None else opt_state, "lr": _checked(lr) or self.lr}
+        held = self._held if objective is None and batch is None else _Held()
+        return replace(self, step=step, rule=step.rule, batch=batch or self.batch, _held=held, **own)  # type: ignore[arg-type]
+
+    def gradient(self, progress: Progress | None = None) -> LossGradient:
+        """Return the gradient of the loss before clipping, with info, and scores of U where there is one; taken once.
+
+        Raises:
+            InputError: If the update was given as Δθ, or the objective cannot use the batch.
+            NumericsError: If a score or the gradient is not finite.
+        """
+        self.need("gradient", "A gradient")
+        if self._held.loss is None:
+            assert self.step is not None
+            assert self.batch is not None
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self._held.loss = self.step.loss_gradient(self.params, self.batch, progress=progress)
+            own = [w for w in caught if issubclass(w.category, FuncprobeWarning)]
+            self._held.warnings = tuple(_noted(w.message) for w in own)
+            for w in caught:
+                if w not in own:
+                    warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        return self._held.loss
+
+    @property
+    def warnings(self) -> tuple[Note, ...]:
+        """What the gradient on U warned of when it was taken."""
+        return self._held.warnings
+
+    def take(self, progress: Progress | None = None) -> StepResult:
+        """Return θ′, Δθ, the optimizer's state and what the step reported; made anew at every call, from one gradient.
+
+        Raises:
+            InputError: If rollouts, state or learning rate do not fit.
+            NumericsError: If scores, gradient or step are not finite.
+        """
+        if self.given is not None:
+            return self.given
+        assert self.rule is not None
+        assert self.opt_state is not None
+        loss = self.gradient(progress)
+        return self.rule.apply(self.params, self.opt_state, loss.gradient, lr=self.lr, info=loss.info)
+
+    @property
+    def storage(self) -> str | None:
+        """The dtypes that θ′ is stored in, as words; None where it is computed in no other."""
+        return None if self.rule is None else storage_name(self.rule.optimizer, self.params)
+
+    @property
+    def stores_narrower(self) -> bool:
+        """Whether θ′ is stored in another dtype than it is computed in."""
+        return self.rule is not None and is_stored(self.rule.optimizer)
+
+    def shares_gradient(self, other: Update) -> bool:
+        """Return whether two updates have one gradient: the same objective on the same batch at the same θ."""
+        if self._held is other._held:
+            return True
+        if self.step is None or other.step is None or self.params is not other.params:
+            return False
+        a, b = self.step, other.step
+        same = a.policy is b.policy and a.objective == b.objective and a.microbatch == b.microbatch
+        return same and self.batch is other.batch
+
+    def sharing(self, other: Update) -> Update:
+        """Return this update with the other's gradient for its own; see `shares_gradient`."""
+        return replace(self, _held=other._held)
+
+
+def _checked(lr: float | None) -> float | None:
+    return None if lr is None else check_lr(lr)
+
+
+def _noted(message: Warning | str) -> Note:
+    first = message.args[0] if isinstance(message, Warning) and message.args else message
+    return first if isinstance(first, Note) else Note("gradient", str(message))

@@ -1,0 +1,158 @@
+"""Blocks: the parts that a result is told in, the same for a terminal, a notebook and a page.
+
+A result says *what* it has, in order; how that looks is for whoever renders it: `as_text` and `as_html` here, the
+terminal in `report/`. Text of tokens, prompts and names is made safe by the renderers, so blocks hold it as it is.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from funcprobe.results.visible_text import visible
+
+#: How much weight a text has: the answer is strong, what is only beside it quiet.
+Tone = Literal["plain", "strong", "quiet"]
+
+
+class Sentence(NamedTuple):
+    """One or several sentences that stand alone."""
+
+    text: str
+    tone: Tone = "plain"
+
+
+class Column(NamedTuple):
+    """How the cells of a column are laid out."""
+
+    heading: str = ""
+    side: Literal["left", "right"] = "left"
+    narrow: Literal["whole", "broken", "cut"] = "whole"  #: a cell where space is short
+
+
+class Row(NamedTuple):
+    """One row of a table."""
+
+    cells: tuple[str, ...]  #: one for every column; those left out at the end are empty
+    tone: Tone = "plain"
+
+
+class Table(NamedTuple):
+    """Rows under headings, which are not shown where all of them are empty."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    caption: str = ""
+
+    @property
+    def has_headings(self) -> bool:
+        """Whether any column has one."""
+        return any(column.heading for column in self.columns)
+
+
+class Remark(NamedTuple):
+    """Something that should be known beside the numbers."""
+
+    kind: Literal["warning", "note"]
+    text: str
+    about: str = ""  #: the name of the variant that it is about, of several
+
+    @property
+    def label(self) -> str:
+        """The word that it begins with."""
+        return f"{self.kind.capitalize()}{f' ({self.about})' if self.about else ''}"
+
+
+class Figure(NamedTuple):
+    """A figure that `funcprobe.report.figures` can draw of the same result; texts leave it out."""
+
+    name: str  #: after what it shows: also the stem of its file
+    of: str | None = None  #: the observable that it shows, of several
+
+
+Block = Sentence | Table | Remark | Figure
+
+
+def pairs(rows: Iterable[tuple[str, str]], strong: Sequence[str] = (), caption: str = "") -> Table:
+    """Return a table of (what, value) without headings, in which some rows are strong."""
+    found = tuple(Row(row, "strong" if row[0] in strong else "plain") for row in rows)
+    return Table((Column(), Column(narrow="broken")), found, caption)
+
+
+def in_groups(blocks: Iterable[Block]) -> list[list[Sentence | Remark] | Table]:
+    """Return the blocks as a text sets them, apart by blank lines: tables, and runs of sentences and remarks."""
+    groups: list[list[Sentence | Remark] | Table] = []
+    for block in blocks:
+        if isinstance(block, Figure):
+            continue
+        if isinstance(block, Table):
+            groups.append(block)
+        elif groups and isinstance(groups[-1], list):
+            groups[-1].append(block)
+        else:
+            groups.append([block])
+    return groups
+
+
+def as_text(blocks: Iterable[Block]) -> str:
+    """Return blocks as plain text, tables aligned, no line broken."""
+    return "\n\n".join(
+        "\n".join(_table_lines(group) if isinstance(group, Table) else [_line(block) for block in group])
+        for group in in_groups(blocks)
+    )
+
+
+def as_html(blocks: Iterable[Block]) -> str:
+    """Return blocks as HTML for notebooks, everything in them escaped."""
+    return "".join(
+        _html_table(group) if isinstance(group, Table) else "".join(_html_line(block) for block in group)
+        for group in in_groups(blocks)
+    )
+
+
+def _line(block: Sentence | Remark) -> str:
+    return visible(block.text if isinstance(block, Sentence) else f"{block.label}: {block.text}")
+
+
+def _table_lines(table: Table) -> list[str]:
+    rows = [tuple(map(visible, row.cells)) for row in table.rows]
+    headings = [tuple(column.heading for column in table.columns)] if table.has_headings else []
+    every = [row + ("",) * (len(table.columns) - len(row)) for row in (*headings, *rows)]
+    widths = [max(map(len, cells)) for cells in zip(*every, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if column.side == "right" else cell.ljust(width)
+            for cell, width, column in zip(row, widths, table.columns, strict=True)
+        ).rstrip()
+        for row in every
+    ]
+    return [*([visible(table.caption)] if table.caption else []), *lines]
+
+
+def _html_line(block: Sentence | Remark) -> str:
+    if isinstance(block, Remark):
+        return f"<p><b>{_escaped(block.label)}.</b> {_escaped(block.text)}</p>"
+    text = _escaped(block.text)
+    return f"<p><b>{text}</b></p>" if block.tone == "strong" else f"<p>{text}</p>"
+
+
+def _html_table(table: Table) -> str:
+    caption = f"<caption>{_escaped(table.caption)}</caption>" if table.caption else ""
+    head = "".join(f"<th>{_escaped(column.heading)}</th>" for column in table.columns)
+    head = f"<tr>{head}</tr>" if table.has_headings else ""
+    return f"<table>{caption}{head}{''.join(_html_row(table, row) for row in table.rows)}</table>"
+
+
+def _html_row(table: Table, row: Row) -> str:
+    cells = row.cells + ("",) * (len(table.columns) - len(row.cells))
+    found = []
+    for cell, column in zip(cells, table.columns, strict=True):
+        text = f"<b>{_escaped(cell)}</b>" if row.tone == "strong" else _escaped(cell)
+        style = " style='text-align:right'" if column.side == "right" else ""
+        found.append(f"<td{style}>{text}</td>")
+    return f"<tr>{''.join(found)}</tr>"
+
+
+def _escaped(text: str) -> str:
+    return html.escape(visible(text))

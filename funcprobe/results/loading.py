@@ -1,0 +1,30 @@
+"""Reading a result of any kind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from funcprobe.errors import InputError
+from funcprobe.results.attribution import Attribution
+from funcprobe.results.comparison import Comparison
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.storage import decoded, read
+from funcprobe.results.sweep import SweepResult
+
+AnyResult = ProbeResult | SweepResult | Comparison | Attribution
+
+_KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in (ProbeResult, SweepResult, Comparison, Attribution)}
+
+
+def load(path: str | os.PathLike[str]) -> AnyResult:
+    """Return the result that stands in a folder, whichever kind it is; no model is needed.
+
+    Raises:
+        InputError: If there is none, it is damaged, or it has another schema version.
+    """
+    folder = Path(path)
+    plain, kind = read(folder)
+    if kind not in _KINDS:
+        raise InputError(f"{folder} holds a result of kind '{kind}'; this funcprobe reads {', '.join(_KINDS)}.")
+    return decoded(_KINDS[kind], plain, folder)

@@ -1,0 +1,85 @@
+"""What all results share: they are told in blocks, kept in a folder, and say how their numbers were made."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import ClassVar, Self
+
+from funcprobe.results import storage
+from funcprobe.results.blocks import Block, as_html, as_text
+from funcprobe.results.provenance import BatchCounts, Provenance
+from funcprobe.types import Json
+
+
+class Result:
+    """A result: frozen, told in blocks, kept in a folder."""
+
+    kind: ClassVar[storage.Kind]  #: what its file says that it is
+
+    def blocks(self) -> tuple[Block, ...]:
+        """Return what it says, in order: sentences, tables, remarks and figures.
+
+        Raises:
+            NotImplementedError: For a result that has nothing to say.
+        """
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Return a text that reads in ten seconds: the answer first, the numbers, and how far to trust them."""
+        return as_text(self.blocks())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.blocks())
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the folder `path`, whole or not at all: `result.json`, and `result.safetensors` where there are arrays.
+
+        Raises:
+            InputError: If the folder exists and `overwrite` is false.
+        """
+        return storage.save(self, path, overwrite=overwrite)
+
+    def write_into(self, folder: Path) -> None:
+        """Write its files into an existing folder."""
+        storage.write_into(self, folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote; no model is needed.
+
+        Raises:
+            InputError: If there is none at `path`, it is damaged, of another kind, or of another schema version.
+        """
+        return storage.load(cls, path)
+
+
+class Measured(Result):
+    """A result that knows its own provenance."""
+
+    provenance: Provenance
+
+    @property
+    def evaluation(self) -> BatchCounts:
+        """Size of E."""
+        return self.provenance.evaluation
+
+    @property
+    def batch(self) -> BatchCounts | None:
+        """Size of U; None for an update that was not made from a batch."""
+        return self.provenance.batch
+
+    @property
+    def mode(self) -> str:
+        """How the first order was taken: "forward" or "reverse"."""
+        return self.provenance.mode
+
+    @property
+    def environment(self) -> Json:
+        """Versions, device, threads, precision."""
+        return self.provenance.environment
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds by phase."""
+        return self.provenance.timings

@@ -1,0 +1,89 @@
+"""The update rule: how a gradient becomes a step. Clip it by its global norm, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from funcprobe import tree
+from funcprobe.errors import NumericsError
+from funcprobe.optimizers.factories import clip_by_global_norm
+from funcprobe.optimizers.groups import check_lr
+from funcprobe.optimizers.unreached import check_reached, reached
+from funcprobe.types import Gradients, Optimizer, OptState, Params, StepResult
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The half of a step that needs no model: `θ′ = optimizer(θ, clip(gradient))`.
+
+    Raises:
+        InputError: If max_grad_norm is not above 0.
+    """
+
+    optimizer: Optimizer
+    max_grad_norm: float | None = None  #: the global norm to which the gradient is clipped; None leaves it as it is
+
+    def __post_init__(self) -> None:
+        if self.max_grad_norm is not None:
+            clip_by_global_norm({}, self.max_grad_norm)  # refuses a bound that is out of range before any model runs
+
+    def apply(
+        self,
+        params: Params,
+        opt_state: OptState,
+        gradient: Gradients,
+        lr: float | None = None,
+        info: Mapping[str, float] | None = None,
+    ) -> StepResult:
+        """Return the step along a gradient: clip, then the optimizer; `lr` overrides every group's for this call.
+
+        A leaf whose gradient is None is left alone, as torch.optim does: same parameters, same state, Δθ 0.
+
+        The result's gradient is the raw one as it was given, detached and sharing storage; nothing else in the result
+        shares storage with an argument, and no argument is changed. Its info is `info` with `grad_norm`,
+        `clip_coefficient`, `lr` (the first group's, where groups differ) and, where there are leaves whose gradient is
+        None, their number: `leaves_without_gradient`.
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit, or no leaf has a gradient.
+            NumericsError: If the gradient, the step or a stepped parameter is not finite; the message names the leaf.
+        """
+        check_reached(gradient)
+        check_finite(reached(gradient), "gradient")
+        detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
+        lr = None if lr is None else check_lr(lr)
+        clipped, coefficient, norm = self.clipped(detached)
+        params_after, delta, state_after = self.optimizer.apply(params, opt_state, clipped, lr)
+        check_finite(delta, "step Δθ")
+        check_finite(params_after, "stepped parameter")  # a finite step may still leave the range of float16
+        reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": self.optimizer.lr if lr is None else lr}
+        if alone := len(detached) - len(reached(detached)):
+            reported["leaves_without_gradient"] = float(alone)
+        return StepResult(params_after, delta, state_after, detached, {**(info or {}), **reported})
+
+    def clipped(self, gradient: Gradients) -> tuple[Gradients, float, float]:
+        """Return (the gradient as the optimizer gets it, the clip factor, the norm of the raw one)."""
+        if self.max_grad_norm is None:
+            return gradient, 1.0, float(tree.norm(reached(gradient)))
+        coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
+        if coefficient == 1.0:
+            return gradient, coefficient, norm
+        return {name: None if g is None else g * coefficient for name, g in gradient.items()}, coefficient, norm
+
+
+def check_finite(leaves: Params, what: str) -> None:
+    """Check that every leaf is finite.
+
+    Raises:
+        NumericsError: If one is not; the message names it.
+    """
+    bad = [name for name, leaf in leaves.items() if not bool(torch.isfinite(leaf).all())]
+    if bad:
+        raise NumericsError(
+            f"The {what} is not finite at '{bad[0]}' ({str(leaves[bad[0]].dtype).removeprefix('torch.')})"
+            + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
+            + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
+        )
