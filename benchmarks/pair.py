@@ -79,12 +79,8 @@ class Pair(NamedTuple):
         """Probe by value, and compute no more than the stateful one does: no path, no rounding row, no error bars."""
         given = {"method": "difference", "rounding": False, "bars": None, "lr": lr, **options}
         return fp.probe(
-            self.policy,
-            self.step,
-            self.params,
-            self.opt_state,
+            fp.Update.from_step(self.step, self.params, self.opt_state, self.batch),
             self.evaluation,
-            self.batch,
             microbatch=self.shape.microbatch,
             **given,
         )
@@ -93,12 +89,8 @@ class Pair(NamedTuple):
         """Probe by value at several learning rates, first order and subtraction alone."""
         given = {"method": "difference", "order": 1, "bars": None, **options}
         return fp.sweep(
-            self.policy,
-            self.step,
-            self.params,
-            self.opt_state,
+            fp.Update.from_step(self.step, self.params, self.opt_state, self.batch),
             self.evaluation,
-            self.batch,
             lrs,
             microbatch=self.shape.microbatch,
             **given,

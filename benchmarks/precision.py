@@ -112,15 +112,10 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     for lr in LRS[:: 3 if options.quick else 1]:
         old = stateful.run(evaluation, update, lr=lr)
         new = fp.probe(
-            live.policy,
-            step,
-            live.params,
-            live.opt_state,
+            fp.Update.from_step(step, live.params, live.opt_state, update, lr=lr),
             evaluation,
-            update,
             method="auto",
             bars=None,
-            lr=lr,
             keep_delta=True,
         )
         assert new.delta is not None

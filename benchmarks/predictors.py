@@ -180,8 +180,8 @@ def one(
     policy: fp.Policy, step: Step, params: Params, state: OptState, E: Rollouts, apart: Rollouts, batch: Rollouts
 ) -> dict[str, Any]:
     """Return what one step does on E and on E′, and what was predicted of it."""
-    here = fp.probe(policy, step, params, state, E, batch, order=2).main
-    there = fp.probe(policy, step, params, state, apart, batch).main
+    here = fp.probe(fp.Update.from_step(step, params, state, batch), E, order=2).main
+    there = fp.probe(fp.Update.from_step(step, params, state, batch), apart).main
     assert here.second_order is not None
     lr = step.optimizer.lr
     return {

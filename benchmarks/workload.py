@@ -162,7 +162,9 @@ def whole_probe(work: Workload, lr: float) -> Any:
     held_out = evaluation(work)
     cut = work.size.microbatch
     # a path costs what float32 makes it cost; the budget of one probe is without
-    return probe(work.policy, step, work.params, state, held_out, work.rollouts, microbatch=cut, method="difference")
+    return probe(
+        fp.Update.from_step(step, work.params, state, work.rollouts), held_out, microbatch=cut, method="difference"
+    )
 
 
 def evaluation(work: Workload) -> Rollouts:

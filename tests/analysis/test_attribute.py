@@ -69,7 +69,7 @@ def counted(step: Any = None, **options: Any) -> tuple[list[str], list[str]]:
     case = Case("two lines").watched(calls)
     own = case.step if step is None else dataclasses.replace(case.step, **step)
     options = {"bars": None, "progress": lambda what, done, total: told.append(what), **options}
-    fp.attribute(case.policy, own, case.params, case.state, E, U, **options)
+    fp.attribute(fp.Update.from_step(own, case.params, case.state, U), E, **options)
     return calls, told
 
 
@@ -113,7 +113,7 @@ def test_the_loss_is_asked_at_the_scores_of_its_gradient() -> None:
     step = dataclasses.replace(case.step, objective=objective)
     loss = step.loss_gradient(case.params, U)
     objective.sums.clear()
-    fp.attribute(case.policy, step, case.params, case.state, E, U, lr=LR)
+    fp.attribute(fp.Update.from_step(step, case.params, case.state, U, lr=LR), E)
     assert objective.sums[-1] == float(loss.scores.logp.sum())
     v = models.direction(case.params)
     assert float(engine.directional(case.policy, case.params, v, U).scores.logp.sum()) != objective.sums[-1]
@@ -123,11 +123,11 @@ def test_the_loss_is_asked_at_the_scores_of_its_gradient() -> None:
 def test_scores_that_a_probe_kept_give_the_evaluation_parts_without_a_model(observable: str) -> None:
     calls: list[str] = []
     case, wanted = Case("gpt2").watched(calls), OBSERVABLES[observable]
-    result = case.probe(LR, observable=wanted, keep_scores=True)
+    result = case.probe(LR, observables=wanted, keep_scores=True)
     calls.clear()
     parts = fp.attribute_evaluation(result, wanted)
     assert calls == []
-    expected = fp.attribute(case.policy, case.step, case.params, case.state, E, U, wanted, lr=LR)
+    expected = fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U, lr=LR), E, wanted)
     assert_same(dict(parts.through), dict(expected.evaluation.through))
     assert_same(parts.scores._asdict(), expected.evaluation.scores._asdict())
     assert parts.sum() == pytest.approx(result.first_order, rel=1e-9)
@@ -135,7 +135,7 @@ def test_scores_that_a_probe_kept_give_the_evaluation_parts_without_a_model(obse
         assert_same(dict(fp.attribute_evaluation(result).through), dict(parts.through))
         # and any other observable that the scores will do for
         other = fp.attribute_evaluation(result, fp.mean_length())
-        of_length = fp.attribute(case.policy, case.step, case.params, case.state, E, U, fp.mean_length(), lr=LR)
+        of_length = fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U, lr=LR), E, fp.mean_length())
         assert torch.equal(other.total, of_length.evaluation.total)
 
 
@@ -150,14 +150,16 @@ def test_a_probe_that_kept_nothing_says_how_to() -> None:
 def test_the_result_beside_the_parts_is_a_probe() -> None:
     case = Case("two lines")
     observables = {"mine": fp.entropy(), "reward": fp.expected_reward()}
-    found = fp.attribute(case.policy, case.step, case.params, case.state, E, U, observables=observables, order=2)
+    found = fp.attribute(
+        fp.Update.from_step(case.step, case.params, case.state, U), E, observables=observables, order=2
+    )
     probed = case.probe(1e-3, observables=observables, order=2)
     for name in observables:
         assert found.result.readings[name] == probed.readings[name]
     assert (found.observable, found.unit) == ("mine", "nats per token")
     assert found.first_order == probed.first_order
     assert found.result.delta is None
-    with_update = fp.attribute(case.policy, case.step, case.params, case.state, E, U, keep_delta=True, top_k=1)
+    with_update = fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), E, keep_delta=True, top_k=1)
     assert with_update.result.delta is not None
     assert len(with_update.result.top) == 1
 
@@ -178,7 +180,7 @@ class Agreeing:
 @pytest.mark.parametrize("form", ["additive", "jacobian"])
 def test_an_objective_and_an_observable_of_ones_own(form: str) -> None:
     plain = U._replace(rewards=None)
-    case = Stepped("gpt2", Agreeing(), update=plain, stale=False)  # type: ignore[arg-type]
+    case = Stepped("gpt2", Agreeing(), batch=plain, stale=False)  # type: ignore[arg-type]
     found = case.attribute(Collision(), form=form, influence="sequences")
     assert found.completeness_error <= 1e-12
     assert set(found.batch.through) == {"logp", "collision"}
@@ -200,7 +202,7 @@ def test_bad_options_are_refused_before_any_pass() -> None:
     with pytest.raises(InputError, match="Unknown method 'guess'"):
         asked(method="guess")
     with pytest.raises(InputError, match="observable and observables were both given"):
-        asked(observable=fp.entropy(), observables={"reward": fp.expected_reward()})
+        asked(observables=fp.entropy(), observables={"reward": fp.expected_reward()})
     assert told == []
     asked(mode="auto")
     with pytest.raises(InputError, match="Unknown form 'exact'; expected 'auto', 'additive' or 'jacobian'"):
@@ -210,9 +212,9 @@ def test_bad_options_are_refused_before_any_pass() -> None:
 def test_groups_of_one_are_refused_calmly() -> None:
     alone = U._replace(group_ids=torch.arange(len(U.ids)))
     with pytest.raises(InputError, match=r"Group 0 has a single rollout .* bring at least two rollouts"):
-        Stepped("two lines").attribute(update=alone)
+        Stepped("two lines").attribute(batch=alone)
     given = alone._replace(advantages=U.rewards)  # which need no group
-    assert Stepped("two lines").attribute(update=given).completeness_error <= 1e-9
+    assert Stepped("two lines").attribute(batch=given).completeness_error <= 1e-9
 
 
 class Hole(torch.autograd.Function):
@@ -247,7 +249,7 @@ def test_a_model_without_a_forward_derivative_is_named_and_sent_on() -> None:
     with pytest.raises(
         ForwardModeError, match=r"module 'head' \(Holed\).*probe\(\.\.\., mode='reverse'\) gives δF₁"
     ) as e:
-        fp.attribute(policy, step, params, fp.sgd(LR).init(params), E, U)
+        fp.attribute(fp.Update.from_step(step, params, fp.sgd(LR).init(params), U), E)
     assert 'use mode="reverse"' not in str(e.value)
 
 

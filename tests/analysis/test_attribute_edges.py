@@ -17,11 +17,11 @@ from funcprobe.optimizers.groups import Group
 from funcprobe.training.response import respond
 from tests.analysis.test_compare import compared
 from tests.cases import models
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, U, Variant
 
 
 def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
-    return fp.attribute(case.policy, case.step, case.params, case.state, evaluation, U, **options)
+    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
 
 
 def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> None:
@@ -36,7 +36,9 @@ def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> Non
         loss = step.loss_gradient(params, tied)
         # the loss at the scores that come with its gradient is the loss, whichever tokens they rank first
         assert loss.info["loss"] == float(step.objective(loss.scores, step.objective.prepare(tied))[0])
-        found = fp.attribute(policy, step, params, step.optimizer.init(params), models.rollouts(6), tied, bars=None)
+        found = fp.attribute(
+            fp.Update.from_step(step, params, step.optimizer.init(params), tied), models.rollouts(6), bars=None
+        )
         assert found.completeness["update tokens"] < 1e-5, seed  # float32 passes; another token picked leaves 1e-3
 
 
@@ -76,7 +78,7 @@ def test_an_observable_that_does_not_move_is_complete_and_can_be_loaded(dtype: t
     ):
         prompts, completions = [[1 + k % 5] for k in range(n)], [[2 + k % 3, 3, 1 + k % 4] for k in range(n)]
         limit = fp.rollouts_from_lists(prompts, completions, temperature=0.8, rewards=[0.7] * n)
-        found = attributed(case, limit, observable=observable)
+        found = attributed(case, limit, observables=observable)
         assert found.first_order == 0.0
         assert found.evaluation.magnitude() > 0.0  # what is left is rounding of F, 1e-17 of it a token
         assert found.completeness_error == 0.0
@@ -88,7 +90,7 @@ def test_an_observable_without_weights_has_no_bars_of_parts_either() -> None:
     def plain(scores: Any, anchor: Any, rollouts: Any) -> Any:
         return scores.entropy.sum() / len(rollouts.ids)
 
-    found = attributed(Case("two lines"), observable=plain, bars_of=["ledger", "layers"])
+    found = attributed(Case("two lines"), observables=plain, bars_of=["ledger", "layers"])
     assert found.bars == {}
     assert any("no error bars of layers: the observable does not use rollouts.weight" in n for n in found.result.notes)
 
@@ -96,7 +98,7 @@ def test_an_observable_without_weights_has_no_bars_of_parts_either() -> None:
 def test_what_does_not_move_has_bars_of_nothing() -> None:
     """A divergence has no first order, and no step moves nothing: that is no lack of weights."""
     case = Case("two lines")
-    flat = attributed(case, bars_of=["ledger"], observable=fp.kl())
+    flat = attributed(case, bars_of=["ledger"], observables=fp.kl())
     with pytest.warns(FuncprobeWarning, match="The step is zero"):
         still = attributed(case, bars_of=["ledger"], lr=0.0)
     for found in (flat, still):
@@ -108,7 +110,7 @@ def test_an_observable_that_looks_at_its_weights_is_told_so() -> None:
     def curious(scores: Any, anchor: Any, rollouts: Any) -> Any:
         return (scores.entropy.sum(1) * rollouts.weight).sum() * (2.0 if float(rollouts.weight.sum()) > 3 else 1.0)
 
-    found = attributed(Case("two lines"), observable=curious, bars_of=["ledger"])
+    found = attributed(Case("two lines"), observables=curious, bars_of=["ledger"])
     assert any(
         "no error bars of ledger: An observable looks at the values of its weights" in n for n in found.result.notes
     )
@@ -167,7 +169,7 @@ def test_scores_without_the_statistic_of_an_observable_are_told_so() -> None:
 
 def test_a_difference_that_was_not_measured_is_refused_and_one_from_no_step_is_known() -> None:
     case = Case("two lines")
-    found = compared(case, {"nothing": fp.Variant(case.step, lr=0.0), "grpo": case.step})
+    found = compared(case, {"nothing": Variant(case.step, lr=0.0), "grpo": case.step})
     with pytest.raises(InputError, match="no second order; ask compare for it with order=2"):
         found.difference("grpo", quantity="second_order")
     difference, alone = found.difference("grpo"), found.reading("grpo")
@@ -180,7 +182,7 @@ def test_a_learning_rate_in_place_of_several_is_said_of_its_step() -> None:
     case = Case("two lines")
     groups = [Group(("embed.weight",), {"lr": 1e-2}), Group(("head.weight", "head.bias"), {"lr": 3e-2})]
     step = dataclasses.replace(case.step, optimizer=fp.adamw(1e-2, groups=groups))
-    steps = {"one rate": fp.Variant(step, lr=1e-3), "as trained": fp.Variant(step)}
+    steps = {"one rate": Variant(step, lr=1e-3), "as trained": Variant(step)}
     found = compared(case, steps)
     assert list(found.warnings) == ["one rate"]
     assert "learning rates 0.01, 0.03" in found.warnings["one rate"][0]

@@ -13,7 +13,7 @@ import torch
 import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.results.comparison import Comparison
-from tests.cases.probes import Case, E, U, prompted
+from tests.cases.probes import Case, E, U, Variant, prompted, updates
 
 OBSERVABLES = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "kl": fp.kl()}
 
@@ -23,28 +23,32 @@ def variants(case: Case) -> dict[str, Any]:
     sgd = fp.sgd(1e-2)
     return {
         "grpo": case.step,
-        "a third": fp.Variant(case.step, lr=case.optimizer.lr / 3),
+        "a third": Variant(case.step, lr=case.optimizer.lr / 3),
         "dapo": dataclasses.replace(case.step, objective=fp.dapo(epsilon=0.1)),
         "entropy bonus": dataclasses.replace(case.step, objective=fp.entropy_bonus(entropy_coef=1.0)),
         "drop negatives": dataclasses.replace(case.step, objective=fp.drop_negatives()),
         "unclipped": dataclasses.replace(case.step, max_grad_norm=None),
-        "sgd": fp.Variant(dataclasses.replace(case.step, optimizer=sgd), opt_state=sgd.init(case.params)),
-        "other prompts": fp.Variant(case.step, update=prompted(3, 4, seed=12, first=70)),
+        "sgd": Variant(dataclasses.replace(case.step, optimizer=sgd), opt_state=sgd.init(case.params)),
+        "other prompts": Variant(case.step, batch=prompted(3, 4, seed=12, first=70)),
     }
 
 
 def compared(case: Case, steps: Any = None, **options: Any) -> Comparison:
     steps = variants(case) if steps is None else steps
-    return fp.compare(case.policy, steps, case.params, case.state, E, U, **options)
+    return fp.compare(updates(steps, case.params, case.state, U), E, **options)
 
 
 def probed(case: Case, variant: Any, **options: Any) -> fp.ProbeResult:
     """Probe one variant on its own."""
-    v = variant if isinstance(variant, fp.Variant) else fp.Variant(variant)
+    v = variant if isinstance(variant, Variant) else Variant(variant)
     state = case.state if v.opt_state is None else v.opt_state
     batch = U if v.batch is None else v.batch
     return fp.probe(
-        case.policy, v.step, case.params, state, E, batch, observables=OBSERVABLES, lr=v.lr, rounding=False, **options
+        fp.Update.from_step(v.step, case.params, state, batch, lr=v.lr),
+        E,
+        observables=OBSERVABLES,
+        rounding=False,
+        **options,
     )
 
 
@@ -87,7 +91,7 @@ def test_a_difference_is_paired_by_prompt() -> None:
 
     def gap(evaluation: fp.Rollouts) -> float:
         changes = [
-            fp.probe(case.policy, case.step, case.params, case.state, evaluation, U, lr=lr, bars=None).change
+            fp.probe(fp.Update.from_step(case.step, case.params, case.state, U, lr=lr), evaluation, bars=None).change
             for lr in (case.optimizer.lr / 3, case.optimizer.lr)
         ]
         return changes[0] - changes[1]
@@ -118,7 +122,7 @@ def test_differences_change_sign_with_their_order_and_vanish_against_oneself() -
 
 def test_bootstrap_differences_are_paired_too() -> None:
     case = Case("two lines")
-    steps = {"one": case.step, "the same": fp.Variant(case.step, lr=case.optimizer.lr)}
+    steps = {"one": case.step, "the same": Variant(case.step, lr=case.optimizer.lr)}
     found = compared(case, steps, bars="bootstrap", seed=3)
     assert found.difference("the same").error == 0.0
 
@@ -149,7 +153,7 @@ def test_what_is_shared_is_taken_once(options: dict[str, Any], on_e: int) -> Non
 def test_what_an_optimizer_or_a_batch_gives_cause_to_say_is_said_of_its_step() -> None:
     case = Case("two lines")
     flat = U._replace(rewards=torch.zeros_like(U.rewards))  # type: ignore[arg-type]
-    found = compared(case, {"grpo": case.step, "nothing to learn": fp.Variant(case.step, update=flat)})
+    found = compared(case, {"grpo": case.step, "nothing to learn": Variant(case.step, batch=flat)})
     assert list(found.warnings) == ["nothing to learn"]
     assert "All advantages are zero" in found.warnings["nothing to learn"][0]
     assert "Warning (nothing to learn): All advantages" in found.summary()
@@ -191,7 +195,7 @@ def test_a_comparison_is_saved_whole(tmp_path: Path) -> None:
 def test_without_rewards_on_e_there_is_no_reward_to_compare() -> None:
     case = Case("two lines")
     bare = E._replace(rewards=None)
-    found = fp.compare(case.policy, {"grpo": case.step}, case.params, case.state, bare, U)
+    found = fp.compare(updates({"grpo": case.step}, case.params, case.state, U), bare)
     assert found.observables == ("entropy", "kl")
 
 
@@ -208,7 +212,7 @@ def test_bad_input_names_the_step() -> None:
         compared(case, chunk=0)
     broken = {n: {**s, "exp_avg": s["exp_avg"] * torch.nan} for n, s in case.state.items()}
     with pytest.raises(NumericsError, match="Step 'broken': The update is not finite"):
-        compared(case, {"broken": fp.Variant(case.step, opt_state=broken)})
+        compared(case, {"broken": Variant(case.step, opt_state=broken)})
     found = compared(case, {"grpo": case.step})
     with pytest.raises(InputError, match="no step 'dapo' with observable 'entropy'; the steps are grpo"):
         found.difference("dapo")

@@ -182,7 +182,7 @@ def test_what_should_be_known_of_batches_and_step_is_said() -> None:
     still = Case(optimizer=fp.sgd(1e-3))
     flat = U._replace(rewards=torch.ones(len(U.ids), dtype=torch.float64))
     with pytest.warns(FuncprobeWarning) as caught:
-        found = still.largest(between=(1e-5, 1e-3), min_ess=0.9, update=flat)
+        found = still.largest(between=(1e-5, 1e-3), min_ess=0.9, batch=flat)
     assert found.lr == 1e-3
     assert any("The step is zero at learning rate" in str(w.message) for w in caught)
     assert E.weight.sum() == 10

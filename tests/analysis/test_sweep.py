@@ -330,7 +330,7 @@ def test_bad_options() -> None:
     with pytest.raises(InputError, match="tolerance is 0"):
         case().sweep(LRS, tolerance=0)
     with pytest.raises(InputError, match="put all of them into observables"):
-        case().sweep(LRS, observable=fp.entropy(), observables=SEVERAL)
+        case().sweep(LRS, observables=fp.entropy(), observables=SEVERAL)
 
 
 def test_a_model_that_vmap_cannot_run_is_swept_one_by_one() -> None:
@@ -388,12 +388,12 @@ def test_a_model_without_second_forward_derivatives_is_swept_to_first_order() ->
     policy, params = fp.from_module(module)
     optimizer = fp.sgd(1e-3)
     step = fp.make_step(policy, fp.grpo(), optimizer)
-    found = fp.sweep(policy, step, params, optimizer.init(params), E, U, [1e-4, 1e-3])
+    found = fp.sweep(fp.Update.from_step(step, params, optimizer.init(params), U), E, [1e-4, 1e-3])
     assert found.crossover_lr() is None
     assert found.mode == "forward"  # glu has a first derivative
     assert found.readings()[1].first_order == pytest.approx(found.readings()[1].change, rel=0.05)
     with pytest.raises(ForwardModeError, match="leave out order=2, which needs one"):
-        fp.sweep(policy, step, params, optimizer.init(params), E, U, [1e-4, 1e-3], order=2)
+        fp.sweep(fp.Update.from_step(step, params, optimizer.init(params), U), E, [1e-4, 1e-3], order=2)
     by_choice = case().sweep([1e-4, 1e-3], mode="reverse")  # and reverse mode may be asked for without more
     assert by_choice.mode == "reverse"
 

@@ -150,7 +150,7 @@ def test_sequences_that_change_places_take_their_rows_and_columns_along() -> Non
     g = torch.Generator().manual_seed(3)
     of_e, of_u = torch.randperm(len(E.ids), generator=g), torch.randperm(len(U.ids), generator=g)
     assert off(matrix_of(stepped, evaluation=take(E, of_e)), before[of_e]) <= EXACT
-    assert off(matrix_of(stepped, update=take(stepped.batch, of_u)), before[:, of_u]) <= EXACT
+    assert off(matrix_of(stepped, batch=take(stepped.batch, of_u)), before[:, of_u]) <= EXACT
 
 
 def test_tokens_that_tie_are_picked_for_the_matrix_as_for_the_gradient() -> None:

@@ -20,7 +20,7 @@ EXACT, NARROW = 1e-13, 1e-5
 
 
 def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
-    return fp.attribute(case.policy, case.step, case.params, case.state, evaluation, U, **options)
+    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
 
 
 @pytest.mark.parametrize("name", ["two lines", "gpt2", "qwen2, tied", "qwen2, lora"])

@@ -109,7 +109,7 @@ def test_ids_past_the_end_of_a_row_are_not_read() -> None:
 
 @functools.cache
 def found() -> fp.Attribution:
-    return Stepped("gpt2", "grpo, kl", "adamw", update=holed(U)).attribute(evaluation=holed(E), influence="prompts")
+    return Stepped("gpt2", "grpo, kl", "adamw", batch=holed(U)).attribute(evaluation=holed(E), influence="prompts")
 
 
 @pytest.mark.parametrize("of", ["update", "evaluation"])
@@ -144,7 +144,7 @@ def test_tokens_roll_up_to_every_other_table(of: Any) -> None:
     )
     assert np.allclose(sequences["mean_logp"], tokens.groupby("sequence")["logp"].mean(), rtol=1e-12)
     if of == "update":  # advantages are those that the objective made of the rewards
-        case = Stepped("gpt2", update=holed(U))
+        case = Stepped("gpt2", batch=holed(U))
         prepared = fp.grpo(beta=0.3).prepare(case.batch)
         assert sequences["advantage"].tolist() == prepared.advantages.tolist()
         predicted = fp.predict(case.policy, case.params, prepared, lr=1e-2)

@@ -105,9 +105,8 @@ def functional(
     max_grad_norm, lr = options.pop("max_grad_norm", None), options.pop("lr", None)
     step = fp.make_step(checkpoint.policy, getattr(fp, objective)(), checkpoint.optimizer, max_grad_norm, microbatch=4)
     taken = step(checkpoint.params, checkpoint.opt_state, batch[1], lr=lr)
-    found = fp.probe(
-        checkpoint.policy, step, checkpoint.params, checkpoint.opt_state, *batch, lr=lr, microbatch=4, **options
-    )
+    update = fp.Update.from_step(step, checkpoint.params, checkpoint.opt_state, batch[1], lr)
+    found = fp.probe(update, batch[0], microbatch=4, **options)
     return found, tree.sub(taken.params, checkpoint.params)
 
 
@@ -157,7 +156,7 @@ def test_equals_reverse_mode_under_clipping_and_another_learning_rate(weighting:
     evaluation, update = batches()
     probe = StatefulProbe(*pair, objective="grpo", microbatch=4, weighting=weighting, max_grad_norm=0.05)
     mine = probe.run(evaluation, update, lr=4e-3)
-    options = {"mode": "reverse", "observable": fp.entropy(weighting=weighting), "max_grad_norm": 0.05, "lr": 4e-3}
+    options = {"mode": "reverse", "observables": fp.entropy(weighting=weighting), "max_grad_norm": 0.05, "lr": 4e-3}
     with pytest.warns(fp.errors.FuncprobeWarning, match="groups have learning rates"):  # which one replaces
         found, delta = functional(pair, "grpo", evaluation, update, **options)
     assert found.step["clip_coefficient"] < 0.5
@@ -263,7 +262,7 @@ def test_float32_differs_by_the_rounding_of_scores(model: str, weighting: str) -
     evaluation, update = batches()
     mine = StatefulProbe(*pair, objective="grpo", microbatch=4, weighting=weighting).run(evaluation, update)
     observable = fp.entropy(weighting=weighting)
-    found, delta = functional(pair, "grpo", evaluation, update, observable=observable, keep_delta=True)
+    found, delta = functional(pair, "grpo", evaluation, update, observables=observable, keep_delta=True)
     estimate, pure_update = found.family[observable.name], found.delta
     assert pure_update is not None
 

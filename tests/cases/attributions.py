@@ -144,7 +144,7 @@ class Stepped:
         clip: float | None = None,
         *,
         cold: bool = False,
-        update: Rollouts = U,
+        batch: Rollouts = U,
         stale: bool = True,
     ) -> None:
         self.module, self.policy, self.params = policy_of(model)
@@ -154,13 +154,14 @@ class Stepped:
         self.state: OptState = self.optimizer.init(self.params)
         for gradient in () if cold else earlier(model):
             self.state = self.step.apply(self.params, self.state, gradient).opt_state
-        self.batch = aged(self.policy, self.params, update) if stale else update
+        self.batch = aged(self.policy, self.params, batch) if stale else batch
 
     def attribute(self, observable: Observable | None = None, **options: Any) -> fp.Attribution:
         """Attribute the step; error bars, which are no concern of most tests, are left out."""
         given: dict[str, Any] = {"bars": None, **options}
-        batches = given.pop("evaluation", E), given.pop("update", self.batch)
-        return fp.attribute(self.policy, self.step, self.params, self.state, *batches, observable, **given)
+        evaluation, batch, lr = given.pop("evaluation", E), given.pop("batch", self.batch), given.pop("lr", None)
+        update = fp.Update.from_step(self.step, self.params, self.state, batch, lr)
+        return fp.attribute(update, evaluation, observable, **given)
 
 
 @functools.cache

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import tree
+from funcprobe.training.step import Step
 from funcprobe.types import Optimizer, OptState, Params, Rollouts
 from tests.cases import models
 
@@ -46,39 +47,64 @@ class Case:
         cold = self.optimizer.init(self.params)
         self.state: OptState = self.step(self.params, cold, prompted(3, 3, seed=9, first=80), lr).opt_state
 
-    def probe(self, lr: float, **options: Any) -> fp.ProbeResult:
+    def update(self, lr: float | None = None, **own: Any) -> fp.Update:
+        """Return the update that a step on U makes, with `step`, `params`, `state` or `batch` in place of the case's."""
+        given = {"step": self.step, "params": self.params, "state": self.state, "batch": U, **own}
+        return fp.Update.from_step(given["step"], given["params"], given["state"], given["batch"], lr)
+
+    def probe(self, lr: float | None, **options: Any) -> fp.ProbeResult:
         """Probe the step at one learning rate."""
-        return fp.probe(*self._arguments(options), lr=lr, **options)
+        update, evaluation = self._taken(options, lr)
+        return fp.probe(update, evaluation, **options)
 
     def sweep(self, lrs: Any, **options: Any) -> fp.SweepResult:
         """Sweep the step over learning rates."""
-        return fp.sweep(*self._arguments(options), lrs, **options)
+        update, evaluation = self._taken(options)
+        return fp.sweep(update, evaluation, lrs, **options)
 
     def largest(self, **options: Any) -> fp.LargestLr:
         """Return the largest learning rate within bounds."""
-        return fp.largest_lr(*self._arguments(options), **options)
+        update, evaluation = self._taken(options)
+        return fp.largest_lr(update, evaluation, **options)
 
     def watched(self, calls: list[str]) -> Case:
         """Return the case with a policy that notes every pass over a whole batch: "E" or "U"."""
         found = object.__new__(type(self))
         found.__dict__.update(self.__dict__)
+        names = {len(E.ids): "E", len(U.ids): "U"}  # their numbers of rows differ
 
-        def noting(which: str, rows: int) -> fp.Policy:
-            def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
-                if ids.shape[0] == rows:
-                    calls.append(which)
-                return self.policy.features(params, ids, mask)
+        def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
+            if ids.shape[0] in names:
+                calls.append(names[ids.shape[0]])
+            return self.policy.features(params, ids, mask)
 
-            return dataclasses.replace(self.policy, features=features)
-
-        found.policy = noting("E", len(E.ids))
-        found.step = dataclasses.replace(self.step, policy=noting("U", len(U.ids)))
+        found.policy = dataclasses.replace(self.policy, features=features)
+        found.step = dataclasses.replace(self.step, policy=found.policy)
         return found
 
-    def _arguments(self, options: dict[str, Any]) -> tuple[Any, ...]:
-        batches = options.pop("evaluation", E), options.pop("update", U)
-        own = options.pop("step", self.step), options.pop("params", self.params), options.pop("state", self.state)
-        return self.policy, *own, *batches
+    def _taken(self, options: dict[str, Any], lr: float | None = None) -> tuple[fp.Update, Rollouts]:
+        own = {name: options.pop(name) for name in ("step", "params", "state", "batch") if name in options}
+        return self.update(lr, **own), options.pop("evaluation", E)
+
+
+class Variant(NamedTuple):
+    """One step to compare; what is None is the comparison's own."""
+
+    step: Step
+    lr: float | None = None
+    opt_state: OptState | None = None
+    batch: Rollouts | None = None
+
+
+def updates(steps: Any, params: Params, state: OptState, batch: Rollouts) -> dict[str, fp.Update]:
+    """Return the updates of several steps by name, of which a `Variant` has a rate, a state or a batch of its own."""
+    each = {name: step if isinstance(step, Variant) else Variant(step) for name, step in steps.items()}
+    return {
+        name: fp.Update.from_step(
+            v.step, params, state if v.opt_state is None else v.opt_state, batch if v.batch is None else v.batch, v.lr
+        )
+        for name, v in each.items()
+    }
 
 
 class Offset:
@@ -95,4 +121,4 @@ class Offset:
     def apply(self, params: Params, state: OptState, gradient: Params, lr: float | None = None) -> Any:
         taken = fp.sgd(self.lr).apply(params, state, gradient, lr)
         drift = models.direction(params, self.scale, seed=8)
-        return taken._replace(params=tree.add(taken.params, drift), update=tree.add(taken.delta, drift))
+        return taken._replace(params=tree.add(taken.params, drift), delta=tree.add(taken.delta, drift))

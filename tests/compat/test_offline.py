@@ -66,10 +66,7 @@ def test_equals_the_pure_core_on_the_same_batches(configured: Configured, folder
     at = fp.load_checkpoint(folder / "checkpoint", lr=2e-4)
     longest = U.completion_mask.sum(1).reshape(3, 4).amax(1).repeat_interleave(4)
     step = fp.make_step(at.policy, fp.dr_grpo(normaliser=1.0), at.optimizer, max_grad_norm=1.0)
-    result = fp.probe(
-        at.policy, step, at.params, at.opt_state, E, U._replace(weight=1 / (12.0 * longest.double())),
-        fp.entropy("rao_blackwell", "sequence", "sequence"), bars=None,
-    )  # fmt: skip
+    result = fp.probe(fp.Update.from_step(step, at.params, at.opt_state, U._replace(weight=1 / (12.0 * longest.double()))), E, fp.entropy("rao_blackwell", "sequence", "sequence"), bars=None)  # fmt: skip
     # one model, cut into other microbatches: float32 rounding of scores, relative to H
     assert found["H_orig"] == pytest.approx(result.before, rel=1e-5)
     assert found["param_update_l2"] == pytest.approx(result.delta_norm, rel=1e-4)

@@ -84,7 +84,7 @@ def test_a_lost_tangent_is_found_and_reverse_mode_taken() -> None:
     with pytest.raises(ForwardModeError, match="is not its derivative: on a few tokens it disagrees"):
         engine.directional(policy, params, v, rollouts)
     step = fp.make_step(policy, fp.grpo(), fp.sgd(1e-5))
-    found = fp.probe(policy, step, params, step.optimizer.init(params), rollouts, models.rollouts(seed=2))
+    found = fp.probe(fp.Update.from_step(step, params, step.optimizer.init(params), models.rollouts(seed=2)), rollouts)
     assert found.mode == "reverse"
     assert found.first_order == pytest.approx(found.change, rel=1e-2)  # second order at this step
 

@@ -117,7 +117,7 @@ class Case:
         made = self.make_step(self.policy)
         state = made.optimizer.init(self.params)
         return fp.probe(
-            self.policy, made, self.params, state, self.evaluation, self.batch, lr=self.lr, bars=None, **options
+            fp.Update.from_step(made, self.params, state, self.batch, lr=self.lr), self.evaluation, bars=None, **options
         )
 
     @functools.cached_property
@@ -236,7 +236,9 @@ def attribution_is_complete(case: Case) -> None:
     """The parts of δF₁, three ways, sum to it."""
     made = case.make_step(case.policy)
     state = made.optimizer.init(case.params)
-    found = fp.attribute(case.policy, made, case.params, state, case.evaluation, case.batch, lr=case.lr, bars=None)
+    found = fp.attribute(
+        fp.Update.from_step(made, case.params, state, case.batch, lr=case.lr), case.evaluation, bars=None
+    )
     # forward over E, reverse over E and forward over U, each rounded by itself
     within(found.completeness_error, 0.0, 4 * ROUNDINGS * case.eps, "completeness error")
 
@@ -278,7 +280,7 @@ def float32_is_float64(case: Case) -> None:
     policy, params = fp.from_module(case.build(torch.float32))
     made = case.make_step(policy)
     state = made.optimizer.init(params)
-    found = fp.probe(policy, made, params, state, case.evaluation, case.batch, lr=case.lr, bars=None)
+    found = fp.probe(fp.Update.from_step(made, params, state, case.batch, lr=case.lr), case.evaluation, bars=None)
     # the weights, the gradient on U, the step and the derivative along it are rounded, each to float32
     tolerance = 4 * ROUNDINGS * torch.finfo(torch.float32).eps * case.terms
     within(found.first_order, case.differences[0], tolerance, f"float32, {found.mode}")

@@ -173,7 +173,7 @@ def probed(pair: fp.Checkpoint, trainer: Any, inputs: list[dict[str, Any]]) -> P
     objective = objective_from_config(trainer.args, inputs)
     step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=trainer.args.max_grad_norm)
     batch = rollouts_from_trl(inputs, temperature=trainer.args.temperature)
-    return fp.probe(pair.policy, step, pair.params, pair.opt_state, evaluation, batch)
+    return fp.probe(fp.Update.from_step(step, pair.params, pair.opt_state, batch), evaluation)
 
 
 def test_a_probe_of_the_live_model_is_that_of_a_plain_copy(folder: Path) -> None:

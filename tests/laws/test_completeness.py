@@ -49,7 +49,7 @@ SETTINGS = st.fixed_dictionaries(
 def attributed(model: str, objective: str, **drawn: Any) -> fp.Attribution:
     """Attribute one of the cases; `odd` puts holes into completions and gives rows weights, one of them 0."""
     evaluation, update = (weighted(holed(x)) if drawn["odd"] else x for x in (E, U))
-    case = Stepped(model, objective, drawn["optimizer"], drawn["clip"], cold=drawn["cold"], update=update)
+    case = Stepped(model, objective, drawn["optimizer"], drawn["clip"], cold=drawn["cold"], batch=update)
     case.step = fp.make_step(case.policy, case.step.objective, case.optimizer, drawn["clip"], drawn["microbatch"])
     with warnings.catch_warnings():  # of large steps and of groups with one learning rate: no matter here
         warnings.simplefilter("ignore", FuncprobeWarning)
@@ -144,13 +144,13 @@ def test_offsets_know_nothing_of_the_gradient() -> None:
     other = U._replace(rewards=U.rewards.flip(0) ** 2)
     for optimizer in ("sgd, momentum", "sgd, nesterov", "sgd, groups"):
         case = Stepped("gpt2", "reinforce", optimizer)
-        one, two = (case.attribute(update=u) for u in (U, other))
+        one, two = (case.attribute(batch=u) for u in (U, other))
         assert one.ledger["gradient on U"] != two.ledger["gradient on U"]
         for a, b in zip(one.leaves, two.leaves, strict=True):
             assert (a.momentum, a.decay) == (b.momentum, b.decay), (optimizer, a.name)
     # AdamW's decay stands beside the gradient; its momentum is divided by what the gradient is a part of
     case = Stepped("gpt2", "reinforce", "adamw")
-    one, two = (case.attribute(update=u) for u in (U, other))
+    one, two = (case.attribute(batch=u) for u in (U, other))
     assert [part.decay for part in one.leaves] == [part.decay for part in two.leaves]
     assert [part.momentum for part in one.leaves] != [part.momentum for part in two.leaves]
 
@@ -159,10 +159,10 @@ def test_the_scale_knows_nothing_of_other_sequences_under_sgd() -> None:
     """Another advantage of one row leaves every bit of what the tokens of all others contribute."""
     advantages = torch.linspace(-1.0, 1.2, len(U.ids), dtype=torch.float64)
     case = Stepped("gpt2", "reinforce", "sgd, momentum")
-    one = case.attribute(update=U._replace(advantages=advantages)).batch.total
+    one = case.attribute(batch=U._replace(advantages=advantages)).batch.total
     changed = advantages.clone()
     changed[4] = 7.0
-    two = case.attribute(update=U._replace(advantages=changed)).batch.total
+    two = case.attribute(batch=U._replace(advantages=changed)).batch.total
     others = torch.arange(len(U.ids)) != 4
     assert torch.equal(one[others], two[others])
     assert not torch.equal(one[4], two[4])
@@ -171,7 +171,7 @@ def test_the_scale_knows_nothing_of_other_sequences_under_sgd() -> None:
 def test_a_step_without_a_gradient_is_momentum_and_decay() -> None:
     flat = U._replace(rewards=torch.ones(len(U.ids), dtype=torch.float64))
     with pytest.warns(FuncprobeWarning, match="momentum and weight decay"):
-        found = Stepped("gpt2").attribute(update=flat)
+        found = Stepped("gpt2").attribute(batch=flat)
     assert not found.batch.total.any()
     assert_complete(found, LIMIT["gpt2"])
     assert found.first_order != 0.0

@@ -61,7 +61,7 @@ class Held:
     def __init__(self, model: str, loss: str, optimizer: str, clip: float | None) -> None:
         made, self.loss_name, self.options = LOSSES[loss]
         pure, formula = STEPS[optimizer]
-        self.case = Stepped(model, made, pure, clip, update=BATCH)
+        self.case = Stepped(model, made, pure, clip, batch=BATCH)
         self.module = copy.deepcopy(self.case.module).eval()
         self.bonus = 0.2 if loss == "entropy bonus" else 0.0
         self.found = self.case.attribute()

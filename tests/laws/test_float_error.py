@@ -15,7 +15,7 @@ from funcprobe.results.comparison_words import table_of
 from funcprobe.results.sweep_words import headline_of, remarks_of
 from tests.cases import models
 from tests.cases import routing as routing_cases
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, U, Variant, updates
 
 #: From where float32 eats ΔF to where it does not reach.
 LRS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
@@ -139,11 +139,11 @@ def test_a_sweep_of_nothing_but_float_error_says_that() -> None:
 def test_a_comparison_bars_no_difference_that_is_lost() -> None:
     c = case("gpt2")
     steps = {
-        "base": fp.Variant(c.step, lr=1e-4),
-        "one": fp.Variant(c.step, lr=1e-10),
-        "two": fp.Variant(c.step, lr=2e-10),
+        "base": Variant(c.step, lr=1e-4),
+        "one": Variant(c.step, lr=1e-10),
+        "two": Variant(c.step, lr=2e-10),
     }
-    found = fp.compare(c.policy, steps, c.params, c.state, E, U, mode="reverse", observables={"entropy": fp.entropy()})
+    found = fp.compare(updates(steps, c.params, c.state, U), E, mode="reverse", observables={"entropy": fp.entropy()})
     assert math.isinf(found.difference("two", against="one").error)
     assert math.isfinite(found.difference("one").error)  # the base step is far above what was lost
     assert [row[1].endswith("(lost)") for row in table_of(found)[1]] == [False, True, True]
@@ -163,7 +163,8 @@ def test_under_autocast_a_path_tells_what_a_subtraction_cannot(lr: float) -> Non
         policy, params = fp.from_module(module)
         step = fp.make_step(policy, fp.grpo(), fp.sgd(lr))
         rollouts = models.rollouts(12, seed=1), models.rollouts(12, seed=2)
-        found[name] = fp.probe(policy, step, params, step.optimizer.init(params), *rollouts, bars=None)
+        update = fp.Update.from_step(step, params, step.optimizer.init(params), rollouts[1])
+        found[name] = fp.probe(update, rollouts[0], bars=None)
     wide, low = found["float32"], found["autocast"]
     assert low.main.method == "path"
     assert not low.main.is_lost

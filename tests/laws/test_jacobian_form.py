@@ -142,9 +142,9 @@ def test_an_optimizer_without_an_additive_form_is_attributed_by_its_jacobian_and
 def test_clipping_turns_what_lies_along_the_gradient() -> None:
     """All sequences together are the gradient, and a clipped step of SGD does not grow with it: they sum to nothing."""
     case = Stepped("gpt2", "grpo", fp.sgd(LR), clip=0.05)
-    found = case.attribute(form="jacobian", update=U)
+    found = case.attribute(form="jacobian", batch=U)
     assert found.result.step["clip_coefficient"] < 0.9
     # (the 1e-6 that torch adds to the norm leaves 1e-6/‖g‖ of it)
     assert abs(found.ledger["gradient on U"]) <= 1e-4 * found.batch.magnitude()
     assert found.ledger["rest"] == pytest.approx(found.first_order, rel=1e-4)
-    assert case.attribute(form="additive", update=U).ledger["gradient on U"] == pytest.approx(found.first_order)
+    assert case.attribute(form="additive", batch=U).ledger["gradient on U"] == pytest.approx(found.first_order)

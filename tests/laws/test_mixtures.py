@@ -11,7 +11,7 @@ import pytest
 import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning
 from tests.cases import routing as routing_cases
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, U, Variant, updates
 
 NAMES = ["qwen3_moe", "mixtral"]
 
@@ -41,7 +41,7 @@ def swept_in_chunks(c: Case) -> float:
 
 
 def attributed(c: Case) -> float:
-    found = fp.attribute(c.policy, c.step, c.params, c.state, E, U, lr=1e-6)
+    found = fp.attribute(fp.Update.from_step(c.step, c.params, c.state, U, lr=1e-6), E)
     assert abs(found.completeness_error) < 1e-4  # float32 passes
     alone = c.probe(1e-6)
     assert found.first_order == pytest.approx(alone.first_order, rel=1e-4)
@@ -49,8 +49,8 @@ def attributed(c: Case) -> float:
 
 
 def compared(c: Case) -> float:
-    steps = {"one": fp.Variant(c.step, lr=1e-7), "two": fp.Variant(c.step, lr=1e-6)}
-    found = fp.compare(c.policy, steps, c.params, c.state, E, U, observables={"entropy": fp.entropy()})
+    steps = {"one": Variant(c.step, lr=1e-7), "two": Variant(c.step, lr=1e-6)}
+    found = fp.compare(updates(steps, c.params, c.state, U), E, observables={"entropy": fp.entropy()})
     assert found.mode == "forward"
     return found.reading("two").change
 
@@ -100,8 +100,8 @@ def test_a_comparison_and_a_sweep_count_as_a_probe_does(name: str) -> None:
         alone = c.probe(2e-2, ess_threshold=0.0)
     with pytest.warns(FuncprobeWarning):
         swept = c.sweep([1e-2, 2e-2], ess_threshold=0.0)
-    steps = {"one": fp.Variant(c.step, lr=1e-9), "two": fp.Variant(c.step, lr=2e-2)}
-    compared = fp.compare(c.policy, steps, c.params, c.state, E, U, ess_threshold=0.0)
+    steps = {"one": Variant(c.step, lr=1e-9), "two": Variant(c.step, lr=2e-2)}
+    compared = fp.compare(updates(steps, c.params, c.state, U), E, ess_threshold=0.0)
     assert alone.routing is not None
     assert alone.routing.changed > 0
     assert swept.points[1].routing == compared.outcomes["two"].routing == alone.routing

@@ -118,11 +118,11 @@ def test_a_probe_and_its_attribution_run_over_it() -> None:
     policy, params, _ = model()
     step = fp.make_step(policy, fp.grpo(), fp.sgd(0.05))
     state = step.optimizer.init(params)
-    report = fp.probe(policy, step, params, state, batch(), batch())
+    report = fp.probe(fp.Update.from_step(step, params, state, batch()), batch())
     assert abs(report.change / report.first_order - 1) < 0.5
-    one_by_one = fp.probe(policy, step, params, state, batch(), batch(), microbatch=1)
+    one_by_one = fp.probe(fp.Update.from_step(step, params, state, batch()), batch(), microbatch=1)
     assert one_by_one.change == pytest.approx(report.change, rel=1e-10)
-    found = fp.attribute(policy, step, params, state, batch(), batch(), influence="sequences")
+    found = fp.attribute(fp.Update.from_step(step, params, state, batch()), batch(), influence="sequences")
     assert found.completeness_error < 1e-9
 
 

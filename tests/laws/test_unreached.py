@@ -44,9 +44,13 @@ class Warm:
         self.step = fp.make_step(c.policy, fp.reinforce(), c.optimizer, clip)
 
     @property
-    def of(self) -> tuple[Any, ...]:
-        """The arguments that every question takes."""
-        return self.policy, self.step, self.params, self.state, E, U
+    def of(self) -> tuple[fp.Update, fp.Rollouts]:
+        """The arguments that every verb takes."""
+        return self.on(U), E
+
+    def on(self, batch: fp.Rollouts, step: Any = None) -> fp.Update:
+        """The update that a step on some batch makes."""
+        return fp.Update.from_step(step or self.step, self.params, self.state, batch)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """The parameters after the step as a training loop takes it, on a copy of the pair."""
@@ -77,7 +81,7 @@ def test_a_probe_says_so_and_measures_the_step_of_training(name: str, mode: Any)
 @every
 def test_without_such_a_leaf_nothing_is_said(name: str) -> None:
     warm = Warm(name)
-    found = fp.probe(*warm.of[:-1], models.reaching(list(range(9)), seed=2))
+    found = fp.probe(warm.on(models.reaching(list(range(9)), seed=2)), E)
     assert "leaves_without_gradient" not in found.step
     assert not any("no gradient" in note for note in found.notes)
 
@@ -119,7 +123,7 @@ def test_a_sweep_and_a_comparison_say_so_too(name: str, tmp_path: Path) -> None:
     again = fp.sweep(*warm.of, [1e-5, 1e-4, 1e-3], journal=journal)
     assert [p.readings for p in again.points[:2]] == [p.readings for p in swept.points]
     other = fp.make_step(warm.policy, fp.grpo(), warm.step.optimizer)
-    compared = fp.compare(warm.policy, {"one": warm.step, "other": other}, *warm.of[2:])
+    compared = fp.compare({"one": warm.on(U), "other": warm.on(U, other)}, E)
     assert all(any(note == NOTE for note in outcome.notes) for outcome in compared.outcomes.values())
     best = fp.largest_lr(*warm.of, max_abs_delta=10.0, between=(1e-6, 1e-5))
     assert best.lr == 1e-5

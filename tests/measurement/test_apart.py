@@ -35,10 +35,10 @@ class Low:
         self.step = fp.make_step(self.policy, fp.grpo(), self.optimizer)
 
     def probe(self, **options: Any) -> ProbeResult:
-        return fp.probe(self.policy, self.step, self.params, self.state, E, U, **options)
+        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, U), E, **options)
 
     def sweep(self, lrs: list[float], **options: Any) -> SweepResult:
-        return fp.sweep(self.policy, self.step, self.params, self.state, E, U, lrs, **options)
+        return fp.sweep(fp.Update.from_step(self.step, self.params, self.state, U), E, lrs, **options)
 
     def truth(self, lr: float) -> tuple[float, float, float]:
         """Return ΔF of θ + Δθ and of θ′ in float64, and the first order of (θ′ − θ) − Δθ."""
@@ -134,7 +134,9 @@ def test_every_text_names_both(lr: float) -> None:
 def test_a_model_that_computes_in_bfloat16_says_that_it_holds_no_exact_update() -> None:
     policy, params = fp.from_module(models.gpt2(torch.bfloat16))
     optimizer = fp.adamw(1e-5)
-    result = fp.probe(policy, fp.make_step(policy, fp.grpo(), optimizer), params, optimizer.init(params), E, U)
+    result = fp.probe(
+        fp.Update.from_step(fp.make_step(policy, fp.grpo(), optimizer), params, optimizer.init(params), U), E
+    )
     assert (result.main.exact, result.main.stored) == (None, None)
     rows = dict(line.strip().split("  ", 1) for line in result.summary().splitlines() if "update  " in line)
     assert "not measured: bfloat16 arithmetic does not hold θ + Δθ" in rows["exact update"]
@@ -199,7 +201,7 @@ def test_a_stored_result_that_its_optimizer_shifts_is_told_apart_too() -> None:
             return taken._replace(params=tree.add(taken.params, drift))
 
     step = fp.make_step(policy, fp.grpo(), Drifting())
-    reading = fp.probe(policy, step, params, Drifting().init(params), E, U).main
+    reading = fp.probe(fp.Update.from_step(step, params, Drifting().init(params), U), E).main
     taken = step(params, Drifting().init(params), U)
     H = fp.anchored(fp.entropy(), policy, E, params)
     assert reading.change == reading.stored == pytest.approx(float(H(taken.params) - H(params)), rel=1e-9)

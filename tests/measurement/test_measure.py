@@ -46,8 +46,9 @@ class Case:
 
     def probe(self, **options: Any) -> fp.ProbeResult:
         """Probe the step with E and U."""
-        arguments = {"evaluation": E, "update": U, "microbatch": 4, **options}
-        return fp.probe(self.policy, self.step, self.params, self.state, **arguments)
+        given = {"microbatch": 4, **options}
+        evaluation, batch, lr = given.pop("evaluation", E), given.pop("batch", U), given.pop("lr", None)
+        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, batch, lr), evaluation, **given)
 
 
 @functools.cache
@@ -116,7 +117,7 @@ def test_forward_and_reverse_report_one_number() -> None:
 @pytest.mark.parametrize("observable", fp.entropy_family(), ids=lambda o: o.name)
 def test_the_family_holds_what_each_member_alone_would_say(observable: fp.entropy) -> None:
     c = case()
-    alone = c.probe(observable=observable)
+    alone = c.probe(observables=observable)
     member = c.probe().family[observable.name]
     assert (alone.before, alone.change, alone.first_order) == (member.before, member.change, member.first_order)
     assert alone.unit == observable.unit
@@ -177,7 +178,7 @@ def test_the_change_follows_what_is_stored_and_the_prediction_the_update() -> No
             return taken._replace(params=tree.add(taken.params, drift))
 
     step = fp.make_step(policy, fp.grpo(), Drifting())
-    result = fp.probe(policy, step, params, Drifting().init(params), E, U)
+    result = fp.probe(fp.Update.from_step(step, params, Drifting().init(params), U), E)
     H = fp.anchored(fp.entropy(), policy, E, params)
     off = float(torch.func.jvp(H, (params,), (drift,))[1])
     assert result.rounding == pytest.approx(off, rel=1e-9)
@@ -206,11 +207,11 @@ def test_a_model_without_forward_derivative_falls_back_with_a_note() -> None:
     with models.seeded(1):
         policy, params = fp.from_module(Model().double())
     step = fp.make_step(policy, fp.grpo(), fp.sgd(1e-2))
-    result = fp.probe(policy, step, params, fp.sgd(1e-2).init(params), E, U)
+    result = fp.probe(fp.Update.from_step(step, params, fp.sgd(1e-2).init(params), U), E)
     assert result.mode == "reverse"
     assert "reverse mode was used" in result.notes[0]
     with pytest.raises(ForwardModeError):
-        fp.probe(policy, step, params, fp.sgd(1e-2).init(params), E, U, mode="forward")
+        fp.probe(fp.Update.from_step(step, params, fp.sgd(1e-2).init(params), U), E, mode="forward")
 
 
 def test_a_degenerate_sample_warns_or_raises() -> None:
@@ -230,8 +231,8 @@ def test_the_threshold_is_on_the_weights_that_the_estimator_uses() -> None:
     worse, better = sorted(("per_decision", "sequence"), key=health.fraction)
     options = {"ess_threshold": between, "on_low_ess": "raise"}
     with pytest.raises(EffectiveSampleSizeError):
-        Case("two lines", lr=0.3).probe(observable=fp.entropy(weighting=worse), **options)
-    Case("two lines", lr=0.3).probe(observable=fp.entropy(weighting=better), **options)
+        Case("two lines", lr=0.3).probe(observables=fp.entropy(weighting=worse), **options)
+    Case("two lines", lr=0.3).probe(observables=fp.entropy(weighting=better), **options)
 
 
 def test_a_heavy_tail_is_reported_where_it_carries_weight() -> None:
@@ -270,14 +271,14 @@ def test_a_sampler_that_disagrees_on_the_update_batch_is_reported() -> None:
     with pytest.warns(
         FuncprobeWarning, match=r"of the update rollouts differ by 0.1 nats per token \(mean ratio 1.11\)"
     ):
-        c.probe(update=off)
+        c.probe(batch=off)
 
 
 def test_another_proposal_is_named_and_never_mixed_with_the_anchor() -> None:
     c = case()
     reported = E._replace(sampling_logps=fp.score(c.policy, c.params, E).logp - 0.01 * E.completion_mask)
     observable = fp.entropy(proposal="sampler")
-    forward, reverse = (c.probe(observable=observable, evaluation=reported, mode=m) for m in ("forward", "reverse"))
+    forward, reverse = (c.probe(observables=observable, evaluation=reported, mode=m) for m in ("forward", "reverse"))
     assert forward.observable == "rao_blackwell/per_decision/token/sampler"
     for result in (forward, reverse):
         assert all(name.endswith("/sampler") for name in result.family)
@@ -290,13 +291,13 @@ def test_the_batch_of_a_score_that_is_not_finite_is_named() -> None:
     c = case("two lines")
     broken = {n: torch.full_like(p, torch.nan) for n, p in c.params.items()}
     with pytest.raises(NumericsError, match=r"not finite for sequence [\d, ]+ \(in: gradient\)"):
-        fp.probe(c.policy, c.step, broken, c.state, E, U)
+        fp.probe(fp.Update.from_step(c.step, broken, c.state, U), E)
 
 
 def test_what_the_step_warns_of_stands_in_the_result() -> None:
     flat = U._replace(rewards=torch.ones(9, dtype=torch.float64))
     with pytest.warns(FuncprobeWarning, match="momentum and weight decay"):
-        result = case().probe(update=flat)
+        result = case().probe(batch=flat)
     assert len(result.warnings) == 1
     assert result.first_order != 0.0
 
@@ -323,7 +324,7 @@ def test_an_observable_of_ones_own() -> None:
         def __call__(self, scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts) -> torch.Tensor:
             return (scores.logp**2).mean()
 
-    result = case().probe(observable=Surprise(), lr=1e-5)
+    result = case().probe(observables=Surprise(), lr=1e-5)
     assert result.observable == "squared surprisal"
     assert result.change == pytest.approx(result.first_order, rel=0.02)
 

@@ -240,7 +240,7 @@ def test_rewards_that_are_missing() -> None:
 
 def test_both_forms_and_none() -> None:
     with pytest.raises(InputError, match="observable and observables were both given; put all of them into observ"):
-        case().probe(LR, observable=fp.entropy(), observables={"entropy": fp.entropy()})
+        case().probe(LR, observables=fp.entropy(), observables={"entropy": fp.entropy()})
     with pytest.raises(InputError, match="No observable was given; expected at least one"):
         case().probe(LR, observables={})
 
@@ -257,13 +257,13 @@ def items(scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts)
 
 @pytest.mark.parametrize("function", [looking, items])
 def test_an_observable_that_looks_at_its_weights_has_no_bar(function: Any) -> None:
-    plain = case().probe(LR, observable=custom(function), bars=None).main
-    result = case().probe(LR, observable=custom(function))
+    plain = case().probe(LR, observables=custom(function), bars=None).main
+    result = case().probe(LR, observables=custom(function))
     assert result.main == plain
     (note,) = result.notes[-1:]
     assert note.startswith("no error bars: An observable looks at the values of its weights (an if, or .item())")
     with pytest.raises(InputError, match=r"so it cannot be resampled; write it with torch.where, or ask for no bars"):
-        case().probe(LR, observable=custom(function), bars="jackknife")
+        case().probe(LR, observables=custom(function), bars="jackknife")
 
 
 @settings(max_examples=8)
@@ -282,7 +282,7 @@ def test_an_error_of_the_users_own_is_the_users() -> None:
         raise KeyError("what I meant")
 
     with pytest.raises(KeyError, match="what I meant"):
-        case().probe(LR, observable=custom(broken))
+        case().probe(LR, observables=custom(broken))
 
 
 # --- a reading alone ---
@@ -319,7 +319,7 @@ def test_readings_and_replicates_survive_json() -> None:
 def test_what_is_no_observable_is_refused_in_words() -> None:
     for wrong in (fp.entropy, "entropy", [fp.entropy()], lambda scores, anchor, rollouts: scores.logp.sum()):
         with pytest.raises(InputError, match="is no observable: it needs name, unit and stats"):
-            case().probe(LR, observable=wrong)
+            case().probe(LR, observables=wrong)
     with pytest.raises(InputError, match="is no observable"):
         case().probe(LR, observables={"a": fp.entropy})
 
@@ -331,7 +331,7 @@ def test_a_change_that_is_no_number_is_an_error() -> None:
         return scores.logp.sum() / torch.where(moved, 0.0, 1.0)
 
     with pytest.raises(NumericsError, match=r"'ratio' is .* before the step, and its change is -?inf"):
-        case().probe(LR, observable=ratio, method="difference", bars=None)
+        case().probe(LR, observables=ratio, method="difference", bars=None)
 
 
 def test_a_seed_is_a_whole_number() -> None:

@@ -53,7 +53,7 @@ def chosen(params: Params, count: int | None) -> list[set[int]]:
 
 
 def crossed(case: Case, lr: float = SHORT, **options: Any) -> fp.ProbeResult:
-    return case.probe(lr, update=models.rollouts(9, seed=2), **options)
+    return case.probe(lr, batch=models.rollouts(9, seed=2), **options)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -263,7 +263,7 @@ def test_results_and_sweeps_keep_their_routing(tmp_path: Any) -> None:
     result.save(tmp_path / "result")
     assert fp.ProbeResult.load(tmp_path / "result").routing == result.routing
     with pytest.warns(FuncprobeWarning):
-        sweep = case.sweep([SHORT * 1e-6, SHORT], update=models.rollouts(9, seed=2))
+        sweep = case.sweep([SHORT * 1e-6, SHORT], batch=models.rollouts(9, seed=2))
     assert [p.routing.changed for p in sweep.points if p.routing] == [0, result.routing.changed]  # type: ignore[union-attr]
     sweep.save(tmp_path / "sweep")
     assert [p.routing for p in fp.SweepResult.load(tmp_path / "sweep").points] == [p.routing for p in sweep.points]
@@ -272,7 +272,7 @@ def test_results_and_sweeps_keep_their_routing(tmp_path: Any) -> None:
 def test_a_sweep_of_experts_goes_one_learning_rate_at_a_time() -> None:
     case = crossing("topk")
     lrs, update = [SHORT * 1e-7, SHORT * 1e-6], models.rollouts(9, seed=2)
-    alone, together = case.sweep(lrs, update=update), case.sweep(lrs, update=update, chunk=2)
+    alone, together = case.sweep(lrs, batch=update), case.sweep(lrs, batch=update, chunk=2)
     assert [r.change for r in together.readings()] == [r.change for r in alone.readings()]
     assert any("scored one at a time" in note for note in together.notes)
     assert not any("scored one at a time" in note for note in alone.notes)

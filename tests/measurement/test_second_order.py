@@ -50,7 +50,7 @@ by_name = pytest.mark.parametrize("name", OBSERVABLES)
 def test_the_third_order_remains(build: str, name: str) -> None:
     policy, params = fp.from_module(models.EVERY_MODEL[build]())
     v, o = models.direction(params), OBSERVABLES[name]
-    found = fp.second_order(o, policy, params, v, E)
+    found = fp.second_order(fp.Update.from_delta(policy, params, v), E, o)
     H = fp.anchored(o, policy, E, params)
     # at ε = 2^-2 … 2^-5 the fourth order is below some per cent of the third, rounding (1e-16/ε³) far below
     steps = [2.0**-k for k in (2, 3, 4, 5)]
@@ -69,7 +69,8 @@ def test_forward_over_reverse_says_the_same(name: str) -> None:
     policy, params = fp.from_module(models.gpt2())
     v = models.direction(params)
     one, two = (
-        fp.second_order(OBSERVABLES[name], policy, params, v, E, mode=m, microbatch=4) for m in ("forward", "reverse")
+        fp.second_order(fp.Update.from_delta(policy, params, v), E, OBSERVABLES[name], mode=m, microbatch=4)
+        for m in ("forward", "reverse")
     )
     assert (one.mode, two.mode) == ("forward", "reverse")
     assert two.second_order == pytest.approx(one.second_order, rel=1e-9)
@@ -115,7 +116,7 @@ def test_a_wrong_second_derivative_is_found_out_and_replaced() -> None:
         ).double()
     policy, params = fp.from_module(module)
     v, o = models.direction(params, 0.1), fp.entropy()
-    found = fp.second_order(o, policy, params, v, E)
+    found = fp.second_order(fp.Update.from_delta(policy, params, v), E, o)
     assert found.disagreement > 1e-3
     assert found.mode == "reverse"
     H = fp.anchored(o, policy, E, params)
@@ -123,18 +124,18 @@ def test_a_wrong_second_derivative_is_found_out_and_replaced() -> None:
     plus, middle, minus = (float(H(tree.axpy(c, v, params))) for c in (e, 0.0, -e))
     assert 2 * found.second_order == pytest.approx((plus - 2 * middle + minus) / e**2, rel=1e-3)
     with pytest.raises(NumericsError, match="a wrong second derivative; use mode='auto' or 'reverse'"):
-        fp.second_order(o, policy, params, v, E, mode="forward")
+        fp.second_order(fp.Update.from_delta(policy, params, v), E, o, mode="forward")
     with pytest.raises(InputError, match="Unknown mode 'both'"):
-        fp.second_order(o, policy, params, v, E, mode="both")
+        fp.second_order(fp.Update.from_delta(policy, params, v), E, o, mode="both")
 
 
 def test_layer_norm_is_spelled_out_for_that_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break it once: without the spelling the check finds torch's fault in a GPT-2."""
     policy, params = fp.from_module(models.gpt2())
     v = models.direction(params)
-    assert fp.second_order(fp.entropy(), policy, params, v, E).mode == "forward"
+    assert fp.second_order(fp.Update.from_delta(policy, params, v), E, fp.entropy()).mode == "forward"
     monkeypatch.setattr(kernels, "_layer_norm", torch.layer_norm)
-    assert fp.second_order(fp.entropy(), policy, params, v, E).mode == "reverse"
+    assert fp.second_order(fp.Update.from_delta(policy, params, v), E, fp.entropy()).mode == "reverse"
 
 
 def test_a_probe_takes_the_reliable_route_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +286,7 @@ def test_a_model_without_forward_mode_has_neither() -> None:
         module = nn.Sequential(nn.Embedding(7, 4), Glu(), nn.Linear(4, 7)).double()
     policy, params = fp.from_module(module)
     with pytest.raises(ForwardModeError, match=r"The module '1' \(Glu\)"):
-        fp.second_order(fp.entropy(), policy, params, models.direction(params), E)
+        fp.second_order(fp.Update.from_delta(policy, params, models.direction(params)), E, fp.entropy())
 
 
 def test_scores_of_a_path_are_those_of_the_end() -> None:
@@ -307,7 +308,9 @@ def test_anchor_and_end_are_scored_in_one_arithmetic(order: Literal[1, 2], dtype
     policy, params = fp.from_module(models.gpt2(dtype))
     step = fp.make_step(policy, fp.grpo(), fp.sgd(0.0))
     with pytest.warns(FuncprobeWarning, match="The step is zero"):
-        found = fp.probe(policy, step, params, step.optimizer.init(params), E, U, order=order, method="difference")
+        found = fp.probe(
+            fp.Update.from_step(step, params, step.optimizer.init(params), U), E, order=order, method="difference"
+        )
     assert found.change == 0.0  # the same parameters, to the last bit
 
 
@@ -331,7 +334,7 @@ def test_the_check_looks_at_beginnings_alone() -> None:
         patch.setattr(expansion, "CHECKED_TOKENS", 2)
         cut = _beginnings(long)[1]
         assert cut.completion_mask.shape[1] == 2
-        found = fp.second_order(fp.entropy(), policy, params, v, long)
+        found = fp.second_order(fp.Update.from_delta(policy, params, v), long, fp.entropy())
     assert found.mode == "forward"
     assert found.disagreement < 1e-10
 
@@ -419,7 +422,7 @@ def test_a_learning_rate_for_all_groups_says_what_it_replaces() -> None:
     live = fp.from_training(module, torch.optim.SGD(groups, lr=1e-3))
     step = fp.make_step(live.policy, fp.grpo(), live.optimizer)
     with pytest.warns(FuncprobeWarning, match=r"groups have learning rates 0, 0\.01, and all of them are set"):
-        fp.sweep(live.policy, step, live.params, live.opt_state, E, U, [1e-3, 1e-2])
+        fp.sweep(fp.Update.from_step(step, live.params, live.opt_state, U), E, [1e-3, 1e-2])
 
 
 def test_scores_are_kept_on_request_and_drawn() -> None:

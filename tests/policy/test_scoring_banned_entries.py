@@ -196,7 +196,7 @@ def test_a_probe_and_samples_of_a_policy_that_bans_are_those_of_the_policy_witho
     drawn = evaluation.ids[:, 2:][evaluation.attention_mask[:, 2:]]
     assert set(drawn.tolist()) <= set(ALLOWED)
     step = fp.make_step(policy, fp.grpo(scale_rewards="none"), fp.sgd(0.05))
-    report = fp.probe(policy, step, params, step.optimizer.init(params), evaluation, rollouts)
+    report = fp.probe(fp.Update.from_step(step, params, step.optimizer.init(params), rollouts), evaluation)
     mask = evaluation.completion_mask
     after = step(params, step.optimizer.init(params), rollouts).params
     before = oracle(params, evaluation)

@@ -10,13 +10,13 @@ import funcprobe as fp
 from funcprobe.errors import InputError
 from funcprobe.report.comparison_figure import plot_comparison
 from funcprobe.results.comparison import Comparison
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, U, Variant, updates
 
 
 def compared(**options: object) -> Comparison:
     case = Case("two lines")
-    steps = {"grpo": case.step, "a third, $lr$": fp.Variant(case.step, lr=case.optimizer.lr / 3)}
-    return fp.compare(case.policy, steps, case.params, case.state, E, U, **options)  # type: ignore[arg-type]
+    steps = {"grpo": case.step, "a third, $lr$": Variant(case.step, lr=case.optimizer.lr / 3)}
+    return fp.compare(updates(steps, case.params, case.state, U), E, **options)  # type: ignore[arg-type]
 
 
 def points(ax: object, marker: str) -> list[float]:

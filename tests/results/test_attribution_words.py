@@ -82,7 +82,7 @@ def test_prompts_stand_there_with_their_text_where_there_are_several() -> None:
     assert dict(prompts) == expected
     assert " the" in "".join(expected)
     one = U._replace(group_ids=torch.zeros(len(U.ids), dtype=torch.int64))
-    assert [heading for heading, _ in sections(Stepped("gpt2").attribute(update=one))] == ["layers", "tokens of U"]
+    assert [heading for heading, _ in sections(Stepped("gpt2").attribute(batch=one))] == ["layers", "tokens of U"]
 
 
 def test_fewer_rows_than_shown_are_each_shown_once() -> None:

@@ -243,7 +243,9 @@ def test_frozen_weights_are_part_of_the_model(tmp_path: Path) -> None:
         policy, params = adapted(scale)
         step = fp.make_step(policy, fp.grpo(), fp.sgd(1e-3))
         state = fp.sgd(1e-3).init(params)
-        return fp.sweep(policy, step, params, state, E, U, [1e-4, 1e-3], journal=tmp_path / "journal", **QUICK)
+        return fp.sweep(
+            fp.Update.from_step(step, params, state, U), E, [1e-4, 1e-3], journal=tmp_path / "journal", **QUICK
+        )
 
     run(1.0)
     assert len(run(1.0).points) == 2
