@@ -116,21 +116,25 @@ class VariantConfig(ObjectiveConfig):
         return {k: v for k, v in serialise(self).items() if k == "name" or k in self.model_fields_set}
 
 
-@functools.cache
 def objective_model(name: str) -> type[ObjectiveConfig]:
     """Return the model of the objective of that name: the parameters of its factory, with their types and defaults.
 
     Raises:
-        ConfigError: If there is no such objective, or another package's cannot be loaded.
+        ConfigError: If there is no such objective, several have the name, or another package's cannot be loaded.
     """
     if name not in (known := objective_names()):
         near = next(iter(difflib.get_close_matches(name, known, n=1)), None)
         meant = "" if near is None else f" (did you mean {near}?)"
         raise ConfigError(f"objective.name: found {name!r}, expected one of {', '.join(known)}{meant}")
     try:
-        options = _fields(factory_of(name))
+        return _model_of(name, factory_of(name))
     except InputError as error:
         raise ConfigError(f"objective.name: {str(error).rstrip('.')}") from None
+
+
+@functools.cache
+def _model_of(name: str, factory: Callable[..., Any]) -> type[ObjectiveConfig]:
+    options = _fields(factory)
     if name not in VARIANTS:
         return create_model(f"{name}_config", __base__=ObjectiveConfig, name=(str, name), **options)
     # where types differ the first one stands: epsilon_high may be none, but for cispo, which says so itself
