@@ -159,7 +159,7 @@ def collected_warnings() -> Iterator[list[Note]]:
         def collect(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
             if issubclass(category, FuncprobeWarning):
                 text = message.args[0] if isinstance(message, Warning) and message.args else message
-                collected.append(text if isinstance(text, Note) else Note("warning", str(text)))
+                collected.append(text if isinstance(text, Note) else Note("input", str(text)))
             else:
                 show(message, category, *where, **more)  # type: ignore[arg-type]
 
