@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from funcprobe.report.attribution_table import attribution_text
 
 from funcprobe import __version__
 from funcprobe.cli.attribute import COMMAND
 from funcprobe.cli.main import main
-from funcprobe.report.attribution_table import attribution_text
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
 from tests.cases.heat_map_pages import data, page

@@ -64,7 +64,7 @@ def test_a_run_writes_everything_that_it_says(finished: Path) -> None:
     assert sorted(p.name for p in finished.iterdir()) == ["config.yaml", "results"]
     result = ProbeResult.load(results)
     assert result.evaluation.sequences == 24
-    assert result.delta_norm > 0
+    assert result.outcome.delta_norm > 0
     assert result.delta is not None
     assert (results / "measured_vs_predicted.png").read_bytes().startswith(b"\x89PNG")
     assert (results / "summary.txt").read_text(encoding="utf-8") == summary_text(result)
@@ -108,16 +108,16 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
     ("changes", "shows"),
     [
         ({"top_k": 2}, lambda result: len(result.top) == 2),
-        ({"max_grad_norm": 1e-3}, lambda result: result.step["clip_coefficient"] < 0.5),
+        ({"max_grad_norm": 1e-3}, lambda result: result.outcome.info["clip_coefficient"] < 0.5),
         ({"observable": {"integrand": "surprisal", "per": "sequence"}}, lambda r: r.unit == "nats per sequence"),
         ({"ess_threshold": 1.0, "lr": 0.1}, lambda result: any("below 100%" in w for w in result.warnings)),
-        ({"rounding": True}, lambda result: result.rounding is not None),
-        ({"rounding": False}, lambda result: result.rounding is None),
+        ({"rounding": True}, lambda result: result.outcome.rounding is not None),
+        ({"rounding": False}, lambda result: result.outcome.rounding is None),
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
-        ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.unmoved > 0),
+        ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.outcome.unmoved > 0),
         ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
         ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.delta is not None),
-        ({"objective": {"name": "reinforce"}}, lambda result: abs(result.step["loss"]) > 1e-3),
+        ({"objective": {"name": "reinforce"}}, lambda result: abs(result.outcome.info["loss"]) > 1e-3),
     ],
 )
 def test_every_key_reaches_the_result(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import funcprobe as fp
 from funcprobe.errors import InputError
-from funcprobe.results.attribution import TABLES
+from funcprobe.results.parts import TABLES
 from tests.attribution.test_decoding import tokenizer
 from tests.cases.attributions import LR, OBSERVABLES, Stepped
 from tests.cases.scored import assert_same
