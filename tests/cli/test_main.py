@@ -114,7 +114,10 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
         ({"rounding": True}, lambda result: result.outcome.rounding is not None),
         ({"rounding": False}, lambda result: result.outcome.rounding is None),
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
-        ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.outcome.unmoved > 0),
+        (
+            {"storage": "bfloat16"},
+            lambda result: result.environment["storage"] == "bfloat16" and result.outcome.unmoved > 0,
+        ),
         ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
         ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.delta is not None),
         ({"objective": {"name": "reinforce"}}, lambda result: abs(result.outcome.info["loss"]) > 1e-3),
