@@ -72,6 +72,7 @@ from funcprobe.policy.sampling import sample
 from funcprobe.policy.scoring import score
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.comparison import Comparison
+from funcprobe.results.loading import load
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
 from funcprobe.training.step import make_step
@@ -121,6 +122,7 @@ __all__ = [
     "kl",
     "kl_cov",
     "largest_lr",
+    "load",
     "load_checkpoint",
     "make_step",
     "mean_length",
