@@ -61,14 +61,14 @@ def test_both_changes_are_measured_by_every_method(method: Any, lr: float) -> No
     low = Low()
     exact, as_stored, row = low.truth(lr)
     reading = (result := low.probe(lr=lr, method=method)).main
-    assert result.rounding_ratio > WORTH_TELLING
+    assert result.outcome.rounding_ratio > WORTH_TELLING
     size = max(abs(exact), abs(as_stored))
     # a path agrees to 1e-5 of Σ|terms|, which is some tens of ΔF here; the update is kept in float32 all the same
     assert reading.exact == pytest.approx(exact, rel=1e-3, abs=1e-4 * size)
     assert reading.stored == pytest.approx(as_stored, rel=1e-3, abs=1e-4 * size)
     assert reading.change == (reading.stored if method == "difference" else reading.exact)
     assert reading.of_delta == (method != "difference")
-    assert result.rounding == pytest.approx(row, rel=1e-3, abs=1e-6 * size)
+    assert result.outcome.rounding == pytest.approx(row, rel=1e-3, abs=1e-6 * size)
     assert set(reading.bars) == {"change", "first_order", "remainder", "ratio"} | {
         "exact" if method == "difference" else "stored"
     }
@@ -91,7 +91,7 @@ def test_reverse_mode_gives_both_by_subtraction() -> None:
     result = low.probe(mode="reverse")
     assert result.main.exact == pytest.approx(exact, rel=1e-6)
     assert result.main.stored == result.main.subtraction == pytest.approx(as_stored, rel=1e-6)
-    assert result.rounding == pytest.approx(row, rel=1e-6)
+    assert result.outcome.rounding == pytest.approx(row, rel=1e-6)
     assert (result.main.method, result.main.of_delta) == ("difference", True)
 
 
@@ -101,7 +101,7 @@ def test_what_does_not_move_is_the_runs() -> None:
     moved = [(taken.params[n] != p) for n, p in low.params.items()]
     wanted = [taken.delta[n] != 0 for n in low.params]
     stuck = sum(int((w & ~m).sum()) for w, m in zip(wanted, moved, strict=True)) / sum(int(w.sum()) for w in wanted)
-    assert low.probe(lr=1e-5).unmoved == stuck > 0.5
+    assert low.probe(lr=1e-5).outcome.unmoved == stuck > 0.5
 
 
 def test_storage_in_the_arithmetics_dtype_tells_nothing_apart() -> None:

@@ -11,9 +11,10 @@ import torch
 
 import funcprobe as fp
 from funcprobe.results.parts import TABLES
-from tests.attribution.test_decoding import tokenizer
-from tests.cases.attributions import LR, OBSERVABLES, Stepped
+from tests.cases.attributions import Stepped
 from tests.cases.kept import same
+from tests.cases.tables import LR, OBSERVABLES
+from tests.cases.tokenizers import tokenizer
 
 KINDS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "plain": (("two lines",), {}),
@@ -24,7 +25,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "chosen leaves": (("two lines",), {"influence": "sequences", "leaves": ["head.bias"]}),
     "a statistic": (("two lines",), {"observable": OBSERVABLES["collision"]}),
     "jacobian": (("two lines", "grpo", fp.from_torch(torch.optim.RMSprop, lr=LR)), {}),
-    "float32": (("qwen2, lora",), {}),
+    "float32": (("qwen2, lora, float32",), {}),
 }
 
 

@@ -15,8 +15,8 @@ from funcprobe.errors import Note
 from funcprobe.results.attribution_words import SHOWN, ledger_rows, movers_table, share, ways_rows
 from funcprobe.results.blocks import Remark, Table
 from funcprobe.results.words import with_error
-from tests.attribution.test_decoding import tokenizer
 from tests.cases.attributions import Stepped
+from tests.cases.tokenizers import tokenizer
 
 
 @functools.cache

@@ -66,9 +66,6 @@ def test_everything_is_plain_in_a_dict() -> None:
 
 
 def test_a_provenance_tells_where_the_numbers_are_from() -> None:
-    found = fp.ProbeResult(
-        outcome(), provenance(mode="reverse", environment={"dtype": "float32", "storage": "bfloat16"})
-    )
-    assert (
-        "First order in reverse mode, float32 stored in bfloat16 on , 0 trainable parameters, 3.5 s" in found.summary()
-    )
+    place = {"dtype": "float32", "storage": "bfloat16", "device": "cpu", "parameters": 7}
+    text = fp.ProbeResult(outcome(), provenance(mode="reverse", environment=place)).summary()
+    assert "First order in reverse mode, float32 stored in bfloat16 on cpu, 7 trainable parameters, 3.5 s" in text
