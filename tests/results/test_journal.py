@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.measurement import identity
 from funcprobe.measurement.identity import identity_of
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.options import Options
 from funcprobe.results.sweep import SweepResult
 from funcprobe.types import Observable
@@ -56,7 +58,8 @@ def killed(after: int) -> Callable[[str, int, int], None]:
 
 def content(result: SweepResult) -> dict[str, Any]:
     """Return all of a result but how long it took."""
-    return {name: value for name, value in result.to_dict().items() if name != "timings"}
+    provenance = dataclasses.replace(result.provenance, timings={})
+    return dataclasses.replace(result, provenance=provenance).to_dict()
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -176,8 +179,8 @@ def others() -> dict[str, dict[str, Any]]:
         "evaluation": {"evaluation": prompted(5, 2, seed=3)},
         "a reward": {"evaluation": E._replace(rewards=E.rewards + 1e-9)},
         "weights": {"evaluation": E._replace(weight=2 * E.weight)},
-        "update": {"update": prompted(3, 4, seed=3, first=50)},
-        "observable": {"observable": fp.entropy(per="sequence")},
+        "batch": {"batch": prompted(3, 4, seed=3, first=50)},
+        "observable": {"observables": fp.entropy(per="sequence")},
         "a second observable": {"observables": {"entropy": fp.entropy(), "kl": fp.kl()}},
         "another name": {"observables": {"joy": fp.entropy()}},
         "objective": {"step": step(fp.dapo())},
@@ -249,7 +252,7 @@ def test_frozen_weights_are_part_of_the_model(tmp_path: Path) -> None:
 
     run(1.0)
     assert len(run(1.0).points) == 2
-    with pytest.raises(InputError, match=r"belongs to a sweep of another model: its gradient on the update batch has"):
+    with pytest.raises(InputError, match=r"belongs to a sweep of another model: its gradient on the batch has"):
         run(1.5)
 
 
@@ -257,7 +260,11 @@ def identity_with(observable: Observable, optimizer: Any = None) -> str:
     c = case()
     step = fp.make_step(c.policy, fp.grpo(), optimizer or c.optimizer, 1.0)
     state = c.state if optimizer is None else optimizer.init(c.params)
-    return identity_of(step, c.params, state, E, U, {"mine": observable}, Options())
+    return identified(fp.Update.from_step(step, c.params, state, U), observable)
+
+
+def identified(update: fp.Update, observable: Observable) -> str:
+    return identity_of(update, Measurement.of(update.policy, E, {"mine": observable}, Options(), None))
 
 
 def share_above(threshold: float, **options: Any) -> Observable:
@@ -279,7 +286,7 @@ def power(exponent: float) -> dict[str, Any]:
 class WithoutRepr:
     """An observable that prints as an address."""
 
-    name, unit, stats = "sum", "nats", {}
+    name, unit, stats, weighting, proposal, inclusive = "sum", "nats", {}, "none", None, False
 
     def __init__(self, scale: float) -> None:
         self.scale = scale
@@ -332,9 +339,9 @@ def test_an_entry_between_the_samples_counts(monkeypatch: pytest.MonkeyPatch) ->
     leaf = next(iter(c.params))
     before = identity_with(fp.entropy())
     moved = nudged(c.params, leaf)
-    assert before != identity_of(c.step, moved, c.state, E, U, {"mine": fp.entropy()}, Options())
+    assert before != identified(c.update(params=moved), fp.entropy())
     copies = {name: p.clone() for name, p in tree.scale(1.0, c.params).items()}
-    assert before == identity_of(c.step, copies, c.state, E, U, {"mine": fp.entropy()}, Options())
+    assert before == identified(c.update(params=copies), fp.entropy())
 
 
 def test_identity_leaves_what_it_reads_alone() -> None:
