@@ -42,7 +42,7 @@ class Work(NamedTuple):
     def of(cls, pair: Pair) -> Work:
         """Prepare."""
         gradient, _ = pair.step.gradient(pair.params, pair.batch)
-        found = respond(pair.step, pair.params, pair.opt_state, gradient, pair.params)
+        found = respond(pair.step.rule, pair.params, pair.opt_state, gradient, pair.params)
         return cls(pair, pair.step.objective.prepare(pair.batch), found.direction)
 
 

@@ -83,7 +83,7 @@ def test_an_observable_without_weights_has_no_bars_of_parts_either() -> None:
 
     found = attributed(Case("two lines"), observables=plain, bars_of=["ledger", "layers"])
     assert found.bars == {}
-    assert any("no error bars of layers: the observable does not use rollouts.weight" in n for n in found.result.notes)
+    assert any("no error bars of layers: the observable does not use rollouts.weight" in n for n in found.probe.notes)
 
 
 def test_what_does_not_move_has_bars_of_nothing() -> None:
@@ -103,7 +103,7 @@ def test_an_observable_that_looks_at_its_weights_is_told_so() -> None:
 
     found = attributed(Case("two lines"), observables=curious, bars_of=["ledger"])
     assert any(
-        "no error bars of ledger: An observable looks at the values of its weights" in n for n in found.result.notes
+        "no error bars of ledger: An observable looks at the values of its weights" in n for n in found.probe.notes
     )
 
 

@@ -46,7 +46,7 @@ def test_every_step_is_what_a_probe_of_it_says(model: str, options: dict[str, An
     for name, variant in steps.items():
         alone = probed(case, variant, **own)
         outcome = found.outcomes[name]
-        assert (outcome.lr, outcome.delta_norm) == (alone.lr, alone.delta_norm), name
+        assert (outcome.lr, outcome.delta_norm) == (alone.lr, alone.outcome.delta_norm), name
         for what, reading in alone.readings.items():
             same = found.reading(name, what)
             # one pass with several tangents, or one tangent: another order of summation in float64

@@ -245,7 +245,7 @@ def test_tables_of_parameters_sum_to_the_whole(model: str) -> None:
         assert abs(math.fsum(columns["contribution"]) - whole) <= 1e-14 * size, table
         assert sum(columns["size"]) == sum(part.size for part in found.leaves)
         norms = math.sqrt(sum(n * n for n in columns["norm"]))
-        assert norms == pytest.approx(found.result.delta_norm, rel=1e-6)
+        assert norms == pytest.approx(found.probe.outcome.delta_norm, rel=1e-6)
         for field in ("gradient", "momentum", "decay"):
             own = math.fsum(getattr(part, field) for part in found.leaves)
             assert abs(math.fsum(columns[field]) - own) <= 1e-14 * size, (table, field)

@@ -93,7 +93,7 @@ def test_one_prompt_has_no_bars_and_says_so() -> None:
     alone = fp.rollouts_from_lists([[1]] * 4, [[2, 3], [3], [4, 1], [2]], temperature=0.8, rewards=[0.0, 1.0, 0.5, 0.2])
     found = attributed(Case("two lines"), alone, bars_of=["ledger"])
     assert found.bars == {}
-    assert any("no error bars of ledger" in note and "2 or more" in note for note in found.result.notes)
+    assert any("no error bars of ledger" in note and "2 or more" in note for note in found.probe.notes)
 
 
 def test_what_cannot_have_bars_is_refused_early() -> None:

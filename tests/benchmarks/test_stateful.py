@@ -97,7 +97,7 @@ def test_equals_reverse_mode_under_clipping_and_another_learning_rate(weighting:
     options = {"mode": "reverse", "observables": fp.entropy(weighting=weighting), "max_grad_norm": 0.05, "lr": 4e-3}
     with pytest.warns(fp.errors.FuncprobeWarning, match="groups have learning rates"):  # which one replaces
         found, delta = functional(pair, "grpo", evaluation, update, **options)
-    assert found.step["clip_coefficient"] < 0.5
+    assert found.outcome.info["clip_coefficient"] < 0.5
     assert_equal(mine, found.family[found.observable], delta)
     assert mine.learning_rate_used == 4e-3
     assert [group["lr"] for group in pair[1].param_groups] == [1e-3, 2e-3]

@@ -22,7 +22,7 @@ class World(NamedTuple):
         keys: dict[str, object] = {
             "checkpoint": str(self.folder / "checkpoint"),
             "evaluation": str(self.folder / "evaluation.parquet"),
-            "update": str(self.folder / "update.parquet"),
+            "batch": str(self.folder / "batch.parquet"),
             "device": "cpu",
             **changes,
         }

@@ -50,11 +50,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     step, opt_state = make_step(policy, grpo(), optimizer), optimizer.init(params)
     for _ in range(2):
         params, _, opt_state, *_ = step(params, opt_state, draw(prompts[12:]))
-    evaluation, update = draw(prompts[:6]), draw(prompts[6:12])
+    evaluation, batch = draw(prompts[:6]), draw(prompts[6:12])
     save_checkpoint(folder / "checkpoint", module, params, optimizer, opt_state, tokenizer, global_step=2)
     write_rollouts(folder / "evaluation.parquet", evaluation)
-    write_rollouts(folder / "update.parquet", update)
-    return World(folder, evaluation, update)
+    write_rollouts(folder / "batch.parquet", batch)
+    return World(folder, evaluation, batch)
 
 
 @pytest.fixture(scope="session")

@@ -120,8 +120,8 @@ def test_every_model(model: str, drawn: dict[str, Any], objective: str) -> None:
 def test_every_optimizer(optimizer: str) -> None:
     found = Stepped("gpt2", "grpo, kl", optimizer, 0.05).attribute(fp.expected_reward())
     assert_complete(found, LIMIT["gpt2"])
-    assert found.result.step["clip_coefficient"] < 0.5
-    assert found.result.step["clip_fraction"] > 0.1
+    assert found.probe.outcome.info["clip_coefficient"] < 0.5
+    assert found.probe.outcome.info["clip_fraction"] > 0.1
     # every row that this optimizer has is there, and none that it has not
     stateful = optimizer != "sgd"
     decays = optimizer not in ("sgd", "adam, amsgrad")
@@ -157,7 +157,7 @@ def test_tokens_that_tie_are_picked_as_the_gradient_picked_them(model: str, shar
     found = Stepped(model, objective, "sgd").attribute()
     assert_complete(found, LIMIT[model])
     picked = float((found.batch.through["logp"] != 0).sum() / found.batch.mask.sum())
-    assert picked <= 1 - found.result.step["top_entropy_quantile_fraction"] + 1e-12
+    assert picked <= 1 - found.probe.outcome.info["top_entropy_quantile_fraction"] + 1e-12
 
 
 def test_offsets_know_nothing_of_the_gradient() -> None:

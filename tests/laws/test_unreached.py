@@ -65,7 +65,7 @@ def test_a_probe_says_so_and_measures_the_step_of_training(name: str, mode: Any)
     warm = Warm(name)
     found = fp.probe(*warm.of, mode=mode, keep_delta=True, method="difference")
     assert NOTE in found.notes
-    assert found.step["leaves_without_gradient"] == 1
+    assert found.outcome.info["leaves_without_gradient"] == 1
     assert found.delta is not None
     assert not bool(found.delta[ALONE].any())
     moved, after = warm.step(warm.params, warm.state, U).params, warm.trained()
@@ -87,7 +87,7 @@ def test_without_such_a_leaf_nothing_is_said(name: str) -> None:
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_parts_are_complete_and_the_leaf_has_none(name: str, form: Any, clip: float | None) -> None:
     found = fp.attribute(*Warm(name, clip).of, form=form, influence="sequences", bars=None)
-    assert NOTE in found.result.notes
+    assert NOTE in found.probe.notes
     assert found.completeness_error <= 1e-9  # as promised in float64
     part = next(part for part in found.leaves if part.name == ALONE)
     assert (part.contribution, part.gradient, part.momentum, part.decay, part.norm) == (0.0, 0.0, 0.0, 0.0, 0.0)
@@ -115,7 +115,7 @@ def test_a_sweep_and_a_comparison_say_so_too(name: str, tmp_path: Path) -> None:
     journal = tmp_path / "sweep.jsonl"
     swept = fp.sweep(*warm.of, [1e-5, 1e-4], journal=journal)
     assert NOTE in swept.notes
-    assert swept.step["leaves_without_gradient"] == 1
+    assert swept.info["leaves_without_gradient"] == 1
     again = fp.sweep(*warm.of, [1e-5, 1e-4, 1e-3], journal=journal)
     assert [p.readings for p in again.points[:2]] == [p.readings for p in swept.points]
     other = fp.make_step(warm.policy, fp.grpo(), warm.step.optimizer)

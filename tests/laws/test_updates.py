@@ -168,7 +168,7 @@ def test_the_update_is_differentiable_in_the_gradient(name: str) -> None:
     along = gradients(params, 78)
 
     def total(g: Params) -> torch.Tensor:
-        update = optimizer.update(params, state, g)
+        update = optimizer.delta(params, state, g)
         return sum(((weights[n] * update[n]).sum() for n in params), torch.zeros((), dtype=torch.float64))
 
     analytic = float(tree.dot(torch.func.grad(total)(gradient), along))
@@ -202,7 +202,7 @@ def test_chunks_change_no_bit_and_bound_the_float64_temporaries(
     weights, along = gradients(params, 77), gradients(params, 78)
 
     def results() -> dict[str, Params]:
-        update = lambda g: optimizer.update(params, state, g)  # noqa: E731
+        update = lambda g: optimizer.delta(params, state, g)  # noqa: E731
         value, pull = torch.func.vjp(update, gradient)
         pushed = torch.func.jvp(update, (gradient,), (along,))[1]
         return {"plain": update(gradient), "value": value, "pulled": pull(weights)[0], "pushed": pushed}
@@ -211,14 +211,14 @@ def test_chunks_change_no_bit_and_bound_the_float64_temporaries(
     monkeypatch.setattr(pure, "CHUNK", 4)  # leaves of 35, 24, 3 and 1 entries
     assert_same(results(), whole)
     with Float64Sizes() as sizes:
-        optimizer.update(params, state, gradient)
+        optimizer.delta(params, state, gradient)
     assert max(sizes.seen) == 4
 
 
 def test_a_leaf_without_entries_is_stepped() -> None:
     params = {"none": torch.ones(0, 2)}
     optimizer = adamw()
-    assert_same(optimizer.update(params, optimizer.init(params), params), params)
+    assert_same(optimizer.delta(params, optimizer.init(params), params), params)
 
 
 def test_adafactor_keeps_the_epsilon_of_the_stored_dtype() -> None:

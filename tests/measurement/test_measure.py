@@ -64,11 +64,11 @@ def test_the_probe_is_the_five_lines(build: str) -> None:
     assert abs(result.first_order - float(tree.dot(gradient, after.delta))) <= 1e-10 * size
     assert abs(result.change - float(H(after.params) - H(c.params))) <= 1e-12
     assert abs(result.remainder - (result.change - result.first_order)) <= 1e-15
-    assert result.delta_norm == pytest.approx(float(tree.norm(after.delta)), rel=1e-12)
+    assert result.outcome.delta_norm == pytest.approx(float(tree.norm(after.delta)), rel=1e-12)
     assert result.top[0][1] == max(tree.leaf_norms(after.delta).values())
     assert result.lr == 1e-3
     # float64 parameters of order .3 at |Δθ| of 1e-3: what is stored differs by 1e-16/1e-3 of the update
-    assert result.rounding_ratio < 1e-12
+    assert result.outcome.rounding_ratio < 1e-12
 
 
 def test_forward_and_reverse_report_one_number() -> None:
@@ -98,14 +98,14 @@ def test_first_order_and_update_scale_with_the_learning_rate(lr: float, optimize
     c = case("gpt2", "grpo", optimizer)
     one, two = c.probe(lr=lr), c.probe(lr=lr / 10)
     assert one.lr == lr
-    assert one.delta_norm / two.delta_norm == pytest.approx(10, rel=1e-6)
+    assert one.outcome.delta_norm / two.outcome.delta_norm == pytest.approx(10, rel=1e-6)
     assert one.first_order / two.first_order == pytest.approx(10, rel=1e-6)
 
 
 def test_no_learning_rate_no_step() -> None:
     with pytest.warns(FuncprobeWarning, match="The step is zero at learning rate 0"):
         result = case().probe(lr=0.0)
-    assert (result.delta_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
+    assert (result.outcome.delta_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
     assert result.health.ess_sequence == pytest.approx(9)
 
 
@@ -116,18 +116,18 @@ def test_rounding_is_its_own_row_in_float32() -> None:
     run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
     forward, reverse, skipped = run(), run(mode="reverse"), run(rounding=False)
     # at lr 1e-7 on weights of order .3, half an ulp is 1e-8: several per cent of the update
-    assert forward.rounding_ratio > 0.01
-    assert forward.rounding is not None
-    assert reverse.rounding == pytest.approx(forward.rounding, rel=1e-3)
-    assert skipped.rounding is None
+    assert forward.outcome.rounding_ratio > 0.01
+    assert forward.outcome.rounding is not None
+    assert reverse.outcome.rounding == pytest.approx(forward.outcome.rounding, rel=1e-3)
+    assert skipped.outcome.rounding is None
     assert any("rounding row was not computed" in note for note in skipped.notes)
-    assert 0 < forward.unmoved < 1
+    assert 0 < forward.outcome.unmoved < 1
     # the measured change moves with what was stored: first order plus the rounding row explains it
     after = step(params, optimizer.init(params), U)
     stored = {n: (after.params[n].double() - p.double()).float() for n, p in params.items()}
     H = fp.anchored(fp.entropy(), policy, E, params)
     slope = float(torch.func.jvp(H, (params,), (stored,))[1])
-    assert forward.first_order + forward.rounding == pytest.approx(slope, rel=1e-4)
+    assert forward.first_order + forward.outcome.rounding == pytest.approx(slope, rel=1e-4)
 
 
 def test_the_change_follows_what_is_stored_and_the_prediction_the_update() -> None:
@@ -150,7 +150,7 @@ def test_the_change_follows_what_is_stored_and_the_prediction_the_update() -> No
     result = fp.probe(fp.Update.from_step(step, params, Drifting().init(params), U), E)
     H = fp.anchored(fp.entropy(), policy, E, params)
     off = float(torch.func.jvp(H, (params,), (drift,))[1])
-    assert result.rounding == pytest.approx(off, rel=1e-9)
+    assert result.outcome.rounding == pytest.approx(off, rel=1e-9)
     assert result.change == pytest.approx(result.first_order + off, rel=0.02)
     assert abs(off) > 0.1 * abs(result.first_order)
 

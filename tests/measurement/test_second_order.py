@@ -28,7 +28,7 @@ from funcprobe.measurement import second_order as expansion
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.path import path, subtraction_error
 from funcprobe.measurement.second_order import _beginnings
-from funcprobe.report.weights_figure import plot_weights
+from funcprobe.report.importance_weights import plot_weights
 from funcprobe.types import Params
 from tests.cases import models, tables
 from tests.cases.measured import E, U, case

@@ -126,7 +126,7 @@ def test_the_step_answers_to_nothing_there(name: str) -> None:
             assert all(x.shape == SHAPES[n] for x in terms[n])
         assert not any(bool(x.any()) for n, g, t in pieces if n in ALONE for x in (g, *t))
         assert not any(bool(tree_[n].any()) for tree_ in optimizer.affine(params, state, gradient) for n in ALONE)
-        assert not any(bool(optimizer.update(params, state, gradient)[n].any()) for n in ALONE)
+        assert not any(bool(optimizer.delta(params, state, gradient)[n].any()) for n in ALONE)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 1e6])
@@ -163,7 +163,7 @@ def test_the_norm_is_that_of_what_is_there() -> None:
     coefficient, norm = clip_by_global_norm(gradient, 0.5)
     assert norm == pytest.approx(total, rel=1e-6)  # torch sums 38 squares in float32
     step: Any = fp.make_step(None, fp.grpo(), fp.sgd(0.1), 0.5)  # type: ignore[arg-type]
-    clipped, factor, _ = step.clipped(gradient)
+    clipped, factor, _ = step.rule.clipped(gradient)
     assert factor == coefficient < 1
     assert [n for n, g in clipped.items() if g is None] == list(ALONE)
     for n, p in own.items():

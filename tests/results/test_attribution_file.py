@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import funcprobe as fp
 from funcprobe.errors import InputError
-from funcprobe.results.attribution import TABLES
+from funcprobe.results.parts import TABLES
 from tests.cases.attributions import Stepped
 from tests.cases.tables import LR, OBSERVABLES
 from tests.cases.tokenizers import tokenizer

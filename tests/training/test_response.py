@@ -208,7 +208,7 @@ def test_what_an_optimizer_cannot_give_is_said() -> None:
     g, c = cases.gradients(params, 3), covector(params)
 
     def asked(optimizer: Any, form: Any = "auto") -> None:
-        respond(step_of(optimizer, None), params, optimizer.init(params), g, c, form=form)
+        respond(step_of(optimizer, None).rule, params, optimizer.init(params), g, c, form=form)
 
     with pytest.raises(InputError, match=r"RMSprop has no additive form.*form='jacobian'"):
         asked(fp.from_torch(torch.optim.RMSprop, lr=LR), "additive")

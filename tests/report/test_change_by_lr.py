@@ -13,7 +13,7 @@ from matplotlib.colors import to_rgb
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.report.canvas import new_axes, write
-from funcprobe.report.sweep_figures import plot_remainder, plot_sweep, save_sweep_figures
+from funcprobe.report.figures import plot_remainder, plot_sweep, save_figures
 from funcprobe.results.sweep_law import law_of, remainder_fit
 from funcprobe.results.sweep_words import fit_text
 from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
@@ -325,7 +325,7 @@ def test_another_observable_is_drawn_by_name_and_an_unknown_one_refused() -> Non
 
 def test_every_observable_has_its_file(tmp_path: Path) -> None:
     laws = {"entropy": ENTROPY, "reward": REWARD, "a/b": REWARD, "a b": REWARD}
-    paths = save_sweep_figures(sweep(laws, lrs=(1e-6, 1e-5)), tmp_path)
+    paths = save_figures(sweep(laws, lrs=(1e-6, 1e-5)), tmp_path)
     assert [p.name for p in paths] == [
         "sweep.png",
         "remainder.png",
@@ -339,9 +339,9 @@ def test_every_observable_has_its_file(tmp_path: Path) -> None:
 
 def test_pyplot_stays_unloaded(tmp_path: Path) -> None:
     script = (
-        "import sys; from funcprobe.report.sweep_figures import save_sweep_figures\n"
+        "import sys; from funcprobe.report.figures import save_figures\n"
         "from tests.cases.written_sweep import sweep\n"
-        f"save_sweep_figures(sweep(lrs=(1e-6, 1e-5)), {str(tmp_path)!r})\n"
+        f"save_figures(sweep(lrs=(1e-6, 1e-5)), {str(tmp_path)!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])

@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from funcprobe.errors import MissingExtraError
-from funcprobe.report.figures import new_axes, plot_measured_vs_predicted, points, save_figure
+from funcprobe.errors import InputError, MissingExtraError
+from funcprobe.report.canvas import new_axes, write
+from funcprobe.report.figures import draw
+from funcprobe.report.measured_vs_predicted import plot_measured_vs_predicted, points
+from funcprobe.results.blocks import Figure
 from funcprobe.types import Estimate
 from tests.cases.written_probe import family, result
 
@@ -96,16 +99,16 @@ def test_axes_of_the_caller_are_drawn_on_and_returned() -> None:
 
 def test_an_image_is_written_and_pyplot_stays_unloaded(tmp_path: Path) -> None:
     script = (
-        "import sys; from funcprobe.report.figures import save_figure; from tests.cases.written_probe import result\n"
-        f"save_figure(result(), {str(tmp_path / 'a.png')!r})\n"
+        "import sys; from funcprobe.report.figures import save_figures; from tests.cases.written_probe import result\n"
+        f"save_figures(result(), {str(tmp_path)!r})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "measured_vs_predicted.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_extension_chooses_the_format(tmp_path: Path) -> None:
-    save_figure(result(), tmp_path / "a.svg")
+    write(draw(result(), Figure("measured_vs_predicted")), tmp_path / "a.svg")
     assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
@@ -113,3 +116,12 @@ def test_without_matplotlib_the_message_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"'matplotlib'.*pip install 'funcprobe\[app\]'"):
         plot_measured_vs_predicted(result())
+
+
+def test_an_unknown_figure_is_refused() -> None:
+    with pytest.raises(InputError, match="There is no figure 'joy'; the figures are measured_vs_predicted, "):
+        draw(result(), Figure("joy"))
+
+
+def test_an_update_without_a_learning_rate_has_a_title_too() -> None:
+    assert plot_measured_vs_predicted(result(lr=None)).get_title(loc="left").startswith("The update\n")

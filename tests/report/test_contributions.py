@@ -17,15 +17,15 @@ from matplotlib.patches import Rectangle
 from funcprobe.attribution.influence import Influence
 from funcprobe.attribution.token_tables import movers
 from funcprobe.errors import InputError, MissingExtraError
-from funcprobe.report.attribution_figures import (
+from funcprobe.report.canvas import new_axes
+from funcprobe.report.figure_text import drawable
+from funcprobe.report.figures import (
     plot_influence,
     plot_kinds,
     plot_layers,
     plot_movers,
-    save_attribution_figures,
+    save_figures,
 )
-from funcprobe.report.canvas import new_axes
-from funcprobe.report.figure_text import drawable
 from tests.cases.written_attribution import NASTY, attribution, nasty, with_bars, words
 
 FIGURES = [plot_layers, plot_kinds, plot_movers, lambda a: plot_movers(a, "prompts"), plot_influence]
@@ -81,7 +81,7 @@ def test_kinds_have_a_bar_each() -> None:
 
 
 @pytest.mark.parametrize("table", ["tokens", "sequences", "prompts"])
-@pytest.mark.parametrize("of", ["update", "evaluation"])
+@pytest.mark.parametrize("of", ["batch", "evaluation"])
 def test_movers_are_drawn_from_what_raises_most_to_what_lowers_most(table: str, of: Any) -> None:
     found = attribution(vocabulary=words())
     ax = plot_movers(found, table, of, count=3)
@@ -207,17 +207,17 @@ def test_figures_leave_an_axes_alone_that_is_given() -> None:
 def test_no_pyplot_state_is_made() -> None:
     code = (
         "import sys\nfrom tests.cases.written_attribution import attribution\n"
-        "from funcprobe.report.attribution_figures import plot_layers\nplot_layers(attribution())\n"
+        "from funcprobe.report.figures import plot_layers\nplot_layers(attribution())\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_figures_are_written_and_a_matrix_only_where_there_is_one(tmp_path: Path) -> None:
-    names = [path.name for path in save_attribution_figures(attribution(), tmp_path)]
+    names = [path.name for path in save_figures(attribution(), tmp_path)]
     assert names == ["layers.png", "kinds.png", "tokens.png", "prompts.png"]
     (tmp_path / "with").mkdir()
-    paths = save_attribution_figures(attribution(influence=True), tmp_path / "with")
+    paths = save_figures(attribution(influence=True), tmp_path / "with")
     assert paths[-1].name == "influence.png"
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 

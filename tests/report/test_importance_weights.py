@@ -12,7 +12,7 @@ from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.estimators.importance import log_ratios, pareto_khat, weight_health
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.report.canvas import new_axes
-from funcprobe.report.weights_figure import plot_weights, sizes_of
+from funcprobe.report.importance_weights import plot_weights, sizes_of
 from funcprobe.types import TokenScores
 
 SPREAD = torch.randn(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The figure of a comparison: every step with its interval, or its difference from the first one."""
+"""The figure of a comparison: every update with its interval, or its difference from the first one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _DARK, _LIGHT = "#1b2a49", "#e08a1e"
 def plot_comparison(
     comparison: Comparison, observable: str | None = None, ax: Axes | None = None, *, differences: bool = False
 ) -> Axes:
-    """Draw what every step does to an observable, by default the main one: ΔF with its interval, and δF₁.
+    """Draw what every update does to an observable, by default the main one: ΔF with its interval, and δF₁.
 
-    With `differences`, how much more each step changes it than the first one, paired by prompt: intervals that hold 0
+    With `differences`, how much more each update changes it than the first one, paired by prompt: intervals that hold 0
     are hollow, because such a difference is not told from none.
 
     Raises:
@@ -30,18 +30,18 @@ def plot_comparison(
     name = comparison.observables[0] if observable is None else observable
     reading = comparison.reading(comparison.baseline, name)
     ax = new_axes() if ax is None else ax
-    steps = list(comparison.outcomes)[1:] if differences else list(comparison.outcomes)
+    updates = list(comparison.outcomes)[1:] if differences else list(comparison.outcomes)
     ax.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    for place, step in enumerate(steps):
+    for place, update in enumerate(updates):
         if differences:
-            _draw(ax, place, comparison.difference(step, name))
+            _draw(ax, place, comparison.difference(update, name))
             continue
-        found = comparison.reading(step, name)
+        found = comparison.reading(update, name)
         _draw(ax, place, found.bars.get("change", Bar(found.change, math.inf, -math.inf, math.inf)))
         if found.first_order:
             ax.plot([found.first_order], [place], "|", color=_LIGHT, markersize=16, markeredgewidth=2, zorder=4)
-    ax.set_yticks(range(len(steps)), [step.replace("$", r"\$") for step in steps])
-    ax.set_ylim(len(steps) - 0.5, -0.5)
+    ax.set_yticks(range(len(updates)), [update.replace("$", r"\$") for update in updates])
+    ax.set_ylim(len(updates) - 0.5, -0.5)
     what = f"ΔF − that of '{comparison.baseline}'" if differences else "ΔF"
     unit = "" if reading.unit == name else f", {reading.unit}"
     ax.set_xlabel(f"{what}, {name}{unit}".replace("$", r"\$"))

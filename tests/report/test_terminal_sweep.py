@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from funcprobe.errors import MissingExtraError
-from funcprobe.report.sweep_table import print_sweep, sweep_text
-from funcprobe.results.sweep_words import headline_of, table_of
+from funcprobe.report.terminal import print_result, text_of
+from funcprobe.results.sweep_numbers import table_of
+from funcprobe.results.sweep_words import headline_of
 from tests.cases.terminals import pty
+from tests.cases.written_probe import warned
 from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep
 
 
@@ -19,7 +21,7 @@ def rows(text: str) -> list[list[str]]:
 
 def test_the_sentence_comes_first_and_every_learning_rate_has_a_row() -> None:
     found = sweep()
-    text = sweep_text(found, 400)
+    text = text_of(found, 400)
     assert text.splitlines()[0] == headline_of(found)
     assert [row[0] for row in rows(text)] == ["1e-9", "1e-8", "1e-7", "1e-6", "1e-5", "1e-4", "1e-3"]
     change = found.points[5].readings["entropy"]
@@ -31,7 +33,7 @@ def test_the_sentence_comes_first_and_every_learning_rate_has_a_row() -> None:
 
 def test_every_observable_has_a_sentence_and_a_table() -> None:
     found = sweep({"entropy": ENTROPY, "reward": REWARD, "kl": DIVERGENCE})
-    text = sweep_text(found, 400)
+    text = text_of(found, 400)
     for name in found.observables:
         assert text.count(headline_of(found, name)) == 1
     assert len(rows(text)) == 3 * len(LRS)
@@ -41,7 +43,7 @@ def test_every_observable_has_a_sentence_and_a_table() -> None:
 
 
 def test_sizes_notes_and_warnings_are_shown() -> None:
-    text = sweep_text(sweep(warnings=("the first thing to know", "the second"), notes=("what was decided",)))
+    text = text_of(sweep(warnings=warned("the first thing to know", "the second"), notes=warned("what was decided")))
     assert "Warning: the first thing to know\nWarning: the second\n" in text
     assert "Note: what was decided\n" in text
     assert "E: 512 sequences, 3136 tokens, 40 prompts\nU: 128 sequences, 757 tokens, 16 prompts\n" in text
@@ -53,13 +55,13 @@ def test_sizes_notes_and_warnings_are_shown() -> None:
 @pytest.mark.parametrize(
     "found",
     [
-        sweep({"entropy": ENTROPY, "kl": DIVERGENCE}, warnings=("word " * 60,), notes=("word " * 60,)),
+        sweep({"entropy": ENTROPY, "kl": DIVERGENCE}, warnings=warned("word " * 60), notes=warned("word " * 60)),
         sweep(lrs=(3.16e-9, 1e-5, 1.23e-2), caveats=dict.fromkeys((3.16e-9, 1e-5, 1.23e-2), ("few",))),
         sweep(mode="reverse"),
     ],
 )
 def test_no_line_is_wider_than_asked_for_and_no_number_is_cut(found: Any, width: int) -> None:
-    text = sweep_text(found, width)
+    text = text_of(found, width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert not any(line != line.rstrip() for line in text.splitlines())
     assert "…" not in text
@@ -68,7 +70,7 @@ def test_no_line_is_wider_than_asked_for_and_no_number_is_cut(found: Any, width:
 def test_at_80_columns_a_row_is_a_line() -> None:
     lrs = (3.16e-9, 1e-5, 1.23e-2)
     for found in (sweep(), sweep(lrs=lrs, caveats=dict.fromkeys(lrs, ("few",)))):
-        lines = [line.split() for line in sweep_text(found).splitlines()]
+        lines = [line.split() for line in text_of(found).splitlines()]
         for row in table_of(found)[1]:
             assert " ".join(row).split() in lines
 
@@ -77,8 +79,8 @@ def test_piped_output_is_the_plain_text_even_where_colours_are_forced(monkeypatc
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("COLUMNS", raising=False)
     found = io.StringIO()
-    print_sweep(sweep(warnings=("careful",)), found)
-    assert found.getvalue() == sweep_text(sweep(warnings=("careful",)), 80)
+    print_result(sweep(warnings=warned("careful")), found)
+    assert found.getvalue() == text_of(sweep(warnings=warned("careful")), 80)
     assert "\x1b" not in found.getvalue()
 
 
@@ -86,11 +88,11 @@ def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     with pty() as (terminal, read):
-        print_sweep(sweep(warnings=("careful",)), terminal)
-        assert "\x1b[" in read()  # type: ignore[operator]
+        print_result(sweep(warnings=warned("careful")), terminal)
+        assert "\x1b[" in read()
 
 
 def test_without_rich_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(MissingExtraError, match=r"'rich'.*pip install 'funcprobe\[app\]'"):
-        sweep_text(sweep())
+        text_of(sweep())

@@ -8,7 +8,7 @@ import numpy as np
 
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.measurement.readings import Reading, is_lost
-from funcprobe.results.sweep import SweepResult
+from funcprobe.results.curve import Curve
 from funcprobe.results.sweep_law import subtraction_error
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Mark(NamedTuple):
         return abs(self.value) if self.bar is None else max(abs(self.bar.low), abs(self.bar.high))
 
 
-def marks_of(sweep: SweepResult, name: str | None, what: str) -> list[Mark]:
+def marks_of(sweep: Curve, name: str | None, what: str) -> list[Mark]:
     """Return the "change" or the "remainder" of an observable at every learning rate.
 
     Raises:

@@ -6,17 +6,9 @@ import math
 
 import pytest
 
-import funcprobe as fp
 from funcprobe.errors import InputError
-from funcprobe.report.comparison_figure import plot_comparison
-from funcprobe.results.comparison import Comparison
-from tests.cases.probes import Case, E, U, Variant, updates
-
-
-def compared(**options: object) -> Comparison:
-    case = Case("two lines")
-    steps = {"grpo": case.step, "a third, $lr$": Variant(case.step, lr=case.optimizer.lr / 3)}
-    return fp.compare(updates(steps, case.params, case.state, U), E, **options)  # type: ignore[arg-type]
+from funcprobe.report.figures import plot_comparison
+from tests.cases.written_comparison import comparison
 
 
 def points(ax: object, marker: str) -> list[float]:
@@ -25,8 +17,8 @@ def points(ax: object, marker: str) -> list[float]:
     return [float(line.get_xdata()[0]) for line in lines if len(line.get_xdata()) == 1]
 
 
-def test_every_step_stands_at_its_change_with_its_interval_and_first_order() -> None:
-    found = compared()
+def test_every_update_stands_at_its_change_with_its_interval_and_first_order() -> None:
+    found = comparison()
     ax = plot_comparison(found)
     assert points(ax, "o") == [found.reading(step).change for step in found.outcomes]
     assert points(ax, "|") == [found.reading(step).first_order for step in found.outcomes]
@@ -39,7 +31,7 @@ def test_every_step_stands_at_its_change_with_its_interval_and_first_order() -> 
 
 
 def test_differences_leave_the_baseline_out() -> None:
-    found = compared()
+    found = comparison()
     ax = plot_comparison(found, "kl", differences=True)
     assert points(ax, "o") == [found.difference("a third, $lr$", "kl").value]
     assert points(ax, "|") == []
@@ -47,8 +39,8 @@ def test_differences_leave_the_baseline_out() -> None:
 
 
 def test_without_bars_there_are_points_alone() -> None:
-    ax = plot_comparison(compared(bars=None))
+    ax = plot_comparison(comparison(bars=False))
     assert len(points(ax, "o")) == 2
     assert all(math.isfinite(x) for line in ax.get_lines() for x in line.get_xdata())
-    with pytest.raises(InputError, match="no step 'grpo' with observable 'nowhere'"):
-        plot_comparison(compared(), "nowhere")
+    with pytest.raises(InputError, match="no update 'grpo' with observable 'nowhere'"):
+        plot_comparison(comparison(), "nowhere")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from funcprobe.attribution.token_tables import movers
-from funcprobe.report.attribution_table import attribution_text, print_attribution
-from funcprobe.report.terminal import headline
+from funcprobe.report.terminal import print_result, text_of
 from tests.cases.terminals import pty
 from tests.cases.written_attribution import NASTY, attribution, nasty, with_bars, words
+from tests.cases.written_probe import warned
 
 
 def row(text: str, begins: str) -> str:
@@ -21,8 +21,8 @@ def row(text: str, begins: str) -> str:
 
 def test_the_answer_comes_first_and_the_parts_of_the_step_next() -> None:
     found = attribution()
-    lines = attribution_text(found, 400).splitlines()
-    assert lines[0] == headline(found.result)
+    lines = text_of(found, 400).splitlines()
+    assert lines[0] == found.blocks()[0].text
     whole = found.first_order
     sizes = sorted(found.ledger.items(), key=lambda item: -abs(item[1]))
     said = ", ".join(f"{name} {100 * x / whole:.1f} %" for name, x in sizes)
@@ -32,7 +32,7 @@ def test_the_answer_comes_first_and_the_parts_of_the_step_next() -> None:
 
 
 def test_the_jacobian_form_has_a_row_for_the_rest() -> None:
-    text = attribution_text(attribution(form="jacobian"))
+    text = text_of(attribution(form="jacobian"))
     assert row(text, "  by rest ")
     assert "momentum" not in text
 
@@ -40,7 +40,7 @@ def test_the_jacobian_form_has_a_row_for_the_rest() -> None:
 @pytest.mark.parametrize(("table", "label"), [("layers", "layer"), ("prompts", "prompt"), ("tokens", "text")])
 def test_the_largest_movers_stand_there_with_their_shares(table: str, label: str) -> None:
     found = attribution(vocabulary=words())
-    lines = attribution_text(found, 400).splitlines()
+    lines = text_of(found, 400).splitlines()
     columns = found.columns(table)
     both = movers(columns, 3)
     assert sum(len(rows["contribution"]) for rows in both) >= 3
@@ -51,17 +51,17 @@ def test_the_largest_movers_stand_there_with_their_shares(table: str, label: str
 
 
 def test_errors_stand_beside_contributions_where_a_table_has_bars() -> None:
-    text = attribution_text(with_bars(attribution(), 1.5e-7, "layers"))
+    text = text_of(with_bars(attribution(), 1.5e-7, "layers"))
     table = text[text.index("layers that moved it most") :].split("\n\n")[0].splitlines()[1:]
     assert len(table) > 2
     assert all("  1.5e-07  " in line for line in table)
     assert text.count("±") == 1
-    assert "±" not in attribution_text(attribution())
+    assert "±" not in text_of(attribution())
 
 
 def test_correlations_are_those_of_the_tables() -> None:
     found = attribution(tuple(range(3, 23)))
-    text = attribution_text(found, 120)
+    text = text_of(found, 120)
     cells = row(text, "advantage ").split()[1:]
     for k, of in enumerate(("tokens", "sequences")):
         columns = found.columns(of)
@@ -74,8 +74,8 @@ def test_correlations_are_those_of_the_tables() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_line_is_wider_than_asked_for(width: int) -> None:
-    found = attribution(vocabulary=nasty(), words=len(NASTY), warnings=("word " * 60,), notes=("note " * 40,))
-    text = attribution_text(found, width)
+    found = attribution(vocabulary=nasty(), words=len(NASTY), warnings=warned("word " * 60), notes=warned("note " * 40))
+    text = text_of(found, width)
     from rich.cells import cell_len
 
     assert max(cell_len(line) for line in text.splitlines()) <= width
@@ -85,7 +85,7 @@ def test_no_line_is_wider_than_asked_for(width: int) -> None:
 
 def test_the_text_of_tokens_does_nothing_to_a_terminal() -> None:
     found = attribution((9,) * 12, vocabulary=nasty(), words=len(NASTY))
-    text = attribution_text(found, 400)
+    text = text_of(found, 400)
     assert not set(text) & {"\x1b", "\x00", "\u202e", "\u202c", "\u200f", "\r"}
     assert "‹U+001B›" in text or "‹U+202E›" in text or "‹U+200F›" in text
 
@@ -93,16 +93,16 @@ def test_the_text_of_tokens_does_nothing_to_a_terminal() -> None:
 def test_a_pipe_gets_80_columns_and_a_terminal_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
     buffer = io.StringIO()
-    print_attribution(attribution(), buffer)
-    assert buffer.getvalue() == attribution_text(attribution(), 80)
+    print_result(attribution(), buffer)
+    assert buffer.getvalue() == text_of(attribution(), 80)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     with pty() as (terminal, read):
-        print_attribution(attribution(), terminal)
+        print_result(attribution(), terminal)
         terminal.flush()
         assert "\x1b[1m" in read()
 
 
 def test_a_step_of_nothing_is_said_so() -> None:
     found = attribution(change=0.0, first_order=0.0, before=1.5)
-    assert "Its parts sum to nothing." in attribution_text(found)
+    assert "Its parts sum to nothing." in text_of(found)

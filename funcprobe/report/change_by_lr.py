@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from funcprobe.report.canvas import legend_outside, new_axes, write
-from funcprobe.report.sweep_marks import Mark, draw_beside, draw_crosses, draw_marks, draw_rings, marks_of
-from funcprobe.results.probe_words import is_stored_narrower, storage_of
-from funcprobe.results.sweep import Fit, SweepResult
+from funcprobe.report.canvas import legend_outside, new_axes
+from funcprobe.report.lr_marks import Mark, draw_beside, draw_crosses, draw_marks, draw_rings, marks_of
+from funcprobe.results.curve import Curve, Fit
 from funcprobe.results.sweep_law import law_of, remainder_fit
 from funcprobe.results.sweep_words import fit_text, label_of, lr_text
+from funcprobe.results.words import is_stored_narrower, storage_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +28,7 @@ _STEPS = 801
 _NEAR = 30.0
 
 
-def plot_sweep(sweep: SweepResult, name: str | None = None, ax: Axes | None = None) -> Axes:
+def plot_sweep(sweep: Curve, name: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw |ΔF| against the learning rate, both on log scales, with what first and second order predict.
 
     Triangles are measured, upward where ΔF > 0, dark where by path and light where by difference, with their intervals
@@ -48,7 +45,7 @@ def plot_sweep(sweep: SweepResult, name: str | None = None, ax: Axes | None = No
     readings, law = sweep.readings(name), law_of(sweep, name)
     ax = new_axes() if ax is None else ax
     marks = marks_of(sweep, name, "change")
-    narrower, each = is_stored_narrower(sweep), list(zip(sweep.lrs, readings, strict=True))
+    narrower, each = is_stored_narrower(sweep.provenance), list(zip(sweep.lrs, readings, strict=True))
     rings = [] if narrower else [(lr, r) for lr, r in each if r.method == "path"]
     others = [(lr, r.stored if r.of_delta else r.exact) for lr, r in each if narrower]
     beside = [(lr, value) for lr, value in others if value is not None]
@@ -56,15 +53,15 @@ def plot_sweep(sweep: SweepResult, name: str | None = None, ax: Axes | None = No
     _frame(ax, span, marks, [r.subtraction for _, r in rings if r.subtraction is not None] + [v for _, v in beside])
     _predictions(ax, sweep, name, span)
     draw_marks(ax, marks, "ΔF")
-    draw_rings(ax, rings, str(sweep.environment.get("dtype", "float")))
-    draw_beside(ax, beside, f"as stored in {storage_of(sweep)}" if readings[0].of_delta else "exact update")
+    draw_rings(ax, rings, str(sweep.provenance.environment.get("dtype", "float")))
+    draw_beside(ax, beside, f"as stored in {storage_of(sweep.provenance)}" if readings[0].of_delta else "exact update")
     draw_crosses(ax, marks, rings)
     _ends(ax, sweep, name)
     _words(ax, sweep, name, "|ΔF|", _slope(sweep, law.fit, law.up_to))
     return ax
 
 
-def plot_remainder(sweep: SweepResult, name: str | None = None, ax: Axes | None = None) -> Axes:
+def plot_remainder(sweep: Curve, name: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw |ΔF − δF₁| against the learning rate, both on log scales, with |δF₂| and a line of slope 2.
 
     Marks are as in `plot_sweep`. What is crossed takes no part in the slope that the title gives (see `remainder_fit`).
@@ -87,28 +84,7 @@ def plot_remainder(sweep: SweepResult, name: str | None = None, ax: Axes | None 
     return ax
 
 
-def save_sweep_figures(sweep: SweepResult, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write `sweep.png` and `remainder.png` of the main observable and `sweep-NAME.png` of every other; return them.
-
-    In NAME, what is no letter, digit, dot, dash or underscore becomes a dash.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    main, *others = sweep.observables
-    drawn = {"sweep": plot_sweep(sweep, main), "remainder": plot_remainder(sweep, main)}
-    for name in others:
-        stem = "sweep-" + re.sub(r"[^\w.-]+", "-", name)
-        while stem in drawn:  # two names that differ only in what a file name does not take
-            stem += "-"
-        drawn[stem] = plot_sweep(sweep, name)
-    paths = [Path(folder) / f"{stem}.png" for stem in drawn]
-    for path, ax in zip(paths, drawn.values(), strict=True):
-        write(ax, path)
-    return paths
-
-
-def _span(sweep: SweepResult, name: str | None) -> tuple[float, float]:
+def _span(sweep: Curve, name: str | None) -> tuple[float, float]:
     """Return the learning rates that the figure shows, the crossover among them where it is near."""
     low, high = sweep.lrs[0], sweep.lrs[-1]
     crossover = sweep.crossover_lr(name)
@@ -136,7 +112,7 @@ def _frame(ax: Axes, span: tuple[float, float], marks: list[Mark], others: list[
         ax.text(0.5, 0.5, "0 at every learning rate", transform=ax.transAxes, ha="center")
 
 
-def _predictions(ax: Axes, sweep: SweepResult, name: str | None, span: tuple[float, float]) -> None:
+def _predictions(ax: Axes, sweep: Curve, name: str | None, span: tuple[float, float]) -> None:
     eta = _etas(span)
     first = _scaled(sweep, name, eta, "first_order", 1)
     if first.any():
@@ -148,9 +124,7 @@ def _predictions(ax: Axes, sweep: SweepResult, name: str | None, span: tuple[flo
             ax.plot(eta, np.abs(both), "-", color=_GREY, linewidth=1.2, zorder=1, label=label)
 
 
-def _scaled(
-    sweep: SweepResult, name: str | None, eta: NDArray[np.float64], field: str, power: int
-) -> NDArray[np.float64]:
+def _scaled(sweep: Curve, name: str | None, eta: NDArray[np.float64], field: str, power: int) -> NDArray[np.float64]:
     """Return a prediction of order `power` at any learning rate: it is a multiple of ηᵖ, the same at every point."""
     multiples = [getattr(r, field) / lr**power for lr, r in zip(sweep.lrs, sweep.readings(name), strict=True)]
     # where an optimizer does not move in proportion to η, the multiple changes from point to point
@@ -166,7 +140,7 @@ def _guide(ax: Axes, marks: list[Mark], span: tuple[float, float]) -> None:
         ax.plot(eta, y, ":", color="0.6", linewidth=1.2, zorder=1, label="slope 2, to compare")
 
 
-def _ends(ax: Axes, sweep: SweepResult, name: str | None) -> None:
+def _ends(ax: Axes, sweep: Curve, name: str | None) -> None:
     """Draw upright lines where first order ends; one that is off the figure stands in the legend alone."""
     ends = {
         "linear within 5 % up to": (sweep.linear_until_lr(name), (0, (6, 2, 1, 2))),
@@ -183,7 +157,7 @@ def _ends(ax: Axes, sweep: SweepResult, name: str | None) -> None:
             ax.plot([], [], label=f"{what}\nη = {lr_text(lr, 2)}, off the figure", **style)
 
 
-def _slope(sweep: SweepResult, fit: Fit | None, up_to: float) -> str:
+def _slope(sweep: Curve, fit: Fit | None, up_to: float) -> str:
     if fit is None:
         return "a slope takes two learning rates"
     last = max(lr for lr in sweep.lrs if lr <= up_to * (1 + 1e-9))
@@ -191,7 +165,7 @@ def _slope(sweep: SweepResult, fit: Fit | None, up_to: float) -> str:
     return f"{fit_text(fit)}, from {fit.points} learning rates up to {lr_text(last)}{said}"
 
 
-def _words(ax: Axes, sweep: SweepResult, name: str | None, symbol: str, slope: str) -> None:
+def _words(ax: Axes, sweep: Curve, name: str | None, symbol: str, slope: str) -> None:
     count, what = len(sweep.points), label_of(sweep, name).removeprefix("the ")
     what += "" if symbol == "|ΔF|" else ", beyond first order"
     steps = f"{count} learning rates" if count > 1 else f"lr {lr_text(sweep.lrs[0])}"

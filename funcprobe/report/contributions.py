@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from funcprobe.attribution.token_tables import Columns, movers
 from funcprobe.errors import InputError
-from funcprobe.report.canvas import legend_outside, new_axes, write
+from funcprobe.report.canvas import legend_outside, new_axes
 from funcprobe.report.figure_text import drawable, set_families
-from funcprobe.results.attribution import Attribution, Batch
+from funcprobe.results.parts import Batch, Parts
+from funcprobe.results.probe_words import named, step_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +37,7 @@ _WIDTH = 24
 _NAMED = 26
 
 
-def plot_layers(attribution: Attribution, ax: Axes | None = None) -> Axes:
+def plot_layers(attribution: Parts, ax: Axes | None = None) -> Axes:
     """Draw what every layer contributed: what gradient, momentum and decay did, stacked, and their sum as a diamond.
 
     Parts of opposite sign are stacked on opposite sides of 0. Parameters outside of layers have bars of their own. Sums
@@ -55,12 +54,12 @@ def plot_layers(attribution: Attribution, ax: Axes | None = None) -> Axes:
     numbered = [k for k, name in enumerate(names) if name.isdigit()]
     _name_layers(ax, names, places, numbered[:: 1 + len(numbered) // _NAMED])
     ax.set_ylabel(f"contribution, {attribution.unit}")
-    _title(ax, attribution, "by layer")
+    title(ax, attribution, "by layer")
     legend_outside(ax)
     return ax
 
 
-def plot_kinds(attribution: Attribution, ax: Axes | None = None) -> Axes:
+def plot_kinds(attribution: Parts, ax: Axes | None = None) -> Axes:
     """Draw what every kind of parameter contributed (attention, MLP, norm, ...), stacked as in `plot_layers`.
 
     Raises:
@@ -72,13 +71,13 @@ def plot_kinds(attribution: Attribution, ax: Axes | None = None) -> Axes:
     ax.set_yticks(range(len(columns["kind"])), columns["kind"])
     ax.invert_yaxis()
     ax.set_xlabel(f"contribution, {attribution.unit}")
-    _title(ax, attribution, "by kind of parameter")
+    title(ax, attribution, "by kind of parameter")
     legend_outside(ax)
     return ax
 
 
 def plot_movers(
-    attribution: Attribution, table: str = "tokens", of: Batch = "update", count: int = 8, ax: Axes | None = None
+    attribution: Parts, table: str = "tokens", of: Batch = "batch", count: int = 8, ax: Axes | None = None
 ) -> Axes:
     """Draw the `count` rows of a table that raise the observable most, and those that lower it most, with their text.
 
@@ -109,60 +108,8 @@ def plot_movers(
     if not len(values):
         ax.text(0.5, 0.5, "nothing contributes", transform=ax.transAxes, ha="center")
     ax.set_xlabel(f"contribution, {attribution.unit}, and share of δF₁")
-    _title(ax, attribution, f"by {table} of {'U' if of == 'update' else 'E'}, largest both ways")
+    title(ax, attribution, f"by {table} of {'U' if of == 'batch' else 'E'}, largest both ways")
     return ax
-
-
-def plot_influence(attribution: Attribution, ax: Axes | None = None) -> Axes:
-    """Draw the influence matrix: what every update sequence did through every evaluation sequence or prompt.
-
-    Light raises and dark lowers, so that it reads in grey. Colours end at the largest hundredth of sizes, so that one
-    entry does not pale all others.
-
-    Raises:
-        InputError: If there is no influence matrix.
-        MissingExtraError: If matplotlib is not installed.
-    """
-    found = attribution.influence
-    if found is None:
-        raise InputError("This attribution has no influence matrix; call attribute(..., influence='prompts').")
-    ax = new_axes() if ax is None else ax
-    matrix = found.matrix.numpy()
-    sizes = np.abs(matrix)
-    limit = float(np.quantile(sizes, 0.99, method="higher")) or 1.0
-    image = ax.imshow(matrix, cmap="cividis", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    figure = ax.get_figure()
-    assert figure is not None  # Axes have one
-    bar = figure.colorbar(image, ax=ax, extend="both" if sizes.max() > limit else "neither")
-    bar.set_label(f"contribution, {attribution.unit}")
-    ax.set_xlabel("update sequence")
-    ax.set_ylabel(f"evaluation {found.by[:-1]}")
-    rows = found.rows.tolist()
-    places = range(0, len(rows), 1 + len(rows) // 12)
-    ax.set_yticks(list(places), [str(rows[k]) for k in places])
-    ax.locator_params(axis="x", integer=True)
-    _title(ax, attribution, f"by update sequences on evaluation {found.by}")
-    return ax
-
-
-def save_attribution_figures(attribution: Attribution, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write `layers.png`, `kinds.png`, `tokens.png`, `prompts.png` and, of a matrix, `influence.png`; return them.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    drawn = {
-        "layers": plot_layers(attribution),
-        "kinds": plot_kinds(attribution),
-        "tokens": plot_movers(attribution, "tokens"),
-        "prompts": plot_movers(attribution, "prompts"),
-    }
-    if attribution.influence is not None:
-        drawn["influence"] = plot_influence(attribution)
-    paths = [Path(folder) / f"{stem}.png" for stem in drawn]
-    for path, ax in zip(paths, drawn.values(), strict=True):
-        write(ax, path)
-    return paths
 
 
 def _places(names: list[str]) -> list[float]:
@@ -186,7 +133,7 @@ def _name_layers(ax: Axes, names: list[str], places: list[float], numbered: list
     ax.set_xlabel("layer")
 
 
-def _stack(ax: Axes, attribution: Attribution, columns: Columns, places: Sequence[float], *, vertical: bool) -> None:
+def _stack(ax: Axes, attribution: Parts, columns: Columns, places: Sequence[float], *, vertical: bool) -> None:
     """Stack the parts of every row away from 0, and mark their sum."""
     total = [float(x) for x in columns["contribution"]]
     draw, side, line = (ax.bar, "bottom", ax.axhline) if vertical else (ax.barh, "left", ax.axvline)
@@ -257,11 +204,12 @@ def _shares(ax: Axes, values: Sequence[float], ends: Sequence[tuple[float, float
         ax.annotate(text, (tip, k), textcoords="offset points", va="center", fontsize=7, **away)
 
 
-def _title(ax: Axes, attribution: Attribution, by: str) -> None:
-    result = attribution.result
-    what = "entropy" if result.observable in result.family else result.observable
+def title(ax: Axes, attribution: Parts, by: str) -> None:
+    """Head a figure of an attribution: the step, its whole, and by what it is split."""
+    probe = attribution.probe
+    what = named(probe.outcome, probe.family).removeprefix("the ")
     whole = f"δF₁ = {attribution.first_order:+.3e} {attribution.unit}".replace("-", "−")
-    ax.set_title(f"One step at lr {result.lr:g}: {whole}\n{what} {by}", fontsize=10, loc="left")
+    ax.set_title(f"{step_of(probe.outcome)}: {whole}\n{what} {by}", fontsize=10, loc="left")
 
 
 def _token_labels(columns: Columns) -> list[str]:
