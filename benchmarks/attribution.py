@@ -18,10 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import comparing
-import timing
 import torch
-from pair import Pair, build
+from harness import comparing, timing
+from harness.pair import Pair, build
 
 from funcprobe import engine, tree
 from funcprobe.attribution.predictors import STATS

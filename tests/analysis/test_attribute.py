@@ -18,10 +18,11 @@ from funcprobe.errors import ForwardModeError, InputError, NumericsError
 from funcprobe.objectives.variants import top_entropy_quantile
 from funcprobe.types import OptimizerResult, OptState, Params, Rollouts, TokenScores
 from tests.cases import models
-from tests.cases.attributions import LR, OBSERVABLES, Collision, Stepped, squared
+from tests.cases.attributions import Stepped
 from tests.cases.probes import Case, E, U
-from tests.cases.scored import assert_same, clone
-from tests.policy.test_module import same, snapshot
+from tests.cases.snapshots import snapshot
+from tests.cases.tables import LR, OBSERVABLES, Collision, squared
+from tests.cases.trees import assert_same, clone
 
 
 @pytest.mark.parametrize(
@@ -29,8 +30,8 @@ from tests.policy.test_module import same, snapshot
     [
         ("gpt2", "adamw, groups", "additive"),
         ("gpt2", "adam, amsgrad", "jacobian"),
-        ("qwen2, lora", "sgd, nesterov", "additive"),
-        ("qwen2, lora", fp.from_torch(torch.optim.RMSprop, lr=LR, momentum=0.9), "auto"),
+        ("qwen2, lora, float32", "sgd, nesterov", "additive"),
+        ("qwen2, lora, float32", fp.from_torch(torch.optim.RMSprop, lr=LR, momentum=0.9), "auto"),
     ],
 )
 def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:
@@ -44,7 +45,7 @@ def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:
     copies = clone({b: {n: x for n, x in fields.items() if x is not None} for b, fields in batches.items()})
     before = snapshot(case.module)
     case.attribute(form=form, influence="prompts", bars="bootstrap")
-    assert same(snapshot(case.module), before)  # weights, buffers, modes, .grad and the global generator
+    assert_same(snapshot(case.module), before)  # weights, buffers, modes, .grad and the global generator
     assert_same(given, kept)
     for b, fields in batches.items():
         assert_same({n: x for n, x in fields.items() if x is not None}, copies[b], b)

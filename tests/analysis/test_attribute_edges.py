@@ -15,13 +15,9 @@ import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.optimizers.groups import Group
 from funcprobe.training.response import respond
-from tests.analysis.test_compare import compared
 from tests.cases import models
-from tests.cases.probes import Case, E, U, Variant
-
-
-def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
-    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
+from tests.cases.comparing import compared
+from tests.cases.probes import Case, U, Variant, attributed
 
 
 def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> None:

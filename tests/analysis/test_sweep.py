@@ -22,10 +22,11 @@ from funcprobe.measurement.readings import Reading
 from funcprobe.results.sweep import SweepResult
 from tests.cases import models
 from tests.cases.probes import Case, E, Offset, U
+from tests.cases.tables import observables
 
 LRS = [1e-4, 1e-3, 1e-2]
-SEVERAL = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "length": fp.mean_length(), "kl": fp.kl()}
-TWO = {"reward": fp.expected_reward(), "kl": fp.kl()}
+SEVERAL = observables("entropy", "reward", "length", "kl")
+TWO = observables("reward", "kl")
 
 
 @functools.cache

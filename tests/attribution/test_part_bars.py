@@ -13,14 +13,10 @@ import torch
 import funcprobe as fp
 from funcprobe.attribution.part_bars import BARRED
 from funcprobe.errors import InputError
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, attributed
 
 #: Float64 models agree to rounding of Σ|terms|; Qwen2 normalises in float32 whatever its dtype (tests/test_stack.py).
 EXACT, NARROW = 1e-13, 1e-5
-
-
-def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
-    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
 
 
 @pytest.mark.parametrize("name", ["two lines", "gpt2", "qwen2, tied", "qwen2, lora"])

@@ -20,7 +20,7 @@ from funcprobe.report.terminal import text_of
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
 from tests.cases.heat_map_pages import data, page
-from tests.cli.conftest import World
+from tests.cases.world import World
 
 Refused = Callable[..., str]
 TOKENS = ("tokens", "sequences", "prompts", "positions")

@@ -20,7 +20,7 @@ from funcprobe.cli.run import COMMAND
 from funcprobe.data.files import read_rollouts
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import InputError
-from tests.cli.conftest import Demo
+from tests.cases.world import Demo
 
 TINY = DemoSize(
     hidden_size=16,

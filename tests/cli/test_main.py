@@ -24,7 +24,7 @@ from funcprobe.data.files import write_rollouts
 from funcprobe.report.terminal import text_of
 from funcprobe.results.probe import ProbeResult
 from funcprobe.types import Rollouts
-from tests.cli.conftest import Demo, World
+from tests.cases.world import Demo, World
 
 Refused = Callable[..., str]
 ROOT = Path(__file__).parents[2]

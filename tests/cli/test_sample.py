@@ -17,7 +17,7 @@ from funcprobe.cli.main import main
 from funcprobe.cli.prompts import read_prompts
 from funcprobe.data.files import read_rollouts
 from funcprobe.errors import InputError
-from tests.cli.conftest import World
+from tests.cases.world import World
 
 Refused = Callable[..., str]
 TEXTS = ["12=", "345=", "9="]

@@ -16,7 +16,7 @@ from funcprobe.cli.sweep import COMMAND, parse_lrs
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
-from tests.cli.conftest import World
+from tests.cases.world import World
 
 Refused = Callable[..., str]
 LRS = ["--lrs", "1e-6:1e-3:4"]

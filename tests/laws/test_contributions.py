@@ -14,8 +14,9 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.objectives.variants import entropy_bonus
 from funcprobe.types import Params
-from tests.cases.attributions import LR, OBSERVABLES, Stepped, holed
+from tests.cases.attributions import Stepped, holed
 from tests.cases.probes import E, U
+from tests.cases.tables import LR, OBSERVABLES
 from tests.oracles import attribution as oracle
 from tests.oracles import losses
 

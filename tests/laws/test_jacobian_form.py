@@ -13,8 +13,9 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.types import Params, Rollouts, Statistic, TokenScores
-from tests.cases.attributions import LR, Stepped
+from tests.cases.attributions import Stepped
 from tests.cases.probes import E, U
+from tests.cases.tables import LR
 from tests.oracles import attribution as oracle
 
 

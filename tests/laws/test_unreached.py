@@ -14,25 +14,21 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.compat import ProbeComponents
 from tests.cases import models, stateful
+from tests.cases.tables import TORCH_CLASSES
 
 #: U reaches the experts 0 and 1 alone; E all three of them, so that the gradient of F is not 0 at the third.
 U, E = models.reaching([0, 1, 3, 4, 6, 7]), models.reaching(list(range(9)), n=9, seed=1)
 ALONE = "experts.2.weight"
 NOTE = f"1 of 5 leaves have no gradient on U and are left alone, as torch.optim does: {ALONE}"
 
-OPTIMIZERS: dict[str, Any] = {
-    "adamw": (torch.optim.AdamW, {"weight_decay": 0.1}),
-    "sgd": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "weight_decay": 0.1}),
-}
-every = pytest.mark.parametrize("name", OPTIMIZERS)
+every = pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop"])  # in closed form, with momentum, lifted
 
 
 class Warm:
     """A live pair after a step that reached every expert, and the step on U that follows."""
 
     def __init__(self, name: str, clip: float | None = 0.1) -> None:
-        cls, options = OPTIMIZERS[name]
+        cls, options = TORCH_CLASSES[name]
         self.model = models.experts()
         self.live = cls(self.model.parameters(), lr=1e-2, **options)
         self.model(torch.arange(9)[None]).logsumexp(-1).sum().backward()

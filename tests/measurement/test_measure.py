@@ -19,47 +19,16 @@ from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, Funcpro
 from funcprobe.estimators.importance import weight_health
 from funcprobe.measurement.cautions import after_measuring
 from funcprobe.types import OptState, Params
-from tests.cases import models
-from tests.policy.test_module import same, snapshot
-
-OBJECTIVES = [fp.reinforce, fp.rloo, fp.grpo, fp.bnpo, fp.dr_grpo, fp.dapo, fp.gspo, fp.cispo]
-OPTIMIZERS = {
-    "sgd": lambda lr: fp.sgd(lr, momentum=0.9, nesterov=True),
-    "adam": fp.adam,
-    "adamw": functools.partial(fp.adamw, weight_decay=0.1),
-    "lifted": lambda lr: fp.from_torch(torch.optim.RMSprop, lr=lr),
-}
-E, U = models.rollouts(9, seed=1), models.rollouts(9, seed=2)
-
-
-class Case:
-    """A policy with an optimizer that has already taken a step, so that its moments are real."""
-
-    def __init__(self, build: str, objective: str = "grpo", optimizer: str = "adamw", lr: float = 1e-3) -> None:
-        self.module = models.EVERY_MODEL[build]().train()
-        self.policy, self.params = fp.from_module(self.module)
-        self.optimizer = OPTIMIZERS[optimizer](lr)
-        made = {o().name: o for o in OBJECTIVES}[objective]()
-        self.step = fp.make_step(self.policy, made, self.optimizer, max_grad_norm=1.0, microbatch=4)
-        warm = self.step(self.params, self.optimizer.init(self.params), models.rollouts(6, seed=9))
-        self.state: OptState = warm.opt_state
-
-    def probe(self, **options: Any) -> fp.ProbeResult:
-        """Probe the step with E and U."""
-        given = {"microbatch": 4, **options}
-        evaluation, batch, lr = given.pop("evaluation", E), given.pop("batch", U), given.pop("lr", None)
-        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, batch, lr), evaluation, **given)
-
-
-@functools.cache
-def case(build: str = "gpt2", objective: str = "grpo", optimizer: str = "adamw") -> Case:
-    return Case(build, objective, optimizer)
+from tests.cases import models, tables
+from tests.cases.measured import AT_A_RATE, Case, E, U, case
+from tests.cases.snapshots import snapshot
+from tests.cases.trees import assert_same
 
 
 @settings(max_examples=20)
 @given(
-    objective=st.sampled_from([o().name for o in OBJECTIVES]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    objective=st.sampled_from(tables.PLAIN),
+    optimizer=st.sampled_from(sorted(AT_A_RATE)),
     mode=st.sampled_from(["auto", "forward", "reverse"]),
     build=st.sampled_from(["two lines", "gpt2", "qwen2, lora"]),
 )
@@ -70,14 +39,14 @@ def test_exactly_one_step_and_nothing_touched(objective: str, optimizer: str, mo
     before = [snapshot(c.module), _cloned(c.params), {n: _cloned(s) for n, s in c.state.items()}]
     rollouts = [tuple(None if x is None else x.clone() for x in batch) for batch in (E, U)]
     result = c.probe(mode=mode, keep_delta=True)
-    assert same(snapshot(c.module), before[0])
-    assert same(c.params, before[1])
-    assert same(c.state, before[2])
-    assert all(same(list(old), list(new)) for old, new in zip(rollouts, (E, U), strict=True))
+    assert_same(snapshot(c.module), before[0])
+    assert_same(c.params, before[1])
+    assert_same(c.state, before[2])
+    assert_same(rollouts, [tuple(batch) for batch in (E, U)])
     # exactly one: the kept update is that of one call of the step
     one = c.step(c.params, c.state, U).delta
     assert result.delta is not None
-    assert same(result.delta, {n: u.float() for n, u in one.items()})
+    assert_same(result.delta, {n: u.float() for n, u in one.items()})
 
 
 def _cloned(leaves: Params) -> Params:

@@ -20,18 +20,11 @@ from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
 from funcprobe.measurement.readings import Reading, Sampled, bar_from_dict
 from funcprobe.types import Observable
+from tests.cases import tables
 from tests.cases.probes import Case, E, U, prompted
 
 LR = 1e-2
-OBSERVABLES: dict[str, Observable] = {
-    "entropy": fp.entropy(),
-    "surprisal": fp.entropy("surprisal", "sequence", "sequence"),
-    "controlled": fp.entropy(control_variate=True),
-    "reward": fp.expected_reward(),
-    "length": fp.mean_length(),
-    "kl": fp.kl(),
-    "kl before": fp.kl("before"),
-}
+OBSERVABLES = tables.observables("entropy", "surprisal", "controlled", "reward", "length", "kl", "kl before")
 QUANTITIES = ("change", "first_order", "second_order", "remainder", "ratio")
 
 

@@ -140,8 +140,8 @@ def quantities(
     problem: Problem, step: Step, observables: tuple[Observable, ...], rollouts: Rollouts, rows: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Return base weights [N] -> (ΔF, δF₁) of every observable in turn, [2·observables]."""
-    anchor, after = _take(problem.along.scores, rows), _take(step.after, rows)
-    along = engine.Directional(anchor, _take(problem.along.tangents, rows, step.scale))
+    anchor, after = take(problem.along.scores, rows), take(step.after, rows)
+    along = engine.Directional(anchor, take(problem.along.tangents, rows, step.scale))
 
     def f(a: Tensor) -> Tensor:
         weighed, found = rollouts._replace(weight=a), []
@@ -157,8 +157,8 @@ def slopes(
     problems: list[Problem], observable: Observable, rollouts: Rollouts, rows: Tensor
 ) -> Callable[[Tensor], Tensor]:
     """Return base weights [N] -> δF₁ per unit of step along the direction of each problem, [problems]."""
-    anchor = _take(problems[0].along.scores, rows)
-    each = [_take(p.along.tangents, rows) for p in problems]
+    anchor = take(problems[0].along.scores, rows)
+    each = [take(p.along.tangents, rows) for p in problems]
     stacked = TokenScores(torch.stack([t.logp for t in each]), torch.stack([t.entropy for t in each]))
 
     def f(a: Tensor) -> Tensor:
@@ -201,5 +201,5 @@ def _probability(problem: Problem, scores: TokenScores) -> Tensor:
     return (problem.prompt.unsqueeze(1) * conditional).flatten()
 
 
-def _take(scores: TokenScores, rows: Tensor, scale: float = 1.0) -> TokenScores:
+def take(scores: TokenScores, rows: Tensor, scale: float = 1.0) -> TokenScores:
     return TokenScores(scale * scores.logp[rows], scale * scores.entropy[rows])

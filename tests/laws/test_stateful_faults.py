@@ -1,11 +1,9 @@
-"""The twenty faults found in the stateful system, each a test that its behaviour would fail."""
+"""The faults found in the stateful system, each a test that its behaviour would fail; some lie in tests/compat."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +13,14 @@ from torch import nn
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.checkpoints.live import from_training
-from funcprobe.compat import DeltaEntropyIS, OfflineEntropyProbe, ProbeComponents, buffers
+from funcprobe.compat import DeltaEntropyIS, ProbeComponents, buffers
 from funcprobe.compat.batches import to_rollouts
-from funcprobe.compat.sampling import Source
-from funcprobe.errors import CheckpointError, ConfigError, InputError
-from funcprobe.policy.module import from_module
-from tests.benchmarks.test_stateful import lora
+from funcprobe.errors import ConfigError, InputError
 from tests.cases import models
 from tests.cases import stateful as cases
-from tests.checkpoints.test_live import assert_same, fingerprint
-
-Configured = Callable[..., Path]
+from tests.cases.live_pairs import adamw, lora, sgd, trained
+from tests.cases.snapshots import fingerprint
+from tests.cases.trees import assert_same
 
 
 def numbers(found: dict[str, Any]) -> dict[str, Any]:
@@ -72,26 +67,12 @@ def test_fault_03_entropy_in_bfloat16_and_a_flat_change() -> None:
     # entries of the softmax are float32: some 10 ulp of 2 nats
     assert abs(found["H_orig_tok"] - expected) < 3e-6
 
-    live = cases.pair(lambda: models.gpt2().float(), cases.sgd)
+    live = cases.pair(lambda: models.gpt2().float(), sgd)
     for lr in (1e-4, 1e-8):
         truth = cases.probe(live, {"lr_override": lr})
         along = cases.predicted(live, param_update_buf=truth["param_update_buf_named"])
         # |δF₂/δF₁| is about 50 η here; below it is float32 in the path: 1e-4 is generous
         assert truth["deltaH_true"] / along["deltaH1"] == pytest.approx(1, abs=1e-4 + 200 * lr), lr
-
-
-def test_fault_04_numbers_and_none_in_yaml_read_as_text(configured: Configured) -> None:
-    probe = OfflineEntropyProbe.from_config_file(
-        configured(("learning_rate: 2e-4", "learning_rate: 2e-8"), ("clip_eps: 0.2", "clip_eps: none"))
-    )
-    assert probe.sections.learning_rate == 2e-8
-    assert isinstance(probe.config["learning_rate"], float)
-    assert probe.config["true_delta_h"]["lr_override"] is None
-    assert probe.config["clip_eps"] is None
-    with pytest.raises(ConfigError, match="'2e-8', a str"):
-        OfflineEntropyProbe.from_config_file(
-            configured(("learning_rate: 2e-4", 'learning_rate: "2e-8"'))
-        ).sections.learning_rate
 
 
 def test_fault_05_naive_gradient_off_by_one_token() -> None:
@@ -116,7 +97,7 @@ def test_fault_05_naive_gradient_off_by_one_token() -> None:
 @pytest.mark.parametrize("mode", ["rb_residual", "naive"])
 def test_fault_06_prediction_and_measurement_in_different_normalisations(mode: str) -> None:
     """Ragged completions: mean per sequence, per longest completion and per token are then three numbers."""
-    live, config = cases.pair(optimizer=cases.sgd), {"estimator": {"x_estimator_mode": mode}}
+    live, config = cases.pair(optimizer=sgd), {"estimator": {"x_estimator_mode": mode}}
     gaps: dict[str, list[float]] = {"": [], "_tok": []}
     for lr in (1e-3, 1e-4):
         truth = cases.probe(live, {"lr_override": lr, "report_per_token": True}, config)
@@ -129,7 +110,7 @@ def test_fault_06_prediction_and_measurement_in_different_normalisations(mode: s
 
 
 def test_fault_07_log_weights_subtracted_in_float32() -> None:
-    live = cases.pair(optimizer=cases.sgd)
+    live = cases.pair(optimizer=sgd)
     found = cases.probe(live, {"lr_override": 1e-9})["diagnostics"]
     at = from_training(*live)
     E = to_rollouts(cases.evaluation(), eos=[cases.END])
@@ -218,23 +199,6 @@ def test_fault_09_keys_of_training_that_did_nothing() -> None:
         cases.predicted(live, weighting_mode="per_token_avg", param_update_buf={})
 
 
-@pytest.mark.parametrize(
-    ("section", "key", "said"),
-    [
-        ("memory_config", "amp: true", "memory_config.amp: True can do nothing"),
-        ("generation", "top_p: 0.9", "generation.top_p: 0.9 can do nothing"),
-        ("distributed", "backend: nccl", "distributed.backend is unknown"),
-        ("output", "save: true", "output.save is unknown"),
-        ("true_delta_h", "is_mode: none_such", "is_mode is 'none_such'"),
-    ],
-)
-def test_fault_09_keys_of_a_file_that_did_nothing(section: str, key: str, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "old.yaml"
-    path.write_text(f"{section}:\n  {key}\n")
-    with pytest.raises(ConfigError, match=said):
-        OfflineEntropyProbe.from_config_file(path)
-
-
 def test_fault_10_buffer_over_frozen_weights_and_names_skipped_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     live = cases.pair(lora)
     buffer = cases.probe(live)["param_update_buf_named"]
@@ -264,26 +228,6 @@ def test_fault_10_buffer_over_frozen_weights_and_names_skipped_in_silence(caplog
             cases.predicted(live, param_update_buf={}, strict=strict)
 
 
-def test_fault_11_each_rank_sampled_its_own_batch(configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one process can show: batches come from `master_seed` alone, whatever the rank or the global generator.
-
-    Every rank then holds the same U whole, so there is no gradient to reduce.
-    """
-    drawn = []
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with models.seeded(int(rank)):
-            probe = OfflineEntropyProbe.from_config_file(configured())
-            probe.load_checkpoint(probe.config["checkpoint"]["checkpoint_path"])
-            source = Source(probe.sections, *from_module(probe.model), probe.tokenizer)
-            drawn.append([source.evaluation()._asdict(), source.update()._asdict()])
-    assert_same(*drawn)
-    other = OfflineEntropyProbe.from_config_file(configured(("master_seed: 7", "master_seed: 8")))
-    again = Source(other.sections, *from_module(probe.model), probe.tokenizer).update()
-    assert again.ids.tolist() != drawn[0][1]["ids"].tolist()
-
-
 def test_fault_12_averages_treated_as_sums_across_microbatches() -> None:
     live = cases.pair()
     one_rate(live)
@@ -304,31 +248,6 @@ def one_rate(live: cases.Pair) -> torch.optim.Optimizer:
     return live[1]
 
 
-def test_fault_13_optimizer_loading_fell_back_to_a_fresh_one(
-    folder: Path, configured: Configured, tmp_path: Path
-) -> None:
-    probe = OfflineEntropyProbe.from_config_file(configured())
-    for name in ("config.json", "model.safetensors"):
-        (tmp_path / name).write_bytes((folder / "checkpoint" / name).read_bytes())
-    with pytest.raises(CheckpointError, match="There is no optimizer state"):
-        probe.load_checkpoint(tmp_path)
-    (tmp_path / "optimizer.pt").write_bytes(b"no state")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt"):
-        probe.load_checkpoint(tmp_path)
-    other = torch.optim.AdamW([nn.Parameter(torch.ones(3))], lr=1e-3)
-    other.param_groups[0]["params"][0].grad = torch.ones(3)
-    other.step()
-    torch.save(other.state_dict(), tmp_path / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"does not fit|parameters"):
-        probe.load_checkpoint(tmp_path)
-
-    probe.load_checkpoint(folder / "checkpoint")
-    saved = fp.load_checkpoint(folder / "checkpoint", lr=1e-3)
-    state = from_training(probe.model, probe.optimizer).opt_state
-    assert_same(state, saved.opt_state)
-    assert all(bool(entry["exp_avg"].any()) for entry in saved.opt_state.values())
-
-
 def test_fault_14_end_token_left_out_when_pad_equals_eos() -> None:
     packed = cases.packed(9, 1, 1)
     careless = (packed.batch["sequences"] != cases.END).long()  # what a tokenizer without a pad token leads to
@@ -346,18 +265,6 @@ def test_fault_14_end_token_left_out_when_pad_equals_eos() -> None:
     live = cases.pair(models.gpt2)  # whose configuration names the end token
     expected, found = (cases.probe(live, E=E) for E in (packed.batch, {**packed.batch, "attention_masks": careless}))
     assert found["H_orig"] == expected["H_orig"]
-
-
-def test_fault_15_saved_rate_of_zero_gave_no_step(folder: Path, configured: Configured) -> None:
-    live = cases.pair()
-    for group in live[1].param_groups:
-        group["lr"] = 0.0
-    with pytest.raises(InputError, match="learning rate is 0 in every group"):
-        cases.probe(live)
-    assert cases.probe(live, {"lr_override": 1e-3})["param_update_l2"] > 0
-    probe = OfflineEntropyProbe.from_config_file(configured(("learning_rate: 2e-4", "learning_rate: none")))
-    with pytest.raises(CheckpointError, match="is 0"):
-        probe.load_checkpoint(folder / "checkpoint")
 
 
 def test_fault_16_caches_keyed_by_the_address_of_a_batch() -> None:
@@ -408,7 +315,7 @@ def test_fault_17_standard_errors_too_small_by_the_number_of_microbatches() -> N
 
 
 def test_fault_18_missing_denominator_term_of_the_per_token_ratio() -> None:
-    live = cases.pair(optimizer=cases.sgd)
+    live = cases.pair(optimizer=sgd)
     truth = cases.probe(live, {"lr_override": 1e-5, "report_per_token": True})
     along = cases.predicted(live, param_update_buf=truth["param_update_buf_named"])
     lengths = [len(c) for c in cases.packed(9, 1, 1).completions]
@@ -418,7 +325,7 @@ def test_fault_18_missing_denominator_term_of_the_per_token_ratio() -> None:
 
 
 def test_fault_19_momentum_and_weight_decay_left_out_of_the_predicted_step() -> None:
-    for optimizer in (cases.sgd, cases.adamw):
+    for optimizer in (sgd, adamw):
         live = cases.pair(optimizer=optimizer)
         one_rate(live)
         truth = cases.probe(live, {"lr_override": 1e-6})
@@ -440,7 +347,7 @@ def test_fault_20_hyperparameters_read_from_defaults() -> None:
     live = module, torch.optim.AdamW(module.parameters(), lr=1.0, betas=(0.5, 0.5), eps=1.0, weight_decay=0.9)
     changed = {"lr": 2e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01}
     live[1].param_groups[0].update(changed)
-    cases.trained(*live)
+    trained(*live)
     found, expected = cases.probe(live), cases.stateful(live)
     assert found["learning_rate_used"] == 2e-3
     (buffer,), (real,) = found["param_update_buf_named"].values(), expected.param_update.values()

@@ -11,10 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import memory
-import record
 import torch
-from pair import MODELS, Pair, Shape, build
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from funcprobe import engine
 from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params
+
+from . import memory, record
+from .pair import MODELS, Pair, Shape, build
 
 #: What `--quick` takes in place of the defaults; what is said beside it still counts.
 QUICK = {"evaluation": 4, "update": 4, "length": 32, "microbatch": 2, "rounds": 1}
@@ -114,6 +114,6 @@ def write(benchmark: str, options: argparse.Namespace, rows: list[Any], params: 
         return
     given = {name: value for name, value in vars(options).items() if name not in ("peak", "json")}
     name = f"{benchmark}-{options.model}{'-lora' if options.lora else ''}-{options.device}.json"
-    path = options.json or Path(__file__).parent / "results" / name
+    path = options.json or record.RESULTS / name
     record.write(path, benchmark, given, describe_environment(options.device, params), rows)
     print(f"written: {path.name}")

@@ -19,8 +19,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import workload
-from workload import PASSES, Size
+
+from . import workload
+from .workload import PASSES, Size
 
 MIB = 2**20
 
@@ -31,8 +32,9 @@ _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 def peak_in_subprocess(name: str, size: Size, device: str, threads: int) -> float:
     """Return the peak of the named pass above its base, in MiB."""
     request = json.dumps({"name": name, "size": asdict(size), "device": device, "threads": threads})
-    command = [sys.executable, str(Path(__file__)), request]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **_ALLOCATOR}, check=False)
+    command, place = [sys.executable, "-m", "harness.memory", request], Path(__file__).parents[1]
+    environment = {**os.environ, **_ALLOCATOR}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"measuring '{name}' failed: {done.stderr.strip().splitlines()[-1:]}")
     return float(done.stdout.strip().splitlines()[-1])

@@ -7,7 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
+RESULTS = HERE / "results"
 
 
 def write(path: Path, benchmark: str, options: dict[str, Any], environment: dict[str, Any], rows: list[Any]) -> None:
