@@ -30,7 +30,7 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe import engine, tree
 from funcprobe.checkpoints.checkpoint import Checkpoint
-from funcprobe.cli.demo import prepare_demo
+from funcprobe.cli.demo_folder import prepare_demo
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, draw_rollouts
 from funcprobe.data.rollouts import take, to_device

@@ -18,8 +18,6 @@ from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
 from funcprobe.errors import ConfigError, Note, missing_extra
-from funcprobe.report.attribution_figures import save_attribution_figures
-from funcprobe.report.attribution_table import attribution_text, print_attribution
 from funcprobe.report.heat_map import environment, heat_map
 from funcprobe.results.attribution import Attribution
 
@@ -42,7 +40,7 @@ BATCHES: tuple[Literal["batch", "evaluation"], ...] = ("batch", "evaluation")
 #: Tables of the parameters that are written.
 PARAMETERS = ("parameters", "layers", "kinds")
 
-FIGURES = frozenset(f"{name}.png" for name in ("layers", "kinds", "tokens", "prompts", "influence"))
+FIGURES = frozenset({"layers", "kinds", "tokens", "prompts", "influence"})
 PAGES = frozenset(f"{of}.html" for of in BATCHES)
 TABLES = frozenset(
     f"{name}.parquet"
@@ -107,10 +105,6 @@ def _save_tables(result: Attribution, folder: Path) -> None:
         _write_table(folder / f"{name}.parquet", columns, result)
 
 
-def _save_figures(result: Attribution, folder: Path) -> None:
-    save_attribution_figures(result, folder)
-
-
 def _save_pages(result: Attribution, folder: Path) -> None:
     for of in BATCHES:
         heat_map(result, folder / f"{of}.html", of)
@@ -158,10 +152,9 @@ COMMAND = Command(
     done="attributed",
     do=_do,
     warned=_warned,
-    text=attribution_text,
-    show=print_attribution,
     options=(INFLUENCE, FORM, BARS_OF),
     suffix="-attribution",
     check=_check,
-    beside=(Beside(TABLES, _save_tables), Beside(FIGURES, _save_figures), Beside(PAGES, _save_pages)),
+    figures=FIGURES,
+    beside=(Beside(TABLES, _save_tables), Beside(PAGES, _save_pages)),
 )

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from funcprobe import __version__, plugins
 from funcprobe.cli.config import Config, dump, load_config
@@ -18,25 +18,19 @@ from funcprobe.cli.prepare import check_output, collected_warnings, memory_advic
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note
+from funcprobe.report.figures import save_figures
+from funcprobe.report.terminal import print_result, text_of
+from funcprobe.results.result import Result
 from funcprobe.results.storage import FILES
 
-
-class Stored(Protocol):
-    """A result that can be kept in a folder."""
-
-    def write_into(self, folder: Path) -> None:
-        """Write its files into an existing folder."""
-        ...
-
-
-R = TypeVar("R", bound=Stored)
+R = TypeVar("R", bound=Result)
 
 #: What every command writes beside the stored result.
 ALWAYS = frozenset({"config.yaml", "summary.txt"})
 
 
 class Beside(NamedTuple):
-    """Files that a command writes beside the stored result."""
+    """Files that a command writes beside the stored result, its summary and its figures."""
 
     names: frozenset[str]  #: every name that one of them may have
     write: Callable[[Any, Path], None]  #: of a result, into a folder
@@ -77,18 +71,18 @@ class Command(Generic[R]):
     done: str  #: participle for the head of the configuration as run: "swept"
     do: Callable[[Config, argparse.Namespace, Bars], R]  #: loads what the configuration names, and measures
     warned: Callable[[R, Sequence[Note]], R]  #: the result with those warnings before its own
-    text: Callable[[R], str]  #: the summary that is written
-    show: Callable[[R], None]  #: prints the summary
     options: tuple[Option, ...] = ()
     suffix: str = ""  #: of the output folder, unless one is named on the command line
     check: Callable[[Config, argparse.Namespace], None] = _nothing_more  #: refuses what cannot be done, first of all
+    figures: frozenset[str] = frozenset()  #: every name that a figure among the result's blocks may have
     beside: tuple[Beside, ...] = ()
     unfinished: Callable[[Config], Path] | None = None  #: the file in which finished parts are kept until all are done
     when_interrupted: str = ""  #: ends the line that is said then
     written: frozenset[str] = field(init=False)  #: a folder that holds anything else is not replaced, forced or not
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "written", ALWAYS.union(FILES, *(files.names for files in self.beside)))
+        figures = (f"{name}.png" for name in self.figures)
+        object.__setattr__(self, "written", ALWAYS.union(FILES, figures, *(files.names for files in self.beside)))
 
     def main(self, words: Sequence[str]) -> None:
         """Parse the words, do it, show the result, and say last where it is.
@@ -123,7 +117,7 @@ def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) 
     trackers = [(name, tracker_named(name)) for name in config.trackers]
     with Bars() as bars:
         result = measured(command, config, options, bars)
-    command.show(result)
+    print_result(result)
     for name, tracker in trackers:
         _track(name, tracker, result, config)
     print(f"Results: {config.output}")
@@ -146,11 +140,12 @@ def measured(command: Command[R], config: Config, options: argparse.Namespace, b
     bars.phase("writing the results")
     with fresh_directory(config.output, overwrite=config.force) as folder:
         result.write_into(folder)
+        save_figures(result, folder)
         for files in command.beside:
             files.write(result, folder)
         head = f"# As {command.done} by funcprobe {__version__}; every path is absolute.\n"
         (folder / "config.yaml").write_text(head + dump(config), encoding="utf-8")
-        (folder / "summary.txt").write_text(command.text(result), encoding="utf-8")
+        (folder / "summary.txt").write_text(text_of(result), encoding="utf-8")
     if command.unfinished is not None:
         command.unfinished(config).unlink(missing_ok=True)
     return result

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 
 from funcprobe.analysis.probe import probe
-from funcprobe.cli.command import Beside, Command, merged
+from funcprobe.cli.command import Command, merged
 from funcprobe.cli.config import Config, describe_keys
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
 from funcprobe.errors import Note
-from funcprobe.report.figures import save_figure
-from funcprobe.report.terminal import print_summary, summary_text
 from funcprobe.results.probe import ProbeResult
 
 DESCRIPTION = """\
@@ -34,8 +31,6 @@ Paths in the file are relative to the file, those given here to where you are.
 Keys:
 """
 
-FIGURE = "measured_vs_predicted.png"
-
 
 def _do(config: Config, options: Namespace, bars: Bars) -> ProbeResult:
     ready = prepared(config, bars)
@@ -47,10 +42,6 @@ def _warned(result: ProbeResult, warned: Sequence[Note]) -> ProbeResult:
     return dataclasses.replace(result, outcome=outcome)
 
 
-def _save_figure(result: ProbeResult, folder: Path) -> None:
-    save_figure(result, folder / FIGURE)
-
-
 COMMAND = Command(
     name="run",
     description=DESCRIPTION,
@@ -58,7 +49,5 @@ COMMAND = Command(
     done="run",
     do=_do,
     warned=_warned,
-    text=summary_text,
-    show=print_summary,
-    beside=(Beside(frozenset({FIGURE}), _save_figure),),
+    figures=frozenset({"measured_vs_predicted"}),
 )

@@ -16,8 +16,6 @@ from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
 from funcprobe.errors import Note
 from funcprobe.estimators.by_name import observable_names
-from funcprobe.report.sweep_figures import save_sweep_figures
-from funcprobe.report.sweep_table import print_sweep, sweep_text
 from funcprobe.results.sweep import SweepResult
 
 DESCRIPTION = """\
@@ -103,12 +101,8 @@ def _save_csv(result: SweepResult, folder: Path) -> None:
     result.to_frame().to_csv(folder / "sweep.csv", index=False)
 
 
-def _save_figures(result: SweepResult, folder: Path) -> None:
-    save_sweep_figures(result, folder)
-
-
-#: A figure of each observable but the first, whose figure is the sweep's.
-FIGURES = frozenset({"sweep.png", "remainder.png", *(f"sweep-{name}.png" for name in observable_names())})
+#: Beside those of the first observable one of every other.
+FIGURES = frozenset({"sweep", "remainder", *(f"sweep-{name}" for name in observable_names())})
 
 LRS = Option(
     "lrs",
@@ -134,11 +128,10 @@ COMMAND = Command(
     done="swept",
     do=_do,
     warned=_warned,
-    text=sweep_text,
-    show=print_sweep,
     options=(LRS, CHUNK),
     suffix="-sweep",
-    beside=(Beside(frozenset({"sweep.csv"}), _save_csv), Beside(FIGURES, _save_figures)),
+    figures=FIGURES,
+    beside=(Beside(frozenset({"sweep.csv"}), _save_csv),),
     unfinished=journal_of,
     when_interrupted="; the same command goes on from the learning rates that are done",
 )

@@ -12,11 +12,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from funcprobe.report.attribution_table import attribution_text
 
 from funcprobe import __version__
 from funcprobe.cli.attribute import COMMAND
 from funcprobe.cli.main import main
+from funcprobe.report.terminal import text_of
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
 from tests.cases.heat_map_pages import data, page
@@ -44,7 +44,7 @@ def test_it_writes_everything_that_it_says(done: Path) -> None:
     found = Attribution.load(done)
     assert found.influence is not None
     assert found.vocabulary is not None
-    assert (done / "summary.txt").read_text(encoding="utf-8") == attribution_text(found)
+    assert (done / "summary.txt").read_text(encoding="utf-8") == text_of(found)
     assert (done / "config.yaml").read_text().startswith(f"# As attributed by funcprobe {__version__};")
 
 

@@ -19,6 +19,8 @@ from funcprobe.cli.command import Beside, Command, PlainCommand, carry_out, merg
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Argument, Option
 from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
+from funcprobe.results.blocks import Block, Sentence
+from funcprobe.results.result import Result
 from funcprobe.results.storage import FILES
 from tests.cases.packages import Install, install
 
@@ -38,11 +40,14 @@ def broken(result):
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
+class Counted(Result):
     """A result that counts to a number."""
 
     number: int
     warnings: tuple[Note, ...] = ()
+
+    def blocks(self) -> tuple[Block, ...]:
+        return (Sentence(f"counted to {self.number}"),)
 
     def write_into(self, folder: Path) -> None:
         (folder / FILES[0]).write_text(str(self.number))
@@ -64,10 +69,6 @@ def counting(steps: Steps, **changes: Any) -> Command[Counted]:
     def warned(result: Counted, found: Sequence[Note]) -> Counted:
         return dataclasses.replace(result, warnings=merged(found, result.warnings))
 
-    def show(result: Counted) -> None:
-        steps.append("show")
-        print(f"counted to {result.number}")
-
     def half(result: Counted, folder: Path) -> None:
         steps.append("write")
         (folder / "half.txt").write_text(str(result.number / 2))
@@ -79,8 +80,6 @@ def counting(steps: Steps, **changes: Any) -> Command[Counted]:
         "done": "counted",
         "do": do,
         "warned": warned,
-        "text": lambda result: f"to {result.number}",
-        "show": show,
         "options": (Option("to", "N", "how far", read=int, expected="a whole number", required=True),),
         "suffix": "-count",
         "check": lambda config, options: steps.append("check"),
@@ -112,12 +111,12 @@ def test_a_command_is_parsed_loaded_done_written_and_shown(
     steps: Steps, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = carry_out(counting(steps), config, ["--to", "6", "--lr", "1e-3"])
-    assert steps == ["check", "load", "do", "write", "show"]
+    assert steps == ["check", "load", "do", "write"]
     folder = config.parent / "results-count"
     assert {p.name: p.read_text() for p in folder.iterdir() if p.name != "config.yaml"} == {
         "result.json": "6",
         "half.txt": "3.0",
-        "summary.txt": "to 6",
+        "summary.txt": "counted to 6\n",
     }
     assert (folder / "config.yaml").read_text().startswith("# As counted by funcprobe ")
     assert "lr: 0.001" in (folder / "config.yaml").read_text()
@@ -132,6 +131,7 @@ def test_a_command_is_parsed_loaded_done_written_and_shown(
 def test_what_may_be_replaced_is_what_the_record_says_that_it_writes(steps: Steps, config: Path) -> None:
     command = counting(steps)
     assert command.written == {*FILES, "config.yaml", "summary.txt", "half.txt", "never.txt"}
+    assert counting(steps, figures=frozenset({"sum"})).written == command.written | {"sum.png"}
     carry_out(command, config, ["--to", "6"])
     with pytest.raises(ConfigError, match="exists already"):
         carry_out(command, config, ["--to", "7"])
@@ -155,11 +155,15 @@ def test_a_file_that_cannot_be_written_leaves_nothing(steps: Steps, config: Path
 def test_what_was_unfinished_goes_when_all_is_written(steps: Steps, config: Path) -> None:
     journal = config.parent / "journal"
     journal.write_text("half")
-    command = counting(steps, unfinished=lambda _: journal, text=lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        carry_out(command, config, ["--to", "1"])
+    command = counting(steps, unfinished=lambda _: journal)
+
+    def full(*_: object) -> None:
+        raise InputError("The disk is full.")
+
+    with pytest.raises(InputError):
+        carry_out(dataclasses.replace(command, beside=(Beside(frozenset(), full),)), config, ["--to", "1"])
     assert journal.exists()
-    carry_out(dataclasses.replace(command, text=str), config, ["--to", "1"])
+    carry_out(command, config, ["--to", "1"])
     assert not journal.exists()
 
 
@@ -186,7 +190,7 @@ def test_a_tracker_is_given_the_result_when_it_is_written(
     message = "trackers: The tracker 'bad' of guest (guest:broken) failed: RuntimeError: no network. The results are in"
     assert str(caught.value) == f"{message} {config.parent / 'results-count'}."
     assert len(guest.seen) == 2
-    assert steps[-1] == "show"
+    assert steps[-1] == "write"
     assert (config.parent / "results-count" / "result.json").exists()
 
 

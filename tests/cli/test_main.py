@@ -21,7 +21,7 @@ from funcprobe.cli.config import load_config
 from funcprobe.cli.main import main
 from funcprobe.cli.run import COMMAND
 from funcprobe.data.files import write_rollouts
-from funcprobe.report.terminal import summary_text
+from funcprobe.report.terminal import text_of
 from funcprobe.results.probe import ProbeResult
 from funcprobe.types import Rollouts
 from tests.cases.world import Demo, World
@@ -67,7 +67,7 @@ def test_a_run_writes_everything_that_it_says(finished: Path) -> None:
     assert result.outcome.delta_norm > 0
     assert result.delta is not None
     assert (results / "measured_vs_predicted.png").read_bytes().startswith(b"\x89PNG")
-    assert (results / "summary.txt").read_text(encoding="utf-8") == summary_text(result)
+    assert (results / "summary.txt").read_text(encoding="utf-8") == text_of(result)
 
 
 def test_the_configuration_as_run_gives_the_same_result_from_anywhere(finished: Path, tmp_path: Path) -> None:
@@ -114,10 +114,7 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
         ({"rounding": True}, lambda result: result.outcome.rounding is not None),
         ({"rounding": False}, lambda result: result.outcome.rounding is None),
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
-        (
-            {"storage": "bfloat16"},
-            lambda result: result.environment["storage"] == "bfloat16" and result.outcome.unmoved > 0,
-        ),
+        ({"storage": "bfloat16"}, lambda r: r.environment["storage"] == "bfloat16" and r.outcome.unmoved > 0),
         ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
         ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.delta is not None),
         ({"objective": {"name": "reinforce"}}, lambda result: abs(result.outcome.info["loss"]) > 1e-3),
