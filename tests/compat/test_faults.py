@@ -16,7 +16,7 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.checkpoints.live import from_training
 from funcprobe.compat import DeltaEntropyIS, OfflineEntropyProbe, ProbeComponents, buffers
-from funcprobe.compat.batches import to_rollouts
+from funcprobe.compat.batches import for_the_loss, to_rollouts
 from funcprobe.compat.sampling import Source
 from funcprobe.errors import CheckpointError, ConfigError, InputError
 from funcprobe.policy.module import from_module
@@ -84,14 +84,12 @@ def test_fault_04_numbers_and_none_in_yaml_read_as_text(configured: Configured) 
     probe = OfflineEntropyProbe.from_config_file(
         configured(("learning_rate: 2e-4", "learning_rate: 2e-8"), ("clip_eps: 0.2", "clip_eps: none"))
     )
-    assert probe.sections.learning_rate == 2e-8
+    assert probe.settings.get("learning_rate") == 2e-8
     assert isinstance(probe.config["learning_rate"], float)
     assert probe.config["true_delta_h"]["lr_override"] is None
     assert probe.config["clip_eps"] is None
     with pytest.raises(ConfigError, match="'2e-8', a str"):
-        OfflineEntropyProbe.from_config_file(
-            configured(("learning_rate: 2e-4", 'learning_rate: "2e-8"'))
-        ).sections.learning_rate
+        OfflineEntropyProbe.from_config_file(configured(("learning_rate: 2e-4", 'learning_rate: "2e-8"')))
 
 
 def test_fault_05_naive_gradient_off_by_one_token() -> None:
@@ -276,11 +274,11 @@ def test_fault_11_each_rank_sampled_its_own_batch(configured: Configured, monkey
         with models.seeded(int(rank)):
             probe = OfflineEntropyProbe.from_config_file(configured())
             probe.load_checkpoint(probe.config["checkpoint"]["checkpoint_path"])
-            source = Source(probe.sections, *from_module(probe.model), probe.tokenizer)
-            drawn.append([source.evaluation()._asdict(), source.update()._asdict()])
+            source = Source(probe.settings, *from_module(probe.model), probe.tokenizer)
+            drawn.append([source.batch(which)._asdict() for which in ("E", "U")])
     assert_same(*drawn)
     other = OfflineEntropyProbe.from_config_file(configured(("master_seed: 7", "master_seed: 8")))
-    again = Source(other.sections, *from_module(probe.model), probe.tokenizer).update()
+    again = Source(other.settings, *from_module(probe.model), probe.tokenizer).batch("U")
     assert again.ids.tolist() != drawn[0][1]["ids"].tolist()
 
 
@@ -383,18 +381,15 @@ def test_fault_17_standard_errors_too_small_by_the_number_of_microbatches() -> N
     live = cases.pair()
     found = cases.probe(live)
     assert not [key for key in {**found, **found["diagnostics"]} if "se" in key.lower().split("_")]
-    at, U = from_training(*live), DeltaEntropyIS(model=live[0], config={}).update_rollouts(cases.update(), live[0])
-    step = fp.make_step(at.policy, fp.dr_grpo(normaliser=1.0), at.optimizer)
+    U = for_the_loss(cases.update(), to_rollouts(cases.update()))
+    update = from_training(*live).update(fp.dr_grpo(normaliser=1.0), U)
     E = cases.evaluation()
     errors = []
     for microbatch in (1, 4, None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            asked = fp.entropy("rao_blackwell", "sequence", "sequence")
-            batches = to_rollouts(E), U, asked
-            result = fp.probe(
-                at.policy, step, at.params, at.opt_state, *batches, bars="jackknife", microbatch=microbatch
-            )
+            entropy = fp.entropy("rao_blackwell", "sequence", "sequence")
+            result = fp.probe(update, to_rollouts(E), entropy, bars="jackknife", microbatch=microbatch)
         errors.append(result.main.bars["change"].error)
     kept = [torch.arange(9) != b for b in range(9)]
     names = ("sequences", "attention_masks")
@@ -447,8 +442,8 @@ def test_fault_20_hyperparameters_read_from_defaults() -> None:
     assert torch.allclose(buffer.double(), real, rtol=2e-7, atol=1e-12)
 
     at = from_training(*live)
-    U = DeltaEntropyIS(model=module, config={}).update_rollouts(cases.update(), module)
-    gradient, _ = fp.make_step(at.policy, fp.dr_grpo(normaliser=1.0), at.optimizer).gradient(at.params, U)
+    U = for_the_loss(cases.update(), to_rollouts(cases.update()))
+    gradient = at.update(fp.dr_grpo(normaliser=1.0), U).gradient().gradient
     v, t = (at.opt_state["logits.weight"][key] for key in ("exp_avg_sq", "step"))
     y = -gradient["logits.weight"] / (torch.sqrt(v / (1 - 0.95 ** float(t))) + 1e-6)
     legacy = cases.predicted(live, optimizer=live[1])
