@@ -5,10 +5,10 @@ BIN    := .venv/bin
 STAMP  := .venv/.installed
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
 # what depends on a processor's arithmetic, and a smaller part in which most of that is float32
-NUMERIC := tests/analysis tests/benchmarks/test_stateful.py tests/cli/test_demo.py tests/compat tests/estimators \
-	tests/policy tests/training $(wildcard tests/test_*.py)
-ROUNDED := tests/analysis/test_attribution_edges.py tests/analysis/test_expansion.py tests/benchmarks/test_stateful.py \
-	tests/cli/test_demo.py tests/compat tests/policy tests/training/test_step.py tests/training/test_updates.py
+NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py cli/test_demo.py compat engine estimators laws \
+	measurement objectives optimizers policy results training) $(wildcard tests/test_*.py)
+ROUNDED := $(addprefix tests/,analysis/test_attribute_edges.py benchmarks/test_stateful.py cli/test_demo.py compat \
+	laws/test_updates.py measurement/test_second_order.py policy training/test_step.py)
 
 .PHONY: help demo test coverage families kernels threads browser check format bench notebooks clean
 

@@ -22,9 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comparing
-import record
 import torch
+from harness import comparing, record
 from stateful import StatefulProbe
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from funcprobe.data.rollouts import take, to_device
 from funcprobe.engine.clock import Clock
 from funcprobe.engine.passes import Passes
 from funcprobe.measurement.evidence import Evidence
-from funcprobe.measurement.options import PATH_TOLERANCE
+from funcprobe.measurement.options import Options
 from funcprobe.measurement.path import path
 from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params, Rollouts, StepResult
@@ -118,7 +117,7 @@ def studied(policy: fp.Policy, params: Params, taken: StepResult, rollouts: Roll
     passes = Passes.over(policy, rollouts, wanted, fp.TokenBudget(16384), None, Clock())
     along = passes.directional(params, taken.delta, "E")
     eps = engine.arithmetic(policy, params).eps
-    found = path(passes, params, taken.delta, along, wanted, PATH_TOLERANCE, eps)
+    found = path(passes, params, taken.delta, along, wanted, Options().tolerance, eps)
     after = passes.scores(taken.params, "E at θ′", order=1)
     exact, stored = (Evidence(rollouts, along.scores, s, along) for s in (found.scores, after))
     return Studied(exact, stored, found.nodes)

@@ -69,6 +69,7 @@ SCRIPTS = (
     Script("engine", "", "", f"--quick --only reverse --json {os.devnull}"),
     Script("path", quick=None),
     Script("predictors"),
+    Script("startup"),
     Script("length", "", "", None),
     Script("variance", quick=None),
     Script("coverage", quick=None),

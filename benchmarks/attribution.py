@@ -18,10 +18,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import comparing
-import timing
 import torch
-from pair import Pair, build
+from harness import comparing, timing
+from harness.pair import Pair, build
 
 from funcprobe import engine, tree
 from funcprobe.attribution.predictors import STATS
@@ -43,7 +42,7 @@ class Work(NamedTuple):
     def of(cls, pair: Pair) -> Work:
         """Prepare."""
         gradient, _ = pair.step.gradient(pair.params, pair.batch)
-        found = respond(pair.step, pair.params, pair.opt_state, gradient, pair.params)
+        found = respond(pair.step.rule, pair.params, pair.opt_state, gradient, pair.params)
         return cls(pair, pair.step.objective.prepare(pair.batch), found.direction)
 
 

@@ -34,8 +34,8 @@ from rich.table import Table
 from torch import Tensor
 
 import funcprobe as fp
-from benchmarks import record
-from benchmarks.prompted import (
+from benchmarks.harness import record
+from benchmarks.harness.prompted import (
     Problem,
     Step,
     coordinates,

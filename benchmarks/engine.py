@@ -19,17 +19,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import memory
-import timing
 import torch
-import workload
+from harness import memory, record, timing, workload
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
@@ -204,25 +201,10 @@ def _report(rows: list[Row], options: Options) -> dict[str, Any]:
     return {
         "benchmark": "engine",
         "options": options._asdict(),
-        "commit": _commit(),
+        "commit": record.commit(),
         "environment": describe_environment(options.device),
         "rows": [{**row._asdict(), "met": row.met} for row in rows],
     }
-
-
-def _commit() -> str | None:
-    """Return the commit that was measured, marked where the package differs from it; None outside a repository."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--", "../funcprobe")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + (" with changes" if changed else "")
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import memory
-import record
+from harness import memory, record
+from harness.workload import Size
 from rich.console import Console
 from rich.table import Table
-from workload import Size
 
 from funcprobe.results.environment import describe_environment
 

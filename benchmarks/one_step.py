@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import comparing
-import timing
 import torch
-from pair import Pair, build
+from harness import comparing, timing
+from harness.pair import Pair, build
 
 
 def runs(pair: Pair) -> dict[str, Callable[[], Any]]:

@@ -16,11 +16,10 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import record
 import torch
+from harness import narrow, record
 from rich.console import Console
 from rich.table import Table
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import funcprobe as fp
 from funcprobe import engine, tree
@@ -59,23 +58,9 @@ def main() -> None:
 
 def measured(hidden: int, layers: int) -> list[dict[str, Any]]:
     """Return a row for every learning rate and observable."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=512,
-        n_positions=64,
-        n_embd=hidden,
-        n_layer=layers,
-        n_head=4,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    module = GPT2LMHeadModel(config).float()
+    module = narrow.gpt2(hidden, layers)
     (policy, params), (wide, wide_params) = fp.from_module(module), fp.from_module(copy.deepcopy(module).double())
-    draw = torch.Generator().manual_seed(1)
-    prompts = [[7 + k, 3, 11 + 2 * k] for k in range(32)]
-    batches = [_rollouts(policy, params, prompts[start::2], draw) for start in (0, 1)]
-    evaluation, update = batches
+    evaluation, update = narrow.batches(policy, params, prompts=16)
     step = fp.make_step(policy, fp.grpo(), fp.adamw(1e-4, weight_decay=0.01))
     gradient, _ = step.gradient(params, update)
     state = step.optimizer.init(params)
@@ -106,23 +91,6 @@ def measured(hidden: int, layers: int) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def _rollouts(policy: fp.Policy, params: Any, prompts: list[list[int]], draw: torch.Generator) -> fp.Rollouts:
-    def reward(prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
-        return [float(len(set(completion))) for completion in completions]
-
-    return fp.sample(
-        policy,
-        params,
-        prompts,
-        group_size=4,
-        generator=draw,
-        temperature=1.0,
-        max_new_tokens=24,
-        eos_id=0,
-        reward=reward,
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

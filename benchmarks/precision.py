@@ -25,9 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comparing
-import record
 import torch
+from harness import comparing, narrow, record
 from stateful import StatefulProbe
 from stateful.snapshot import clear_gradients
 from stateful.updates import optimizer_step
@@ -99,11 +98,8 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     module, optimizer = _pair(options.hidden, options.layers, options.device)
     wide, wide_params = fp.from_module(copy.deepcopy(module).double())
     live = fp.from_training(module, optimizer)
-    draw = torch.Generator().manual_seed(1)
-    prompts = [[7 + k, 3, 11 + 2 * k] for k in range(2 * options.prompts)]
-    evaluation, update = (
-        to_device(_rollouts(live.policy, live.params, prompts[start::2], draw), options.device) for start in (0, 1)
-    )
+    drawn = narrow.batches(live.policy, live.params, options.prompts)
+    evaluation, update = (to_device(rollouts, options.device) for rollouts in drawn)
     step = fp.make_step(live.policy, fp.dr_grpo(), live.optimizer)
     gradient, _ = step.gradient(live.params, update)
     stateful = AlongGradient(module, optimizer, given=gradient)
@@ -151,44 +147,13 @@ def _method(row: dict[str, Any]) -> str:
 
 
 def _pair(hidden: int, layers: int, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=512,
-        n_positions=64,
-        n_embd=hidden,
-        n_layer=layers,
-        n_head=4,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        module: nn.Module = GPT2LMHeadModel(config).float().eval().to(device)
+    module = narrow.gpt2(hidden, layers).eval().to(device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0.01)
     ids = torch.arange(2 * 32, device=device).reshape(2, 32)
     module(input_ids=ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return module, optimizer
-
-
-def _rollouts(policy: fp.Policy, params: Params, prompts: list[list[int]], draw: torch.Generator) -> Rollouts:
-    def reward(prompts: list[list[int]], completions: list[list[int]]) -> list[float]:
-        return [float(len(set(completion))) for completion in completions]
-
-    return fp.sample(
-        policy,
-        params,
-        prompts,
-        group_size=4,
-        generator=draw,
-        temperature=1.0,
-        max_new_tokens=24,
-        eos_id=0,
-        reward=reward,
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -28,14 +28,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import comparing
-import ranking
-import record
 import torch
+from harness import comparing, ranking, record
 from torch import Tensor
 
 import funcprobe as fp
-from funcprobe.attribution.predictors import predict
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, Trained, draw_rollouts, train
 from funcprobe.data.rollouts import take
@@ -172,16 +169,14 @@ def measured(
     for order, (kind, batch) in enumerate(batches(demo, kinds, params, words)):
         for name, (step, opt_state) in steps.items():
             row = {"checkpoint": number, "batch": order, "kind": kind, "step": name}
-            yield row | one(policy, step, params, opt_state, E, apart, batch)
+            yield row | one(step, params, opt_state, E, apart, batch)
         print(f"checkpoint {number}: batch {order + 1} of {sum(kinds.values())}", flush=True)
 
 
-def one(
-    policy: fp.Policy, step: Step, params: Params, state: OptState, E: Rollouts, apart: Rollouts, batch: Rollouts
-) -> dict[str, Any]:
+def one(step: Step, params: Params, state: OptState, E: Rollouts, apart: Rollouts, batch: Rollouts) -> dict[str, Any]:
     """Return what one step does on E and on E′, and what was predicted of it."""
-    here = fp.probe(fp.Update.from_step(step, params, state, batch), E, order=2).main
-    there = fp.probe(fp.Update.from_step(step, params, state, batch), apart).main
+    update = fp.Update.from_step(step, params, state, batch)
+    here, there = fp.probe(update, E, order=2).main, fp.probe(update, apart).main
     assert here.second_order is not None
     lr = step.optimizer.lr
     return {
@@ -191,7 +186,7 @@ def one(
         "predicted": {
             "δH₁": here.first_order,
             "δH₁ + δH₂": here.first_order + here.second_order,
-            **predict(policy, params, batch, lr=lr).totals,
+            **fp.predict(update).totals,
             "always down": -lr,
         },
     }

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import comparing
-import timing
 import torch
-from pair import Pair, build
+from harness import comparing, timing
+from harness.pair import Pair, build
 
 SIZES = (64, 256, 1024, 4096)
 SYSTEMS = ("functional", "stateful")

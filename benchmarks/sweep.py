@@ -11,10 +11,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import comparing
-import timing
 import torch
-from pair import Pair, build
+from harness import comparing, timing
+from harness.pair import Pair, build
 
 COUNTS = (1, 2, 4, 8, 16)
 

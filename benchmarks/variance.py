@@ -39,7 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 import funcprobe as fp
-from benchmarks import prompted, record
+from benchmarks.harness import prompted, record
 from funcprobe import engine
 from funcprobe.cli.demo import prepare_demo
 from funcprobe.cli.demo_task import draw_prompts
@@ -170,7 +170,7 @@ def replications(case: Case, observables: tuple[Sampled, ...], count: int, g: to
     groups, ones = torch.arange(PROMPTS).repeat_interleave(EACH), torch.ones(PROMPTS * EACH, dtype=torch.float64)
 
     def one(rows: Tensor) -> Tensor:
-        along = engine.Directional(_take(case.along.scores, rows), _take(case.along.tangents, rows))
+        along = engine.Directional(prompted.take(case.along.scores, rows), prompted.take(case.along.tangents, rows))
         assert case.pool.rewards is not None
         sample = case.pool._replace(
             completion_mask=case.pool.completion_mask[rows],
@@ -178,14 +178,10 @@ def replications(case: Case, observables: tuple[Sampled, ...], count: int, g: to
             group_ids=groups,
             weight=ones,
         )
-        after = _take(case.after, rows)
+        after = prompted.take(case.after, rows)
         return torch.stack([_estimate(o, along, after, sample) for o in observables])
 
     return torch.vmap(one, chunk_size=CHUNK)(case.draw(count, g))
-
-
-def _take(scores: TokenScores, rows: Tensor) -> TokenScores:
-    return TokenScores(scores.logp[rows], scores.entropy[rows])
 
 
 def study(cases: list[Case], plain: tuple[Sampled, ...], count: int) -> Iterator[Row]:

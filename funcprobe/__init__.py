@@ -6,7 +6,9 @@
     fp.tree.dot(torch.func.grad(H)(params), delta)       # first order
     H(after) - H(params)                                 # measured
 
-Layers, each importing only from those above it in this table and from `types`, `tree`, `errors`:
+Public names are listed in `__init__.pyi` and imported on first use: `import funcprobe` alone imports no torch.
+
+Layers, each importing only from those above it in this table and from `types`, `tree`, `errors`, `plugins`:
 
     layer         what lives there
     data          rollouts: build, validate, slice, read and write
@@ -27,120 +29,38 @@ Layers, each importing only from those above it in this table and from `types`, 
     integrations  other trainers' batches and configurations, thin on top
 """
 
-from funcprobe import errors, tree
-from funcprobe.analysis.attribute import attribute, attribute_evaluation
-from funcprobe.analysis.compare import compare
-from funcprobe.analysis.largest_lr import LargestLr, largest_lr
-from funcprobe.analysis.predict import predict
-from funcprobe.analysis.probe import probe
-from funcprobe.analysis.second_order import SecondOrder, second_order
-from funcprobe.analysis.slope import slope
-from funcprobe.analysis.sweep import sweep
-from funcprobe.checkpoints.between import between
-from funcprobe.checkpoints.checkpoint import Checkpoint
-from funcprobe.checkpoints.folder import load_checkpoint
-from funcprobe.checkpoints.live import from_training
-from funcprobe.checkpoints.saving import save_checkpoint
-from funcprobe.data.files import read_rollouts, write_rollouts
-from funcprobe.data.rollouts import rollouts_from_lists, rollouts_from_padded
-from funcprobe.engine import anchored
-from funcprobe.estimators.custom import observable
-from funcprobe.estimators.divergence import kl
-from funcprobe.estimators.observables import entropy, entropy_family
-from funcprobe.estimators.returns import expected_reward, mean_length
-from funcprobe.measurement.readings import Reading
-from funcprobe.measurement.update import Update
-from funcprobe.objectives.by_name import (
-    bnpo,
-    cispo,
-    clip_cov,
-    dapo,
-    dr_grpo,
-    drop_negatives,
-    entropy_bonus,
-    grpo,
-    gspo,
-    kl_cov,
-    reinforce,
-    rloo,
-    top_entropy_quantile,
-)
-from funcprobe.optimizers.factories import adam, adamw, from_torch, sgd
-from funcprobe.optimizers.stored import stored
-from funcprobe.policy.module import Policy, from_module
-from funcprobe.policy.sampling import sample
-from funcprobe.policy.scoring import score
-from funcprobe.results.attribution import Attribution
-from funcprobe.results.comparison import Comparison
-from funcprobe.results.probe import ProbeResult
-from funcprobe.results.sweep import SweepResult
-from funcprobe.training.step import make_step
-from funcprobe.types import Estimate, Rollouts, StepResult, TokenBudget, TokenScores
+from __future__ import annotations
+
+import importlib
+import os
+import re
 
 __version__ = "0.1.0"
-__all__ = [
-    "Attribution",
-    "Checkpoint",
-    "Comparison",
-    "Estimate",
-    "LargestLr",
-    "Policy",
-    "ProbeResult",
-    "Reading",
-    "Rollouts",
-    "SecondOrder",
-    "StepResult",
-    "SweepResult",
-    "TokenBudget",
-    "TokenScores",
-    "Update",
-    "__version__",
-    "adam",
-    "adamw",
-    "anchored",
-    "attribute",
-    "attribute_evaluation",
-    "between",
-    "bnpo",
-    "cispo",
-    "clip_cov",
-    "compare",
-    "dapo",
-    "dr_grpo",
-    "drop_negatives",
-    "entropy",
-    "entropy_bonus",
-    "entropy_family",
-    "errors",
-    "expected_reward",
-    "from_module",
-    "from_torch",
-    "from_training",
-    "grpo",
-    "gspo",
-    "kl",
-    "kl_cov",
-    "largest_lr",
-    "load_checkpoint",
-    "make_step",
-    "mean_length",
-    "observable",
-    "predict",
-    "probe",
-    "read_rollouts",
-    "reinforce",
-    "rloo",
-    "rollouts_from_lists",
-    "rollouts_from_padded",
-    "sample",
-    "save_checkpoint",
-    "score",
-    "second_order",
-    "sgd",
-    "slope",
-    "stored",
-    "sweep",
-    "top_entropy_quantile",
-    "tree",
-    "write_rollouts",
-]
+
+with open(os.path.join(os.path.dirname(__file__), "__init__.pyi"), encoding="utf-8") as _stub:
+    #: Public name -> the module that it comes from: the lines of the stub, which is what type checkers read.
+    _MODULE_OF = {
+        name: module for module, name in re.findall(r"^from ([\w.]+) import (\w+) as \2$", _stub.read(), re.MULTILINE)
+    }
+
+__all__ = sorted([*_MODULE_OF, "__version__"])
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name, importing its module on first use.
+
+    Raises:
+        AttributeError: If there is no such name.
+    """
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'funcprobe' has no attribute '{name}'")
+    # `from funcprobe import tree as tree` names a module, any other line a thing in one
+    found = importlib.import_module(f"{module}.{name}") if module == __name__ else importlib.import_module(module)
+    globals()[name] = found if module == __name__ else getattr(found, name)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """Return the public names and the modules that are loaded."""
+    return sorted({*globals(), *__all__})

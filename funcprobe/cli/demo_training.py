@@ -44,8 +44,8 @@ class DemoSize:
     rl_run: int = 30  #: steps of the whole run, at whose end a linear schedule reaches 0
     rl_lr: float = 3e-4  #: learning rate of the first of those steps
     group_size: int = 8  #: completions a prompt
-    update_prompts: int = 16  #: prompts of one GRPO step, and of the update batch
-    evaluation_prompts: int = 64  #: prompts of the evaluation batch
+    batch_prompts: int = 16  #: prompts of one GRPO step, and of the batch U
+    evaluation_prompts: int = 64  #: prompts of the evaluation batch E
 
 
 class Trained(NamedTuple):
@@ -164,7 +164,7 @@ def _reinforced(
     """Return leaves and moments after GRPO steps, each on fresh rollouts of the policy of that moment."""
     opt_state = _optimizer(size, 0).init(params)
     for number in range(size.rl_steps):
-        prompts = draw_prompts(size.update_prompts, size.shortest, size.longest, generator)
+        prompts = draw_prompts(size.batch_prompts, size.shortest, size.longest, generator)
         batch = draw_rollouts(size, policy, params, tokenizer, prompts, generator)
         step = make_step(policy, grpo(), _optimizer(size, number), MAX_GRAD_NORM)
         params, _, opt_state, *_ = step(params, opt_state, batch)

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-from funcprobe.errors import ConfigError, missing_extra
-from funcprobe.types import Objective, Observable
+from funcprobe.errors import ConfigError, InputError, missing_extra
+from funcprobe.estimators.by_name import observable_named, observable_names
+from funcprobe.estimators.observables import entropy
+from funcprobe.measurement.options import Options
+from funcprobe.objectives.by_name import BASES, VARIANTS, factory_of, objective, objective_names, options_of
+from funcprobe.types import Objective
 
 try:
-    from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer, model_validator
+    from pydantic import (
+        AfterValidator,
+        BaseModel,
+        BeforeValidator,
+        ConfigDict,
+        Field,
+        create_model,
+        model_serializer,
+        model_validator,
+    )
     from pydantic_core import PydanticCustomError
 except ImportError as error:
     missing = missing_extra("pydantic", "app", "reading a configuration")
@@ -42,8 +56,24 @@ def _listed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else () if value is None else value
 
 
-#: Observables that can be read beside the entropy, by the names that a configuration gives them.
-Further = Annotated[tuple[Literal["reward", "kl", "kl_before", "length"], ...], BeforeValidator(_listed)]
+def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Check that every name is an observable's, and that it can be made.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    for name in names:
+        if name not in (known := observable_names()):
+            raise ValueError(f"found {name!r}, expected a list of {', '.join(known[:-1])} and {known[-1]}")
+        observable_named(name)
+    return names
+
+
+#: Names in a list, or with commas between them.
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+#: Names of observables that can be read beside the entropy.
+Observables = Annotated[Names, AfterValidator(_known)]
 
 
 class Strict(BaseModel):
@@ -64,8 +94,6 @@ class ObjectiveConfig(Strict):
 
     def build(self) -> Objective:
         """Return the objective itself."""
-        from funcprobe.objectives.by_name import objective
-
         return objective(self.name, **self.model_dump(exclude={"name"}))
 
 
@@ -78,8 +106,6 @@ class VariantConfig(ObjectiveConfig):
     @model_validator(mode="before")
     @classmethod
     def _with_defaults(cls, values: Any) -> Any:
-        from funcprobe.objectives.by_name import options_of
-
         if not isinstance(values, dict):
             return values
         options = options_of(cls.model_fields["name"].default, values.get("base", "grpo"))
@@ -90,58 +116,25 @@ class VariantConfig(ObjectiveConfig):
         return {k: v for k, v in serialise(self).items() if k == "name" or k in self.model_fields_set}
 
 
-class ObservableConfig(Strict):
-    """A member of the entropy family."""
-
-    def build(self) -> Observable:
-        """Return the estimator itself."""
-        from funcprobe.estimators.observables import entropy
-
-        return entropy(**self.model_dump())
-
-    integrand: Literal["rao_blackwell", "surprisal"] = key(
-        "rao_blackwell",
-        "rao_blackwell or surprisal",
-        "rao_blackwell or surprisal: entropy of each distribution, or −log p",
-    )
-    weighting: Literal["per_decision", "sequence"] = key(
-        "per_decision", "per_decision or sequence", "per_decision or sequence: how importance weights multiply"
-    )
-    per: Literal["token", "sequence"] = key("token", "token or sequence", "token or sequence: nats per which")
-    proposal: Literal["anchor", "sampler"] = key(
-        "anchor", "anchor or sampler", "anchor or sampler: weigh against recomputed log-probs, or the sampler's"
-    )
-    control_variate: bool = key(False, "true or false", "subtract the mean of a prompt's other rollouts")
-
-
-def further(name: str) -> Observable:
-    """Return the observable of that name."""
-    from funcprobe.estimators.divergence import kl
-    from funcprobe.estimators.returns import expected_reward, mean_length
-
-    factories: dict[str, Callable[[], Observable]] = {
-        "reward": expected_reward,
-        "kl": kl,
-        "kl_before": functools.partial(kl, "before"),
-        "length": mean_length,
-    }
-    return factories[name]()
-
-
-@functools.cache
 def objective_model(name: str) -> type[ObjectiveConfig]:
     """Return the model of the objective of that name: the parameters of its factory, with their types and defaults.
 
     Raises:
-        ConfigError: If there is no such objective.
+        ConfigError: If there is no such objective, several have the name, or another package's cannot be loaded.
     """
-    from funcprobe.objectives.by_name import BASES, OBJECTIVES, VARIANTS
-
-    if name not in OBJECTIVES:
-        near = next(iter(difflib.get_close_matches(name, OBJECTIVES, n=1)), None)
+    if name not in (known := objective_names()):
+        near = next(iter(difflib.get_close_matches(name, known, n=1)), None)
         meant = "" if near is None else f" (did you mean {near}?)"
-        raise ConfigError(f"objective.name: found {name!r}, expected one of {', '.join(OBJECTIVES)}{meant}")
-    options = _fields(OBJECTIVES[name])
+        raise ConfigError(f"objective.name: found {name!r}, expected one of {', '.join(known)}{meant}")
+    try:
+        return _model_of(name, factory_of(name))
+    except InputError as error:
+        raise ConfigError(f"objective.name: {str(error).rstrip('.')}") from None
+
+
+@functools.cache
+def _model_of(name: str, factory: Callable[..., Any]) -> type[ObjectiveConfig]:
+    options = _fields(factory)
     if name not in VARIANTS:
         return create_model(f"{name}_config", __base__=ObjectiveConfig, name=(str, name), **options)
     # where types differ the first one stands: epsilon_high may be none, but for cispo, which says so itself
@@ -150,14 +143,67 @@ def objective_model(name: str) -> type[ObjectiveConfig]:
     return create_model(f"{name}_config", __base__=VariantConfig, name=(str, name), **options)
 
 
-def _fields(factory: Callable[..., Any], *, unset: bool = False) -> dict[str, Any]:
+#: What the options of `entropy` mean; names, types and defaults are its own.
+_MEANING = {
+    "integrand": "rao_blackwell or surprisal: entropy of each distribution, or −log p",
+    "weighting": "per_decision or sequence: how importance weights multiply",
+    "per": "token or sequence: nats per which",
+    "proposal": "anchor or sampler: weigh against recomputed log-probs, or the sampler's",
+    "control_variate": "subtract the mean of a prompt's other rollouts",
+}
+
+
+def observable_model() -> type[Strict]:
+    """Return the model of a member of the entropy family: the parameters of `entropy`, with types and defaults."""
+    return create_model("ObservableConfig", __base__=Strict, **_fields(entropy, meaning=_MEANING))
+
+
+#: Options of a measurement that a configuration has no key for: `keep_scores` keeps tensors in memory, not on disk.
+_NO_KEY = ("keep_scores",)
+
+#: Options of a measurement that have a key.
+MEASURING = tuple(f.name for f in dataclasses.fields(Options) if f.name not in _NO_KEY)
+
+
+def option_fields() -> dict[str, Any]:
+    """Return a field for every option of a measurement; how batches are cut has two keys of its own."""
+    return {name: option(name) for name in MEASURING if name != "microbatch"}
+
+
+def option(name: str) -> tuple[Any, Any]:
+    """Return type and field of an option of a measurement, with the default and the words that `Options` gives it."""
+    (found,) = (f for f in dataclasses.fields(Options) if f.name == name)
+    words = found.metadata
+    return get_type_hints(Options)[name], key(found.default, words["expected"], words["meaning"], **words["limits"])
+
+
+def default_of(name: str) -> Any:
+    """Return the default of an option of a measurement."""
+    return next(f.default for f in dataclasses.fields(Options) if f.name == name)
+
+
+def _fields(
+    factory: Callable[..., Any], *, unset: bool = False, meaning: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return a field for every option of a factory, with its default or, `unset`, with None."""
     hints = get_type_hints(factory)
-    return {
-        option: (hints[option], key(None if unset else parameter.default, _EXPECTED[hints[option]], ""))
-        for option, parameter in inspect.signature(factory).parameters.items()
-        if option != "base" and parameter.kind is not parameter.VAR_KEYWORD
-    }
+    fields = {}
+    for name, parameter in inspect.signature(factory).parameters.items():
+        if name == "base" or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        hint = hints.get(name, Any)
+        words = _words(hint)
+        default = None if unset else ... if parameter.default is parameter.empty else parameter.default
+        fields[name] = (Any if words is None else hint, key(default, words or "a value", (meaning or {}).get(name, "")))
+    return fields
+
+
+def _words(hint: Any) -> str | None:
+    """Return what a value of that type is called; None for a type that a configuration cannot hold."""
+    if get_origin(hint) is not Literal:
+        return _EXPECTED.get(hint) if isinstance(hint, Hashable) else None
+    *others, last = map(str, get_args(hint))
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 _EXPECTED: dict[Any, str] = {

@@ -24,6 +24,7 @@ ALSO_CALLED = {
     "per_device_train_batch_size": "microbatch",
     "torch_dtype": "dtype",
     "overwrite": "force",
+    "update": "batch",
 }
 
 

@@ -17,27 +17,19 @@ from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import check_absent
 from funcprobe.data.files import read_metadata, read_rollouts
 from funcprobe.data.rollouts import to_device
-from funcprobe.errors import ConfigError, FuncprobeWarning, InputError
+from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
+from funcprobe.measurement.update import Update
 from funcprobe.policy.devices import device_of
 from funcprobe.report.figures import new_axes
-from funcprobe.training.step import Step, make_step
-from funcprobe.types import OptState, Params, Rollouts
+from funcprobe.types import Rollouts
 
 
 class Prepared(NamedTuple):
     """What a configuration names, loaded and checked."""
 
-    step: Step
-    params: Params
-    opt_state: OptState
-    evaluation: Rollouts
-    update: Rollouts
+    update: Update  #: the step on U that is about to be taken
+    evaluation: Rollouts  #: E
     tokenizer: Any  #: of the checkpoint; None where it has none
-
-    @property
-    def given(self) -> tuple[Step, Params, OptState, Rollouts, Rollouts]:
-        """Everything but the tokenizer, in the order in which a probe, a sweep and an attribution take it."""
-        return self.step, self.params, self.opt_state, self.evaluation, self.update
 
 
 def prepared(config: Config, bars: Bars) -> Prepared:
@@ -50,13 +42,13 @@ def prepared(config: Config, bars: Bars) -> Prepared:
     bars.phase("loading the checkpoint")
     checkpoint = _checkpoint(config)
     bars.phase("reading the rollouts")
-    evaluation, update = (_rollouts(path, checkpoint) for path in (config.evaluation, config.update))
+    evaluation, batch = (_rollouts(path, checkpoint) for path in (config.evaluation, config.batch))
     _check_fields(config, evaluation)
-    assert checkpoint.optimizer is not None  # `resolved` has seen to it
-    assert checkpoint.opt_state is not None
-    policy, objective = checkpoint.policy, config.objective.build()
-    step = make_step(policy, objective, checkpoint.optimizer, config.max_grad_norm, config.microbatching)
-    return Prepared(step, checkpoint.params, checkpoint.opt_state, evaluation, update, checkpoint.tokenizer)
+    update = checkpoint.update(
+        config.objective.build(), batch, max_grad_norm=config.max_grad_norm, microbatch=config.microbatching
+    )
+    bars.phase("gradient on U")
+    return Prepared(update, evaluation, checkpoint.tokenizer)
 
 
 def check_output(output: Path, written: Collection[str], *, force: bool) -> None:
@@ -96,7 +88,7 @@ def resolved(config: Config) -> Config:
             "optimizer: none leaves no step to measure; use auto for the saved optimizer state, or fresh with an lr."
         )
     new_axes()  # a missing matplotlib is found out now, not after the run
-    for path in (config.evaluation, config.update):
+    for path in (config.evaluation, config.batch):
         read_metadata(path)
     return config.model_copy(update={"device": device_of(config.device)})
 
@@ -143,18 +135,19 @@ def memory_advice(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[str]]:
-    """Yield a list that fills, when the block ends, with what funcprobe warned of; other warnings pass through."""
-    said: list[str] = []
+def collected_warnings() -> Iterator[list[Note]]:
+    """Yield a list that fills with everything that funcprobe warns of in the block; other warnings pass through."""
+    collected: list[Note] = []
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def collect(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
             if issubclass(category, FuncprobeWarning):
-                said.append(str(message))
+                text = message.args[0] if isinstance(message, Warning) and message.args else message
+                collected.append(text if isinstance(text, Note) else Note("input", str(text)))
             else:
                 show(message, category, *where, **more)  # type: ignore[arg-type]
 
         warnings.showwarning = collect
         warnings.simplefilter("always", FuncprobeWarning)
-        yield said
+        yield collected

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from funcprobe.checkpoints import load_checkpoint
+from funcprobe.cli.command import PlainCommand
+from funcprobe.cli.options import Argument, Option
 from funcprobe.cli.prepare import device_of
 from funcprobe.cli.progress import Bars
 from funcprobe.cli.prompts import read_prompts
@@ -18,8 +20,24 @@ from funcprobe.errors import InputError
 from funcprobe.policy.sampling import Reward, load_reward, sample
 from funcprobe.types import Rollouts
 
+DESCRIPTION = """\
+Draw rollouts of a checkpoint for a file of prompts, and write them with the
+sampler's log-probabilities and rewards, ready for `funcprobe run`. A completion
+ends with any end token of the checkpoint: those of its generation_config.json,
+and the tokenizer's."""
 
-def sample_command(options: argparse.Namespace) -> Rollouts:
+EPILOG = """\
+example:
+  funcprobe sample outputs/checkpoint-500 prompts.txt --temperature 1 \\
+      --group-size 8 --reward my_rewards:exact_match --output evaluation.parquet
+
+A prompt that is a list of chat messages, [{"role": "user", "content": "..."}], goes
+through the chat template of the checkpoint's own tokenizer (tokenizer_config.json
+or chat_template.jinja), which opens the assistant's turn. Text is encoded as it
+stands, and prompt_ids are taken as they are."""
+
+
+def _call(options: Namespace) -> None:
     """Draw rollouts as the options say, write them, and print one line about them.
 
     Raises:
@@ -55,7 +73,6 @@ def sample_command(options: argparse.Namespace) -> Rollouts:
         )
     write_rollouts(output, drawn, tokenizer_id=getattr(tokenizer, "name_or_path", None), overwrite=options.force)
     print(_line(drawn, output))
-    return drawn
 
 
 def _line(drawn: Rollouts, output: Path) -> str:
@@ -64,7 +81,7 @@ def _line(drawn: Rollouts, output: Path) -> str:
     return f"{rows} rollouts, {tokens} tokens{mean}: {output}"
 
 
-def _check_numbers(options: argparse.Namespace) -> None:
+def _check_numbers(options: Namespace) -> None:
     """Find out before anything is loaded what `sample` would refuse after it.
 
     Raises:
@@ -94,3 +111,28 @@ def _guarded(reward: Reward, name: str) -> Reward:
             raise InputError(f"The reward function '{name}' failed: {type(error).__name__}: {error}") from error
 
     return guarded
+
+
+COMMAND = PlainCommand(
+    name="sample",
+    description=DESCRIPTION,
+    call=_call,
+    arguments=(
+        Argument("checkpoint", "CHECKPOINT", "Hugging Face or TRL folder"),
+        Argument("prompts", "PROMPTS", ".txt (a line each), .jsonl or .parquet (prompt or prompt_ids)"),
+    ),
+    options=(
+        Option("temperature", "T", "run scores at this temperature too", read=float, required=True),
+        Option("output", "FILE", "the .parquet or .jsonl file to write", required=True),
+        Option("max-new-tokens", "N", "longest completion", default=256, read=int),
+        Option("group-size", "N", "completions a prompt", default=1, read=int),
+        Option("seed", "N", "of the draws", default=0, read=int),
+        Option("reward", "MODULE:FUNCTION", "reward(prompts=, completions=) -> a number a completion"),
+        Option("batch-size", "N", "completions decoded together", default=64, read=int),
+        Option("base-model", "PATH", "base of an adapter (default: as the adapter names it)"),
+        Option("dtype", "DTYPE", "what the weights are loaded as", default="float32"),
+        Option("device", "DEVICE", "auto, cpu, cuda or cuda:N", default="auto"),
+        Option("force", "", "replace FILE if it exists", default=False, flag=True),
+    ),
+    epilog=EPILOG,
+)

@@ -101,11 +101,7 @@ def _cut(
 
 
 def configured(batch: Batch, settings: Settings, sequence_processor: Any, module: nn.Module) -> Rollouts:
-    """Return a batch as rollouts, with the temperature and the end tokens of a configuration.
-
-    Raises:
-        InputError: As `to_rollouts`.
-    """
+    """Return a batch as rollouts, with the temperature and the end tokens of a configuration."""
     end = settings.end_tokens(sequence_processor, unwrapped(module))
     return to_rollouts(batch, settings.temperature(sequence_processor), end)
 

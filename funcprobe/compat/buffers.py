@@ -80,11 +80,7 @@ def by_name(buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: l
 
 
 def by_id(buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: logging.Logger = log) -> dict[int, Tensor]:
-    """Return the buffer keyed by `id(parameter)`, in the module's order; see `by_name`.
-
-    Raises:
-        InputError: As `by_name` does.
-    """
+    """Return the buffer keyed by `id(parameter)`, in the module's order; see `by_name`."""
     known = leaves(module)
     return {id(known[n]): x for n, x in by_name(buffer, module, strict=strict, logger=logger).items()}
 

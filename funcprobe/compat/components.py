@@ -17,7 +17,7 @@ from funcprobe.compat import buffers
 from funcprobe.compat.batches import Batch, configured, for_the_loss, prompts_in, rows_of_prompts
 from funcprobe.compat.buffers import Buffer
 from funcprobe.compat.entropy_is import logged
-from funcprobe.compat.settings import Settings
+from funcprobe.compat.settings import COUNT, Settings
 from funcprobe.errors import InputError
 from funcprobe.measurement.update import Update
 from funcprobe.optimizers.closed_form import PureOptimizer
@@ -99,19 +99,11 @@ class ProbeComponents:
         }
 
     def coerce_buffer_to_id_keys(self, buf: Buffer, *, strict: bool = True) -> dict[int, Tensor]:
-        """Return a buffer keyed by name or id as one keyed by `id(parameter)`; see `buffers.by_id`.
-
-        Raises:
-            InputError: If it does not fit the module.
-        """
+        """Return a buffer keyed by name or id as one keyed by `id(parameter)`; see `buffers.by_name` for refusals."""
         return buffers.by_id(buf, self.model, strict=strict, logger=self.logger)
 
     def dot_param_buffers(self, a: Buffer, b: Buffer) -> float:
-        """Return ⟨a, b⟩ in float64; both hold every trainable leaf, by name or by id.
-
-        Raises:
-            InputError: If one of them does not.
-        """
+        """Return ⟨a, b⟩ in float64; both have to hold every trainable leaf, by name or by id."""
         left, right = (buffers.by_name(x, self.model, logger=self.logger) for x in (a, b))
         return float(tree.dot(left, {name: x.to(left[name].device) for name, x in right.items()}))
 
@@ -208,7 +200,8 @@ def _preconditioned(update: Update, preconditioner: Preconditioner | None) -> Pa
 
 
 def _check(mb_size_prompts: int, weighting_mode: str, preconditioner: object) -> None:
-    Settings({"computation_options": {"mb_size_prompts": mb_size_prompts}}).check()
+    if not COUNT.fits(mb_size_prompts):
+        raise InputError(f"mb_size_prompts is {mb_size_prompts!r}; expected {COUNT.expected}.")
     if weighting_mode != "dr_grpo":
         raise InputError(
             f"weighting_mode is {weighting_mode!r}; expected 'dr_grpo'. δH₁ is the derivative of the measured entropy "

@@ -124,6 +124,7 @@ class DeltaEntropyIS:
 
     def _numbers(self, found: ProbeResult, settings: Settings) -> dict[str, Any]:
         whole, per_token = (found.readings[per] for per in ("sequence", "token"))
+        is_wanted = settings.get("true_delta_h.return_param_update_buf", True)
         assert found.delta is not None  # asked for with keep_delta
         self.logger.info("[GT] H_orig=%.6f, H_upd=%.6f nats per sequence", whole.before, whole.after)
         tokens = {"H_orig_tok": per_token.before, "H_upd_tok": per_token.after, "deltaH_true_tok": per_token.change}
@@ -132,9 +133,7 @@ class DeltaEntropyIS:
             "H_upd": whole.after,
             "deltaH_true": whole.change,
             **(tokens if settings.get("true_delta_h.report_per_token") else {}),
-            "param_update_buf_named": found.delta
-            if settings.get("true_delta_h.return_param_update_buf", True)
-            else None,
+            "param_update_buf_named": found.delta if is_wanted else None,
             "param_update_l2": float(tree.norm(found.delta)),
             "learning_rate_used": found.lr,
             "diagnostics": {

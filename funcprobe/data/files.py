@@ -1,7 +1,8 @@
 """Rollouts to and from files: parquet (`.parquet`) and JSONL (`.jsonl`), the columns of `schema`, one row per sequence.
 
 Reading what was written gives the same rollouts, every float64 bit included. A file appears under its name only when it
-is complete, and an existing one is never replaced unless that is asked for.
+is complete, and an existing one is never replaced unless that is asked for. Files of other suffixes are read by readers
+that other packages bring (`plugins`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from funcprobe import plugins
 from funcprobe.data.jsonl import read_jsonl, read_jsonl_metadata, write_jsonl
 from funcprobe.data.parquet import read_parquet, read_parquet_metadata, write_parquet
 from funcprobe.data.ragged import Array, Ragged, columns, ragged_from_dense
 from funcprobe.data.rollouts import rollouts_from_ragged
 from funcprobe.data.schema import SCHEMA_VERSION, Columns, Table
+from funcprobe.data.slicing import take
 from funcprobe.data.validation import LOGP_FIELDS, validate
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.types import Rollouts
@@ -34,6 +37,7 @@ class _Format(NamedTuple):
     write: Callable[[Path, Columns, dict[str, Any]], None]
 
 
+#: funcprobe's own formats by suffix; other packages add readers by an entry point in `funcprobe.readers`.
 FORMATS = {
     ".parquet": _Format(read_parquet, read_parquet_metadata, write_parquet),
     ".jsonl": _Format(read_jsonl, read_jsonl_metadata, write_jsonl),
@@ -43,6 +47,7 @@ FORMATS = {
 def read_rollouts(path: str | os.PathLike[str], *, step: int | None = None, vocab_size: int | None = None) -> Rollouts:
     """Return the rollouts of a file, validated; with `step` those of that training step only.
 
+    A suffix other than `.parquet` and `.jsonl` is read by the package that brings a reader for it, if there is one.
     Columns that funcprobe does not know are passed over with a warning that names them; rows sampled with top_p < 1 or
     top_k > 0 give a warning as well.
 
@@ -51,15 +56,19 @@ def read_rollouts(path: str | os.PathLike[str], *, step: int | None = None, voca
             a column, has a column of the wrong type, has no row of that step, or fails `validate`.
         MissingExtraError: If a parquet file is read without pyarrow.
     """
-    path = Path(path)
+    path, unknown = Path(path), list[str]()
     try:
-        table = _format(path).read(_existing(path))
-        rollouts = _rollouts(table if step is None else _rows_of_step(table, step), vocab_size)
+        found = _reader(path)(_existing(path))
+        if isinstance(found, Table):
+            unknown = found.unknown
+            rollouts = _rollouts(found if step is None else _rows_of_step(found, step), vocab_size)
+        else:
+            rollouts = _checked(path, found, step, vocab_size)
     except InputError as error:
         raise InputError(_located(path, step, error)) from None
-    if table.unknown:
+    if unknown:
         warnings.warn(
-            f"{path}: the columns {', '.join(table.unknown)} are not rollout columns and were not read.",
+            f"{path}: the columns {', '.join(unknown)} are not rollout columns and were not read.",
             FuncprobeWarning,
             stacklevel=2,
         )
@@ -104,7 +113,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        return _format(path).read_metadata(_existing(path))
+        reader = _reader(path)
+        own = next((format for format in FORMATS.values() if format.read is reader), None)
+        found = _existing(path)
+        return {"schema_version": None, "tokenizer": None} if own is None else own.read_metadata(found)
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
 
@@ -113,6 +125,35 @@ def _format(path: Path) -> _Format:
     if path.suffix not in FORMATS:
         raise InputError(f"the extension '{path.suffix}' is not known; expected {' or '.join(FORMATS)}.")
     return FORMATS[path.suffix]
+
+
+def _reader(path: Path) -> Callable[[Path], Table | Rollouts]:
+    """Return the function that reads files of that suffix, funcprobe's own or another package's.
+
+    Raises:
+        InputError: If there is none.
+    """
+    own = {suffix.removeprefix("."): format.read for suffix, format in FORMATS.items()}
+    reader = plugins.find("reader", path.suffix.removeprefix("."), own)
+    if reader is None:
+        known = " or ".join(f".{name}" for name in plugins.names("reader", own))
+        raise InputError(f"the extension '{path.suffix}' is not known; expected {known}.")
+    return reader
+
+
+def _checked(path: Path, found: object, step: int | None, vocab_size: int | None) -> Rollouts:
+    """Return the rollouts that another package read, those of one step alone where one is named.
+
+    Raises:
+        InputError: If it read something else.
+    """
+    if not isinstance(found, Rollouts):
+        error = plugins.wrong("reader", path.suffix.removeprefix("."), found)
+        raise error
+    if step is not None:
+        steps = None if found.step is None else found.step.cpu().numpy()
+        found = take(found, np.flatnonzero(_of_step(steps, step)).tolist())
+    return validate(found, vocab_size)
 
 
 def _existing(path: Path) -> Path:
@@ -162,14 +203,24 @@ def _rollouts(table: Table, vocab_size: int | None) -> Rollouts:
 
 
 def _rows_of_step(table: Table, step: int) -> Table:
-    if "step" not in table.columns:
+    keep = _of_step(table.columns.get("step"), step)
+    return table._replace(columns={name: _keep(column, keep) for name, column in table.columns.items()})
+
+
+def _of_step(steps: Any, step: int) -> Array:
+    """Return which rows were drawn at that step.
+
+    Raises:
+        InputError: If there is none.
+    """
+    if steps is None:
         raise InputError(f"step {step} was asked for, but the file has no column 'step'.")
-    steps = np.asarray(table.columns["step"])
-    keep = steps == step
+    steps = np.asarray(steps)
+    keep: Array = steps == step
     if not keep.any():
         known = np.unique(steps)
         raise InputError(f"no row is of step {step}; the file has {len(known)} steps from {known[0]} to {known[-1]}.")
-    return table._replace(columns={name: _keep(column, keep) for name, column in table.columns.items()})
+    return keep
 
 
 def _keep(column: Ragged | Array, keep: Array) -> Ragged | Array:

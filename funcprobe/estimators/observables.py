@@ -20,10 +20,11 @@ from torch import Tensor
 from funcprobe.errors import InputError
 from funcprobe.estimators.control_variate import controlled_sum
 from funcprobe.estimators.importance import log_ratios, prefix_weights, sequence_weights
-from funcprobe.types import Proposal, Rollouts, Statistic, TokenScores, Weighting
+from funcprobe.types import Proposal, Rollouts, Statistic, TokenScores
 
 Integrand = Literal["rao_blackwell", "surprisal"]
 Per = Literal["token", "sequence"]
+Multiplied = Literal["per_decision", "sequence"]  #: an entropy is always weighted; `Weighting` has "none" as well
 
 _CHOICES = {
     "integrand": ("rao_blackwell", "surprisal"),
@@ -38,7 +39,7 @@ class Entropy:
     """One member of the entropy family, as a function of scores; see `entropy`."""
 
     integrand: Integrand = "rao_blackwell"
-    weighting: Weighting = "per_decision"
+    weighting: Multiplied = "per_decision"
     per: Per = "token"
     proposal: Proposal = "anchor"
     control_variate: bool = False
@@ -94,7 +95,7 @@ class Entropy:
 
 def entropy(
     integrand: Integrand = "rao_blackwell",
-    weighting: Weighting = "per_decision",
+    weighting: Multiplied = "per_decision",
     per: Per = "token",
     proposal: Proposal = "anchor",
     *,

@@ -1,125 +1,68 @@
-"""The figure of a result."""
+"""Every figure of a result, by the name under which its blocks list it; drawn by the functions that stand beside."""
 
 from __future__ import annotations
 
-import math
 import os
-from typing import TYPE_CHECKING, NamedTuple
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from funcprobe.report.canvas import legend_outside, new_axes, write
-from funcprobe.report.terminal import WORDS
-from funcprobe.results.probe import ProbeResult
+from funcprobe.errors import InputError
+from funcprobe.report.canvas import write
+from funcprobe.report.change_by_lr import plot_remainder, plot_sweep
+from funcprobe.report.compared_updates import plot_comparison
+from funcprobe.report.contributions import plot_kinds, plot_layers, plot_movers
+from funcprobe.report.influence_matrix import plot_influence
+from funcprobe.report.measured_vs_predicted import plot_measured_vs_predicted
+from funcprobe.results.blocks import Figure
+from funcprobe.results.result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Dark and light, so that the two normalisations differ in grey as well.
-_COLOURS = {"token": "#1b2a49", "sequence": "#e08a1e"}
-_MARKERS = {"rao_blackwell": "o", "surprisal": "s"}
+#: How a figure is drawn: of (result, name of an observable or None).
+_DRAWN: Mapping[str, Callable[[Any, str | None], Axes]] = {
+    "measured_vs_predicted": lambda probe, _: plot_measured_vs_predicted(probe),
+    "sweep": plot_sweep,
+    "remainder": plot_remainder,
+    "comparison": plot_comparison,
+    "differences": lambda comparison, of: plot_comparison(comparison, of, differences=True),
+    "layers": lambda attribution, _: plot_layers(attribution),
+    "kinds": lambda attribution, _: plot_kinds(attribution),
+    "tokens": lambda attribution, _: plot_movers(attribution, "tokens"),
+    "prompts": lambda attribution, _: plot_movers(attribution, "prompts"),
+    "influence": lambda attribution, _: plot_influence(attribution),
+}
 
 
-class Point(NamedTuple):
-    """One estimator in the figure: both changes as a fraction of |F(θ)|."""
+def draw(result: Result, figure: Figure) -> Axes:
+    """Draw one of the figures among a result's blocks.
 
-    name: str
-    measured: float
-    predicted: float
+    Raises:
+        InputError: If no figure has that name.
+        MissingExtraError: If matplotlib is not installed.
+    """
+    if figure.name not in _DRAWN:
+        raise InputError(f"There is no figure '{figure.name}'; the figures are {', '.join(_DRAWN)}.")
+    return _DRAWN[figure.name](result, figure.of)
 
 
-def plot_measured_vs_predicted(result: ProbeResult, ax: Axes | None = None) -> Axes:
-    """Draw measured ΔF against predicted δF₁ for every estimator of the result; on the dashed line the step is linear.
+def save_figures(result: Result, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write every figure of a result as `NAME.png` into a folder, of further observables `NAME-OBSERVABLE.png`.
 
-    Nats per token and nats per sequence do not share a scale, so both axes show the change relative to the same
-    estimator's |F(θ)|, in percent or, far from that, in a power of ten. The estimator that was asked for is ringed, and
-    the title gives its values in its own unit. Members without a first order (all others in reverse mode) are left out.
+    In OBSERVABLE, what is no letter, digit, dot, dash or underscore becomes a dash.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
     """
-    ax = new_axes() if ax is None else ax
-    main, others = points(result)
-    shown = [*others, main]
-    scale, unit = _scale(max(max(abs(p.measured), abs(p.predicted)) for p in shown))
-    low, high = _limits([c * scale for p in shown for c in (p.measured, p.predicted)])
-    ax.plot([low, high], [low, high], "--", color="0.45", linewidth=1, zorder=1, label="linear: ΔF = δF₁")
-    for place in (ax.axhline, ax.axvline):
-        place(0, color="0.85", linewidth=0.8, zorder=0)
-    _draw(ax, main, scale, ringed=True)
-    for p in others:
-        _draw(ax, p, scale, ringed=False)
-    ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
-    ax.set_xlabel(f"predicted δF₁, {unit} |F(θ)|")
-    ax.set_ylabel(f"measured ΔF, {unit} |F(θ)|")
-    values = f"ΔF = {result.change:+.3e}, δF₁ = {result.first_order:+.3e} {result.unit}".replace("-", "−")
-    ax.set_title(f"One step at lr {result.lr:g}\n{values}", fontsize=10, loc="left")
-    legend_outside(ax)
-    return ax
-
-
-def save_figure(result: ProbeResult, path: str | os.PathLike[str]) -> None:
-    """Write `plot_measured_vs_predicted` to an image file, in the format of its extension.
-
-    Raises:
-        MissingExtraError: If matplotlib is not installed.
-    """
-    write(plot_measured_vs_predicted(result), path)
-
-
-def points(result: ProbeResult) -> tuple[Point, list[Point]]:
-    """Return the estimator that was asked for, and the other members of the family that have a first order."""
-    main = _point(result.observable, result.change, result.first_order, result.before)
-    twin = result.family.get(result.observable)
-    same = twin is not None and twin.change == result.change
-    return main, [
-        _point(name, e.change, e.first_order, e.before)
-        for name, e in result.family.items()
-        if e.first_order is not None and not (same and name == result.observable)
-    ]
-
-
-def _point(name: str, change: float, first_order: float, before: float) -> Point:
-    scale = abs(before) or 1.0
-    return Point(name, change / scale, first_order / scale)
-
-
-def _draw(ax: Axes, point: Point, scale: float, *, ringed: bool) -> None:
-    integrand, weighting, per = (*point.name.split("/"), "", "")[:3]
-    colour = _COLOURS.get(per, "black")
-    x, y = point.predicted * scale, point.measured * scale
-    if ringed:
-        ax.plot([x], [y], "o", markersize=19, markerfacecolor="none", markeredgecolor=colour, zorder=5)
-    ax.plot(
-        [x],
-        [y],
-        _MARKERS.get(integrand, "D"),
-        color=colour,
-        markerfacecolor="white" if weighting == "sequence" else colour,
-        markeredgewidth=1.4,
-        markersize=10 if per == "sequence" else 6,  # of two that coincide, the smaller lies on top
-        linestyle="none",
-        zorder=2 if per == "sequence" else 3,
-        label=_label(point.name) + (" (ringed)" if ringed else ""),
-    )
-
-
-def _label(name: str) -> str:
-    integrand, *rest = name.split("/")
-    if len(rest) < 2:
-        return name
-    proposal = f", against the {rest[2]}" if len(rest) > 2 else ""
-    return f"{WORDS.get(integrand, integrand)}, {WORDS.get(rest[0], rest[0])}, per {rest[1]}{proposal}"
-
-
-def _scale(largest: float) -> tuple[float, str]:
-    """Return what fractions are multiplied by, and how an axis names that unit."""
-    if largest == 0 or 1e-4 <= largest < 10:
-        return 100.0, "% of"
-    exponent = math.floor(math.log10(largest))
-    return 10.0**-exponent, f"10$^{{{exponent}}}$"
-
-
-def _limits(values: list[float]) -> tuple[float, float]:
-    """Return limits shared by both axes, holding every value and the origin, with a margin."""
-    low, high = min(0.0, *values), max(0.0, *values)
-    margin = 0.12 * (high - low) or 1.0
-    return low - margin, high + margin
+    paths: list[Path] = []
+    for block in result.blocks():
+        if not isinstance(block, Figure):
+            continue
+        stem = block.name if block.of is None else re.sub(r"[^\w.-]+", "-", f"{block.name}-{block.of}")
+        while Path(folder) / f"{stem}.png" in paths:  # two names that differ only in what a file name does not take
+            stem += "-"
+        paths.append(Path(folder) / f"{stem}.png")
+        write(draw(result, block), paths[-1])
+    return paths

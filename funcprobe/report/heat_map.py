@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from funcprobe.errors import InputError, missing_extra
 from funcprobe.report.heat_map_page import Page, page_of, signed
-from funcprobe.results.attribution import Attribution, Batch
+from funcprobe.results.parts import Batch, Parts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 LIMIT = 300_000
 
 
-def heat_map(
-    attribution: Attribution, path: str | os.PathLike[str], of: Batch = "update", *, limit: int = LIMIT
-) -> Path:
+def heat_map(attribution: Parts, path: str | os.PathLike[str], of: Batch = "batch", *, limit: int = LIMIT) -> Path:
     """Write a page of the tokens of U, or of E with `of="evaluation"`, and return its path; a file there is replaced.
 
     Tokens that raise the observable are orange with a line above, those that lower it blue with a line below, in
@@ -35,8 +33,8 @@ def heat_map(
         InputError: If there is no such batch, the limit is below 1, or there is no folder for the page.
         MissingExtraError: If jinja2 is not installed.
     """
-    if of not in ("update", "evaluation"):
-        raise InputError(f"Unknown batch {of!r}; expected 'update' (U) or 'evaluation' (E).")
+    if of not in ("batch", "evaluation"):
+        raise InputError(f"Unknown batch {of!r}; expected 'batch' (U) or 'evaluation' (E).")
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise InputError(f"limit is {limit!r}; expected a whole number of tokens, at least 1.")
     path = Path(path)

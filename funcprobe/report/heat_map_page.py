@@ -14,9 +14,9 @@ from funcprobe.attribution.decoding import shown
 from funcprobe.attribution.token_parts import TokenParts
 from funcprobe.attribution.token_tables import Columns, completion_ids, prompt_columns, sequence_columns, token_columns
 from funcprobe.report.colour_classes import LegendRow, class_name, classes_of
-from funcprobe.report.terminal import headline
-from funcprobe.results.attribution import Attribution, Batch
 from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
+from funcprobe.results.parts import Batch, Parts
+from funcprobe.results.probe_words import headline_of, named
 from funcprobe.results.visible_text import visible
 
 
@@ -66,23 +66,23 @@ class Page(NamedTuple):
     data: dict[str, Any]  #: of every token, for the script: packed columns
 
 
-def page_of(attribution: Attribution, of: Batch, limit: int) -> Page:
+def page_of(attribution: Parts, of: Batch, limit: int) -> Page:
     """Return the page of a batch: prompts and their sequences with the largest |contribution| first."""
     parts: TokenParts = getattr(attribution, of)
     tokens, sequences = token_columns(parts, None), sequence_columns(parts, None)
-    kept = _kept(sequences, limit)
-    letter = "U" if of == "update" else "E"
+    kept, probe = _kept(sequences, limit), attribution.probe
+    letter = "U" if of == "batch" else "E"
     classes = classes_of(tokens["contribution"])
     return Page(
         title=f"Which tokens of {letter} moved {_what(attribution)}",
-        lead=headline(attribution.result),
+        lead=headline_of(probe.outcome, probe.provenance, probe.family),
         of=letter,
         unit=attribution.unit,
         notes=_notes(attribution, of),
         ledger=[*ledger_rows(attribution), *_ways(attribution, of)],
         legend=classes.legend(tokens["contribution"]),
         omitted=_omitted(sequences, kept),
-        warnings=attribution.result.warnings,
+        warnings=probe.warnings,
         prompts=_prompts(attribution, parts, sequences, kept, classes.of(parts.total.numpy())),
         data=_data(attribution, tokens, sequences, kept),
     )
@@ -120,7 +120,7 @@ def _omitted(sequences: Columns, kept: NDArray[np.int64]) -> str:
 
 
 def _prompts(
-    attribution: Attribution, parts: TokenParts, sequences: Columns, kept: NDArray[np.int64], colours: NDArray[np.int64]
+    attribution: Parts, parts: TokenParts, sequences: Columns, kept: NDArray[np.int64], colours: NDArray[np.int64]
 ) -> list[PromptView]:
     """Return the prompts, largest |sum| first, each with its sequences that are shown, likewise."""
     table, whole = prompt_columns(parts, None), attribution.first_order
@@ -204,22 +204,21 @@ def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'s' * (n != 1)}"
 
 
-def _what(attribution: Attribution) -> str:
-    result = attribution.result
-    return "the entropy" if result.observable in result.family else result.observable
+def _what(attribution: Parts) -> str:
+    return named(attribution.probe.outcome, attribution.probe.family)
 
 
-def _ways(attribution: Attribution, of: Batch) -> list[tuple[str, str]]:
+def _ways(attribution: Parts, of: Batch) -> list[tuple[str, str]]:
     return ways_rows(attribution) if of == "evaluation" else []
 
 
-def _notes(attribution: Attribution, of: Batch) -> list[tuple[str, str]]:
+def _notes(attribution: Parts, of: Batch) -> list[tuple[str, str]]:
     """Return what a reader has to know of E, U, the unit and the form."""
-    e, u = attribution.result.evaluation, attribution.result.update_batch
+    e, u = attribution.probe.evaluation, attribution.probe.batch
     what = _what(attribution)
     does = (
         f"A token here is one of U; its contribution is what its term of the loss did to {what} on E, by first order."
-        if of == "update"
+        if of == "batch"
         else f"A token here is one of E; its contribution is its part of the change of {what}, by first order."
     )
     forms = {
@@ -243,7 +242,7 @@ def _size(counts: Any) -> str:
     )
 
 
-def _data(attribution: Attribution, tokens: Columns, sequences: Columns, kept: NDArray[np.int64]) -> dict[str, Any]:
+def _data(attribution: Parts, tokens: Columns, sequences: Columns, kept: NDArray[np.int64]) -> dict[str, Any]:
     """Return the numbers of every token that is shown, in the order of the batch, packed as base64 of 4-byte words."""
     inside = np.isin(tokens["sequence"], kept)
     through = [name for name in tokens if name.startswith("through_")]

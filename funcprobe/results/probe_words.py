@@ -55,14 +55,18 @@ def blocks_of(
 def headline_of(outcome: Outcome, provenance: Provenance, family: Mapping[str, Estimate]) -> str:
     """Return the answer as a sentence or two: how far it moved, and whether first order said so."""
     main, what = outcome.main, named(outcome, family)
-    step = "The update" if outcome.lr is None else f"One step at lr {outcome.lr:g}"
     if main.change == 0:
         moved = f"leaves {what} at {main.before:.6g} {main.unit}"
     else:
         verb = "raises" if main.change > 0 else "lowers"
         share = f" ({abs(main.change / main.before):.2%})" if main.before else ""
         moved = f"{verb} {what} by {abs(main.change):.3g} {main.unit}{share}"
-    return f"{step} {moved}. {_verdict(main)}{_as_stored(main, provenance)}"
+    return f"{step_of(outcome)} {moved}. {_verdict(main)}{_as_stored(main, provenance)}"
+
+
+def step_of(outcome: Outcome) -> str:
+    """Return how a sentence or a title begins that speaks of the update."""
+    return "The update" if outcome.lr is None else f"One step at lr {outcome.lr:g}"
 
 
 def named(outcome: Outcome, family: Mapping[str, Estimate]) -> str:

@@ -15,13 +15,9 @@ import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.optimizers.groups import Group
 from funcprobe.training.response import respond
-from tests.analysis.test_compare import compared
 from tests.cases import models
-from tests.cases.probes import Case, E, U, Variant
-
-
-def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
-    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
+from tests.cases.comparing import compared
+from tests.cases.probes import Case, U, Variant, attributed
 
 
 def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> None:
@@ -92,7 +88,7 @@ def test_an_observable_without_weights_has_no_bars_of_parts_either() -> None:
 
     found = attributed(Case("two lines"), observables=plain, bars_of=["ledger", "layers"])
     assert found.bars == {}
-    assert any("no error bars of layers: the observable does not use rollouts.weight" in n for n in found.result.notes)
+    assert any("no error bars of layers: the observable does not use rollouts.weight" in n for n in found.probe.notes)
 
 
 def test_what_does_not_move_has_bars_of_nothing() -> None:
@@ -112,7 +108,7 @@ def test_an_observable_that_looks_at_its_weights_is_told_so() -> None:
 
     found = attributed(Case("two lines"), observables=curious, bars_of=["ledger"])
     assert any(
-        "no error bars of ledger: An observable looks at the values of its weights" in n for n in found.result.notes
+        "no error bars of ledger: An observable looks at the values of its weights" in n for n in found.probe.notes
     )
 
 

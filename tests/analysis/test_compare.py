@@ -13,29 +13,11 @@ import torch
 import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.results.comparison import Comparison
-from tests.cases.probes import Case, E, U, Variant, prompted, updates
+from tests.cases.comparing import compared, variants
+from tests.cases.probes import Case, E, U, Variant, updates
+from tests.cases.tables import observables
 
-OBSERVABLES = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "kl": fp.kl()}
-
-
-def variants(case: Case) -> dict[str, Any]:
-    """Return steps that differ in objective, clip range, learning rate, optimizer, clip norm and update rollouts."""
-    sgd = fp.sgd(1e-2)
-    return {
-        "grpo": case.step,
-        "a third": Variant(case.step, lr=case.optimizer.lr / 3),
-        "dapo": dataclasses.replace(case.step, objective=fp.dapo(epsilon=0.1)),
-        "entropy bonus": dataclasses.replace(case.step, objective=fp.entropy_bonus(entropy_coef=1.0)),
-        "drop negatives": dataclasses.replace(case.step, objective=fp.drop_negatives()),
-        "unclipped": dataclasses.replace(case.step, max_grad_norm=None),
-        "sgd": Variant(dataclasses.replace(case.step, optimizer=sgd), opt_state=sgd.init(case.params)),
-        "other prompts": Variant(case.step, batch=prompted(3, 4, seed=12, first=70)),
-    }
-
-
-def compared(case: Case, steps: Any = None, **options: Any) -> Comparison:
-    steps = variants(case) if steps is None else steps
-    return fp.compare(updates(steps, case.params, case.state, U), E, **options)
+OBSERVABLES = observables("entropy", "reward", "kl")
 
 
 def probed(case: Case, variant: Any, **options: Any) -> fp.ProbeResult:
@@ -64,7 +46,7 @@ def test_every_step_is_what_a_probe_of_it_says(model: str, options: dict[str, An
     for name, variant in steps.items():
         alone = probed(case, variant, **own)
         outcome = found.outcomes[name]
-        assert (outcome.lr, outcome.delta_norm) == (alone.lr, alone.delta_norm), name
+        assert (outcome.lr, outcome.delta_norm) == (alone.lr, alone.outcome.delta_norm), name
         for what, reading in alone.readings.items():
             same = found.reading(name, what)
             # one pass with several tangents, or one tangent: another order of summation in float64

@@ -22,10 +22,11 @@ from funcprobe.measurement.readings import Reading
 from funcprobe.results.sweep import SweepResult
 from tests.cases import models
 from tests.cases.probes import Case, E, Offset, U
+from tests.cases.tables import observables
 
 LRS = [1e-4, 1e-3, 1e-2]
-SEVERAL = {"entropy": fp.entropy(), "reward": fp.expected_reward(), "length": fp.mean_length(), "kl": fp.kl()}
-TWO = {"reward": fp.expected_reward(), "kl": fp.kl()}
+SEVERAL = observables("entropy", "reward", "length", "kl")
+TWO = observables("reward", "kl")
 
 
 @functools.cache
@@ -75,12 +76,12 @@ def test_a_point_is_a_probe_at_its_learning_rate(build: str, chunk: int) -> None
     result = case(build).sweep(LRS, method="difference", observables=TWO, chunk=chunk)
     assert result.lrs == tuple(LRS)
     for point, probed in zip(result.points, probes(build), strict=True):
-        assert point.delta_norm == probed.delta_norm
+        assert point.delta_norm == probed.outcome.delta_norm
         assert point.health.ess_sequence == pytest.approx(probed.health.ess_sequence, rel=1e-10)
         for name in TWO:
             assert_close(point.readings[name], probed.readings[name], 1e-5 if "lora" in build else 1e-9)
-    assert result.step == pytest.approx({k: v for k, v in probed.step.items() if k != "lr"})
-    assert (result.evaluation, result.update_batch) == (probed.evaluation, probed.update_batch)
+    assert result.info == pytest.approx(probed.outcome.info)
+    assert (result.evaluation, result.batch) == (probed.evaluation, probed.batch)
 
 
 @pytest.mark.parametrize(
@@ -329,8 +330,8 @@ def test_bad_options() -> None:
             case().sweep(lrs)
     with pytest.raises(InputError, match="tolerance is 0"):
         case().sweep(LRS, tolerance=0)
-    with pytest.raises(InputError, match="put all of them into observables"):
-        case().sweep(LRS, observables=fp.entropy(), observables=SEVERAL)
+    with pytest.raises(InputError, match="top_k can do nothing in a sweep; leave it out"):
+        case().sweep(LRS, top_k=3)
 
 
 def test_a_model_that_vmap_cannot_run_is_swept_one_by_one() -> None:

@@ -17,8 +17,9 @@ from funcprobe.data.rollouts import take
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.objectives.variants import top_entropy_quantile
 from funcprobe.types import OptimizerResult, OptState, Params
-from tests.cases.attributions import FLOAT64, LR, Stepped, holed, weighted
+from tests.cases.attributions import Stepped, holed, weighted
 from tests.cases.probes import E, U
+from tests.cases.tables import FLOAT64, LR
 from tests.oracles import attribution as oracle
 from tests.oracles import losses
 
@@ -79,7 +80,7 @@ def test_entries_are_products_of_gradients_taken_one_at_a_time(model: str) -> No
 
 
 @pytest.mark.parametrize("form", ["additive", "jacobian"])
-@pytest.mark.parametrize("model", ["two lines", "gpt2", "padding row", "qwen2, tied", "qwen2, lora"])
+@pytest.mark.parametrize("model", ["two lines", "gpt2", "padding row", "qwen2, tied, float32", "qwen2, lora, float32"])
 def test_columns_sum_to_what_the_update_sequences_contribute(model: str, form: str) -> None:
     options: dict[str, Any] = {"form": form, "evaluation": weighted(holed(E)), "update": holed(case(model).batch)}
     found = case(model).attribute(influence="sequences", **options)
@@ -108,7 +109,7 @@ def test_rows_of_prompts_are_sums_of_their_sequences() -> None:
     assert off(other.matrix, expected.flip(0)) <= EXACT
 
 
-@pytest.mark.parametrize("model", ["gpt2", "qwen2, lora"])
+@pytest.mark.parametrize("model", ["gpt2", "qwen2, lora, float32"])
 def test_how_many_rows_share_a_pass_changes_nothing(model: str) -> None:
     limit = EXACT if model in FLOAT64 else NARROW
     alone = matrix_of(case(model), chunk=1)
@@ -155,7 +156,7 @@ def test_sequences_that_change_places_take_their_rows_and_columns_along() -> Non
 
 def test_tokens_that_tie_are_picked_for_the_matrix_as_for_the_gradient() -> None:
     objective = top_entropy_quantile("grpo", top_entropy_quantile=0.35)
-    for model in ("two lines, float32", "qwen2, tied"):
+    for model in ("two lines, float32", "qwen2, tied, float32"):
         found = Stepped(model, objective, "sgd").attribute(influence="prompts")
         assert found.influence is not None
         size = float(found.influence.matrix.abs().sum())

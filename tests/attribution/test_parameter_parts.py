@@ -23,7 +23,7 @@ from funcprobe.attribution.parameter_parts import (
     rolled_up,
 )
 from tests.cases import models
-from tests.cases import scored as cases
+from tests.cases import trees as cases
 from tests.cases.attributions import Stepped
 
 BARE = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -229,7 +229,7 @@ def test_rows_sum_what_they_hold_and_leave_out_what_has_none() -> None:
     assert (row.gradient, row.momentum, row.decay) == (pytest.approx(0.1), 0.4, -0.6)
 
 
-@pytest.mark.parametrize("model", ["gpt2", "qwen2, lora"])
+@pytest.mark.parametrize("model", ["gpt2", "qwen2, lora, float32"])
 def test_tables_of_parameters_sum_to_the_whole(model: str) -> None:
     found = Stepped(model).attribute()
     whole = math.fsum(part.contribution for part in found.leaves)
@@ -245,13 +245,16 @@ def test_tables_of_parameters_sum_to_the_whole(model: str) -> None:
         assert abs(math.fsum(columns["contribution"]) - whole) <= 1e-14 * size, table
         assert sum(columns["size"]) == sum(part.size for part in found.leaves)
         norms = math.sqrt(sum(n * n for n in columns["norm"]))
-        assert norms == pytest.approx(found.result.delta_norm, rel=1e-6)
+        assert norms == pytest.approx(found.probe.outcome.delta_norm, rel=1e-6)
         for field in ("gradient", "momentum", "decay"):
             own = math.fsum(getattr(part, field) for part in found.leaves)
             assert abs(math.fsum(columns[field]) - own) <= 1e-14 * size, (table, field)
-    rows = {"gpt2": ["embedding", "layer 0", "layer 1", "final norm"], "qwen2, lora": ["layer 0", "layer 1", "head"]}
+    rows = {
+        "gpt2": ["embedding", "layer 0", "layer 1", "final norm"],
+        "qwen2, lora, float32": ["layer 0", "layer 1", "head"],
+    }
     assert found.columns("layers")["layer"] == rows[model]
-    if model == "qwen2, lora":
+    if model == "qwen2, lora, float32":
         pairs = found.columns("pairs")["pair"]
         assert len(pairs) == len(found.leaves) / 2
         assert "lm_head" in pairs

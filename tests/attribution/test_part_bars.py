@@ -13,14 +13,10 @@ import torch
 import funcprobe as fp
 from funcprobe.attribution.part_bars import BARRED
 from funcprobe.errors import InputError
-from tests.cases.probes import Case, E, U
+from tests.cases.probes import Case, E, attributed
 
 #: Float64 models agree to rounding of Σ|terms|; Qwen2 normalises in float32 whatever its dtype (tests/test_stack.py).
 EXACT, NARROW = 1e-13, 1e-5
-
-
-def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
-    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
 
 
 @pytest.mark.parametrize("name", ["two lines", "gpt2", "qwen2, tied", "qwen2, lora"])
@@ -97,7 +93,7 @@ def test_one_prompt_has_no_bars_and_says_so() -> None:
     alone = fp.rollouts_from_lists([[1]] * 4, [[2, 3], [3], [4, 1], [2]], temperature=0.8, rewards=[0.0, 1.0, 0.5, 0.2])
     found = attributed(Case("two lines"), alone, bars_of=["ledger"])
     assert found.bars == {}
-    assert any("no error bars of ledger" in note and "2 or more" in note for note in found.result.notes)
+    assert any("no error bars of ledger" in note and "2 or more" in note for note in found.probe.notes)
 
 
 def test_what_cannot_have_bars_is_refused_early() -> None:

@@ -14,7 +14,7 @@ from funcprobe import engine
 from funcprobe.attribution.predictors import PREDICTORS, STATS, Predictions, predict, predictions
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
 from funcprobe.types import Rollouts, TokenScores
-from tests.cases import models
+from tests.cases import models, tables
 from tests.cases.probes import Case, U
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
@@ -57,7 +57,7 @@ def by_loops(module: nn.Module, rollouts: Rollouts, lr: float) -> Predictions:
 
 @pytest.mark.parametrize("model", ["two lines", "gpt2"])
 def test_predict_is_what_explicit_loops_find(model: str) -> None:
-    module = models.EVERY_MODEL[model]().eval()
+    module = tables.POLICIES[model]().eval()
     weight = torch.tensor([1, 2, 0, 1, 0.5, 1, 0, 3, 1], dtype=torch.float64)
     rollouts = models.rollouts(holes=True)._replace(weight=weight, advantages=torch.tensor(ADVANTAGES).double())
     assert not bool(rollouts.completion_mask[:, :-1].all()), "a case without a hole or padding shows nothing"

@@ -26,7 +26,7 @@ from funcprobe.attribution.token_tables import (
     token_columns,
 )
 from funcprobe.errors import InputError
-from funcprobe.results.attribution import TABLES
+from funcprobe.results.parts import TABLES
 from funcprobe.types import TokenScores
 from tests.cases.attributions import Stepped, holed
 from tests.cases.probes import E, U

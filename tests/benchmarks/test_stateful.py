@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import warnings
 from typing import Any
 
 import pytest
@@ -27,74 +26,13 @@ from funcprobe import tree
 from funcprobe.engine import math_attention
 from funcprobe.types import Params, Rollouts
 from tests.cases import models
+from tests.cases.live_pairs import adamw, batches, full, lora, sgd, trained
 
 # dropout is off in both, and a probe says so of a run
 pytestmark = pytest.mark.filterwarnings("ignore:Dropout acts in training:funcprobe.errors.FuncprobeWarning")
 
 LIMIT = 1e-9
 WEIGHTINGS = ("per_decision", "sequence")
-
-
-def lora(dtype: torch.dtype = torch.float64) -> nn.Module:
-    """Return LoRA over GPT-2, which computes in float64 throughout; both factors away from zero."""
-    from peft import LoraConfig, get_peft_model
-
-    with models.seeded(9), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        targets = ["c_attn", "c_proj"]
-        config = LoraConfig(r=2, lora_dropout=0.3, target_modules=targets, fan_in_fan_out=True)
-        adapted = get_peft_model(models.gpt2(torch.float64), config)
-        for name, leaf in adapted.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(leaf, std=0.3)
-        return adapted.to(dtype)
-
-
-def full(dtype: torch.dtype = torch.float64) -> nn.Module:
-    return models.gpt2(torch.float64).to(dtype)
-
-
-def sgd(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups_of(module), lr=1e-3, momentum=0.9, nesterov=True)
-
-
-def adamw(module: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups_of(module), lr=1e-3)
-
-
-def groups_of(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups that differ in every hyperparameter they can, as trainers make them."""
-    leaves = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": leaves[::2], "weight_decay": 0.1}, {"params": leaves[1::2], "weight_decay": 0.0, "lr": 2e-3}]
-
-
-def trained(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    """Take a few real steps of next-token prediction, so that moments are moments."""
-    ids = torch.randint(models.VOCABULARY, (4, 9), generator=torch.Generator().manual_seed(3))
-    module.eval()
-    for row in range(steps):
-        optimizer.zero_grad()
-        found = module(ids[row : row + 2])
-        logits = getattr(found, "logits", found)[:, :-1]
-        nn.functional.cross_entropy(logits.flatten(0, 1), ids[row : row + 2, 1:].flatten()).backward()
-        optimizer.step()
-    optimizer.zero_grad()
-
-
-def batches(old_logps: bool = False) -> tuple[Rollouts, Rollouts]:
-    """Return E and U: ragged, with holes, weighted; U with the log-probabilities of an older policy where asked."""
-    evaluation, update = models.rollouts(11, seed=1, holes=True), models.rollouts(9, seed=2, holes=True)
-    g = torch.Generator().manual_seed(4)
-    evaluation = evaluation._replace(
-        weight=torch.randint(0, 4, (11,), generator=g).double() + torch.eye(11)[0].double()
-    )
-    update = update._replace(weight=torch.rand(9, generator=g, dtype=torch.float64) + 0.5)
-    if old_logps:
-        # uniform over 7 and noise: where trained policies go, ratios of .3 to 3, of which half are clipped
-        noise = torch.randn(update.completion_mask.shape, generator=g, dtype=torch.float64)
-        old = (noise * 0.5 - math.log(models.VOCABULARY)) * update.completion_mask
-        update = update._replace(old_logps=old)
-    return evaluation, update
 
 
 def functional(
@@ -159,7 +97,7 @@ def test_equals_reverse_mode_under_clipping_and_another_learning_rate(weighting:
     options = {"mode": "reverse", "observables": fp.entropy(weighting=weighting), "max_grad_norm": 0.05, "lr": 4e-3}
     with pytest.warns(fp.errors.FuncprobeWarning, match="groups have learning rates"):  # which one replaces
         found, delta = functional(pair, "grpo", evaluation, update, **options)
-    assert found.step["clip_coefficient"] < 0.5
+    assert found.outcome.info["clip_coefficient"] < 0.5
     assert_equal(mine, found.family[found.observable], delta)
     assert mine.learning_rate_used == 4e-3
     assert [group["lr"] for group in pair[1].param_groups] == [1e-3, 2e-3]

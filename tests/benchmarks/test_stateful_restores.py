@@ -15,8 +15,8 @@ import benchmarks.stateful
 from benchmarks.stateful import StatefulProbe
 from benchmarks.stateful.updates import dot
 from funcprobe.errors import InputError
-from tests.benchmarks.test_stateful import adamw, batches, lora, sgd, trained
 from tests.cases import models
+from tests.cases.live_pairs import adamw, batches, lora, sgd, trained
 
 
 class Restless(torch.optim.SGD):

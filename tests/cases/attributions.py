@@ -3,117 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import funcprobe as fp
-from funcprobe.objectives.variants import clip_cov, drop_negatives, entropy_bonus, kl_cov, top_entropy_quantile
-from funcprobe.optimizers.factories import Group
 from funcprobe.training.step import Step
 from funcprobe.types import Objective, Observable, Optimizer, OptState, Params, Rollouts
-from tests.cases import models
 from tests.cases.probes import E, U, prompted
-
-LR = 1e-2
-
-#: Real policies by name. Qwen2 normalises in float32 whatever its dtype, so that it is held to what float32 gives.
-POLICIES: Mapping[str, Callable[[], nn.Module]] = MappingProxyType(
-    {
-        "two lines": models.two_lines,
-        "gpt2": models.gpt2,
-        "padding row": lambda: padded(tied=False),
-        "padding row, tied": lambda: padded(tied=True),
-        "two lines, float32": lambda: models.two_lines(torch.float32),
-        "gpt2, float32": lambda: models.gpt2(torch.float32),
-        "qwen2, tied": models.qwen2,
-        "qwen2, lora": models.lora,
-    }
-)
-FLOAT64 = ("two lines", "gpt2", "padding row", "padding row, tied")
-
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
-    {
-        "reinforce": fp.reinforce(),
-        "grpo": fp.grpo(),
-        "grpo, kl": fp.grpo(beta=0.3),
-        "dr_grpo": fp.dr_grpo(),
-        "dapo": fp.dapo(epsilon=0.1),
-        "gspo": fp.gspo(epsilon=0.05),
-        "gspo, kl": fp.gspo(beta=0.3),
-        "cispo": fp.cispo(),
-        "rloo": fp.rloo(),
-        "rloo, kl": fp.rloo(beta=0.1, use_bias_correction_kl=False),
-        "entropy_bonus": entropy_bonus("grpo", entropy_coef=0.1),
-        "drop_negatives": drop_negatives("dapo"),
-        "top_entropy_quantile": top_entropy_quantile("grpo", top_entropy_quantile=0.35),
-        "clip_cov": clip_cov("grpo", clip_cov_ratio=0.1, clip_cov_lb=-5.0, clip_cov_ub=5.0),
-        "kl_cov": kl_cov("dapo", kl_cov_ratio=0.2),
-        "two modifiers": entropy_bonus(top_entropy_quantile("dapo", beta=0.1)),
-    }
-)
-
-#: Optimizers by name, made for the leaves of a policy.
-OPTIMIZERS: Mapping[str, Callable[[Params], Optimizer]] = MappingProxyType(
-    {
-        "sgd": lambda p: fp.sgd(LR),
-        "sgd, momentum": lambda p: fp.sgd(LR, momentum=0.9, dampening=0.3, weight_decay=0.1),
-        "sgd, nesterov": lambda p: fp.sgd(LR, momentum=0.8, nesterov=True, weight_decay=0.05),
-        "adam, coupled": lambda p: fp.adam(LR, weight_decay=0.1),
-        "adam, amsgrad": lambda p: fp.adam(LR, amsgrad=True),
-        "adamw": lambda p: fp.adamw(LR, weight_decay=0.1),
-        "adamw, groups": lambda p: fp.adamw(LR, groups=grouped(p)),
-        "sgd, groups": lambda p: fp.sgd(LR, momentum=0.9, groups=grouped(p)),
-    }
-)
-
-
-def squared(log_probs: Tensor, token: Tensor) -> Tensor:
-    """Return Σp², the probability that two draws agree, with its derivative."""
-    return (2 * log_probs).exp().sum(-1, dtype=torch.float64)
-
-
-class Collision:
-    """An observable of one's own that reads a statistic: the mean collision probability, importance-weighted."""
-
-    name, unit, stats = "collision probability", "", MappingProxyType({"collision": squared})
-
-    def __call__(self, scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: Rollouts) -> Tensor:
-        """Return Σ w m Σp² / Σ w m with the weights of tokens."""
-        weight = (scores.logp - anchor.logp).exp() * rollouts.completion_mask * rollouts.weight[:, None]
-        return (weight * scores.extra["collision"]).sum() / weight.sum()
-
-
-OBSERVABLES: Mapping[str, Observable] = MappingProxyType(
-    {
-        **{o.name: o for o in fp.entropy_family()},
-        "controlled": fp.entropy(control_variate=True),
-        "reward": fp.expected_reward(),
-        "length": fp.mean_length(),
-        "collision": Collision(),
-    }
-)
-
-
-def padded(*, tied: bool) -> nn.Module:
-    """Return a GPT-2 whose embedding has a padding row, the token 2, which prompts and completions read."""
-    module = models.gpt2()
-    module.get_input_embeddings().padding_idx = 2
-    if not tied:
-        module.lm_head.weight = nn.Parameter(module.lm_head.weight.detach().clone())
-    return module
-
-
-def grouped(params: Params) -> list[Group]:
-    """Return two groups of leaves with learning rates and decays of their own."""
-    names = list(params)
-    return [
-        Group(tuple(names[::2]), {"lr": 3e-2, "weight_decay": 0.2}),
-        Group(tuple(names[1::2]), {"weight_decay": 0.0}),
-    ]
+from tests.cases.tables import LR, OBJECTIVES, OPTIMIZERS, POLICIES
 
 
 def holed(rollouts: Rollouts) -> Rollouts:

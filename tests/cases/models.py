@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,60 +28,78 @@ class TwoLines(nn.Module):
 
 
 def gpt2(
-    dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY, attention: str = "sdpa", dropout: float = 0.0
+    dtype: torch.dtype = torch.float64,
+    vocabulary: int = VOCABULARY,
+    attention: str = "sdpa",
+    dropout: float = 0.0,
+    *,
+    seed: int = 5,
+    **options: Any,
 ) -> nn.Module:
     """Return a GPT-2: no float32 casts inside, so a float64 one is a float64 reference."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    with seeded(5):
-        config = GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=64,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            initializer_range=0.3,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation=attention,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
-        )
-        return GPT2LMHeadModel(config).to(dtype)
+    config = {
+        "vocab_size": vocabulary,
+        "n_positions": 64,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "attn_implementation": attention,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout),
+    }
+    with seeded(seed):
+        return GPT2LMHeadModel(GPT2Config(**{**config, **options})).to(dtype)
 
 
-def qwen2(dtype: torch.dtype = torch.float32, *, tied: bool = True) -> nn.Module:
+def padded(*, tied: bool) -> nn.Module:
+    """Return a GPT-2 whose embedding has a padding row, the token 2, which prompts and completions read."""
+    module = gpt2()
+    module.get_input_embeddings().padding_idx = 2
+    if not tied:
+        module.lm_head.weight = nn.Parameter(module.lm_head.weight.detach().clone())
+    return module
+
+
+def qwen2(dtype: torch.dtype = torch.float32, *, tied: bool = True, seed: int = 6, **options: Any) -> nn.Module:
     """Return a Qwen2 with tied or separate embeddings."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    with seeded(6):
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            tie_word_embeddings=tied,
-            initializer_range=0.3,
-        )
-        return Qwen2ForCausalLM(config).to(dtype)
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+    }
+    with seeded(seed):
+        return Qwen2ForCausalLM(Qwen2Config(**{**config, **options})).to(dtype)
+
+
+def adapted(base: nn.Module, dtype: torch.dtype, seed: int, **options: Any) -> nn.Module:
+    """Return a model with LoRA of rank 2 on it, both factors away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    with seeded(seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft 0.21 calls a deprecated transformers property
+        model = get_peft_model(base, LoraConfig(r=2, **options))
+        for name, leaf in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(leaf, std=0.3)
+        return model.to(dtype)
 
 
 def lora(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
-    """Return a Qwen2 with LoRA on attention and on the head, both factors away from zero."""
-    from peft import LoraConfig, get_peft_model
-
-    with seeded(7), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft 0.21 calls a deprecated transformers property
-        adapted = get_peft_model(
-            qwen2(dtype, tied=False),
-            LoraConfig(r=2, lora_dropout=dropout, target_modules=["q_proj", "v_proj", "lm_head"]),
-        )
-        for name, leaf in adapted.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(leaf, std=0.3)
-        return adapted.to(dtype)
+    """Return a Qwen2 with LoRA on attention and on the head."""
+    targets = ["q_proj", "v_proj", "lm_head"]
+    return adapted(qwen2(dtype, tied=False), dtype, seed=7, lora_dropout=dropout, target_modules=targets)
 
 
 def two_lines(dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -119,14 +137,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-EVERY_MODEL = {
-    "two lines": two_lines,
-    "gpt2": gpt2,
-    "qwen2, tied": functools.partial(qwen2, torch.float64),
-    "qwen2, lora": functools.partial(lora, torch.float64),
-}
 
 
 class Experts(nn.Module):

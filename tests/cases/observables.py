@@ -8,18 +8,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import funcprobe as fp
-from funcprobe.estimators.divergence import kl
-from funcprobe.estimators.observables import Entropy
-from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.types import Observable, Rollouts, TokenScores
 from tests.cases import models
+from tests.cases.tables import CONTROLLED, OBSERVABLES
 
-VARIATES = (
-    *(Entropy(o.integrand, o.weighting, o.per, control_variate=True) for o in fp.entropy_family()),
-    expected_reward(control_variate=True),
-)
-EVERY = (*fp.entropy_family(), *VARIATES, expected_reward(), mean_length(), kl("after"), kl("before"))
+VARIATES = CONTROLLED
+#: All but what reads a statistic, which no score here has.
+EVERY = tuple(o for name, o in OBSERVABLES.items() if name != "collision")
 of_every = pytest.mark.parametrize("o", EVERY, ids=lambda o: o.name)
 of_variates = pytest.mark.parametrize("o", VARIATES, ids=lambda o: o.name)
 

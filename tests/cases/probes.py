@@ -12,7 +12,7 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.training.step import Step
 from funcprobe.types import Optimizer, OptState, Params, Rollouts
-from tests.cases import models
+from tests.cases import models, tables
 
 
 def prompted(prompts: int, each: int, seed: int, first: int = 0) -> Rollouts:
@@ -40,7 +40,7 @@ class Case:
     def __init__(
         self, model: str | nn.Module = "two lines", optimizer: Optimizer | None = None, lr: float = 1e-3
     ) -> None:
-        module = models.EVERY_MODEL[model]() if isinstance(model, str) else model
+        module = tables.POLICIES[model]() if isinstance(model, str) else model
         self.policy, self.params = fp.from_module(module)
         self.optimizer = optimizer or fp.adamw(lr, weight_decay=0.1)
         self.step = fp.make_step(self.policy, fp.grpo(), self.optimizer, max_grad_norm=1.0)
@@ -105,6 +105,10 @@ def updates(steps: Any, params: Params, state: OptState, batch: Rollouts) -> dic
         )
         for name, v in each.items()
     }
+
+
+def attributed(case: Case, evaluation: fp.Rollouts = E, **options: Any) -> fp.Attribution:
+    return fp.attribute(fp.Update.from_step(case.step, case.params, case.state, U), evaluation, **options)
 
 
 class Offset:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from hypothesis import settings
 from hypothesis import strategies as st
 
 from funcprobe.data.rollouts import rollouts_from_lists
@@ -13,9 +12,6 @@ from funcprobe.types import Rollouts
 
 VOCABULARY = 5
 END = 0  # the end-of-sequence id: drawn inside completions, and used as padding
-
-#: Laws are about values, not about how busy the machine is: no deadline.
-law = settings(deadline=None)
 
 LOGPS = ("sampling_logps", "old_logps", "ref_logps")
 
@@ -90,7 +86,7 @@ def fixed() -> Lists:
     )
 
 
-def assert_same(found: Rollouts, expected: Rollouts, ignore: tuple[str, ...] = ()) -> None:
+def assert_same_rollouts(found: Rollouts, expected: Rollouts, ignore: tuple[str, ...] = ()) -> None:
     """Structure before values: presence, dtype, shape, then every bit (so that -0.0 is not 0.0)."""
     for name in Rollouts._fields:
         a, b = getattr(found, name), getattr(expected, name)

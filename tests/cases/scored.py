@@ -1,4 +1,4 @@
-"""Batches, scores and parameter trees for the training laws."""
+"""Batches with scores that no model gave: what the laws of objectives draw."""
 
 from __future__ import annotations
 
@@ -9,36 +9,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from funcprobe.types import OptState, Params, Rollouts, TokenScores
+from funcprobe.types import Rollouts, TokenScores
 
-#: Laws are about values, not about how busy the machine is: no deadline.
-law = settings(deadline=None, max_examples=30)
-law_of_a_table = settings(deadline=None, max_examples=12)  # each of dozens of rows that share their terms
-
-#: Every class of torch.optim that steps on dense gradients without a closure, in every implementation for a CPU.
-CLASSES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "SGD": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    "SGD foreach": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}),
-    "SGD fused": (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1, "fused": True}),
-    "Adam": (torch.optim.Adam, {"weight_decay": 0.1}),
-    "Adam fused": (torch.optim.Adam, {"amsgrad": True, "fused": True}),
-    "AdamW": (torch.optim.AdamW, {}),
-    "AdamW foreach": (torch.optim.AdamW, {"amsgrad": True, "foreach": True}),
-    "AdamW fused": (torch.optim.AdamW, {"fused": True}),
-    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
-    "RMSprop foreach": (torch.optim.RMSprop, {"foreach": True}),
-    "Adagrad": (torch.optim.Adagrad, {}),
-    "Adagrad fused": (torch.optim.Adagrad, {"fused": True}),
-    "NAdam": (torch.optim.NAdam, {}),
-    "RAdam": (torch.optim.RAdam, {}),
-    "Adamax": (torch.optim.Adamax, {}),
-    "Adadelta": (torch.optim.Adadelta, {}),
-    "ASGD": (torch.optim.ASGD, {}),
-    "Rprop": (torch.optim.Rprop, {}),
-    "Adafactor": (torch.optim.Adafactor, {}),
-    "Adafactor foreach": (torch.optim.Adafactor, {"foreach": True}),
-    "Muon": (torch.optim.Muon, {}),
-}
+law = settings(max_examples=30)
+law_of_a_table = settings(max_examples=12)  # each of dozens of rows that share their terms
 
 
 class Batch(NamedTuple):
@@ -98,42 +72,3 @@ def masks(draw: st.DrawFn, max_pairs: int = 3, max_tokens: int = 5) -> list[list
 
 
 seeds = st.integers(0, 2**31)
-
-
-def leaves(dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Params:
-    """A tree with a matrix, a vector, a transposed (non-contiguous) matrix and a scalar leaf."""
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"layer.10.weight": (5, 7), "layer.2.bias": (3,), "head": (4, 6), "gain": ()}
-    made = {name: (scale * torch.randn(s, generator=g, dtype=torch.float64)).to(dtype) for name, s in shapes.items()}
-    return {**made, "head": made["head"].T}
-
-
-def clone(tree: Any) -> Any:
-    """A deep copy of a tree of tensors."""
-    return {k: clone(v) for k, v in tree.items()} if isinstance(tree, dict) else tree.clone()
-
-
-def assert_same(found: Any, expected: Any, where: str = "") -> None:
-    """Bitwise equality of two trees, structure first; a difference is reported with its name and values."""
-    if isinstance(expected, dict):
-        assert list(found) == list(expected), f"{where}: keys {list(found)} against {list(expected)}"
-        for key in expected:
-            assert_same(found[key], expected[key], f"{where}/{key}")
-        return
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), where
-    assert torch.equal(found, expected), f"{where}: {found} against {expected}, ratio {found / expected}"
-
-
-def gradients(params: Params, seed: int) -> Params:
-    """A random gradient like the parameters, with one entry exactly zero."""
-    found = leaves(torch.float64, seed + 1000)
-    found["layer.2.bias"][0] = 0.0  # as in an embedding row that no token reads
-    return {name: found[name].to(p.dtype) for name, p in params.items()}
-
-
-def live_state(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], names: list[str]) -> OptState:
-    """The state of a live torch optimizer by name, without funcprobe's own reader."""
-    return {
-        name: {k: v for k, v in optimizer.state.get(p, {}).items() if v is not None}
-        for name, p in zip(names, params, strict=True)
-    }

@@ -13,8 +13,8 @@ import funcprobe as fp
 from benchmarks.stateful import StatefulProbe, StatefulResult
 from funcprobe.compat import DeltaEntropyIS, ProbeComponents
 from funcprobe.compat.batches import to_rollouts
-from tests.benchmarks.test_stateful import adamw, sgd, trained
 from tests.cases import models
+from tests.cases.live_pairs import adamw, trained
 
 #: Both the padding token and the end of a sequence.
 END = 0
@@ -116,6 +116,3 @@ def stateful(live: Pair, per: str = "sequence", lr: float | None = None, **batch
 def rollouts_of(packed: Packed) -> fp.Rollouts:
     """Return the same rows built from the lists themselves."""
     return fp.rollouts_from_lists(packed.prompts, packed.completions, temperature=1.0)
-
-
-__all__ = ["END", "Packed", "Pair", "adamw", "evaluation", "packed", "pair", "sgd", "table", "trained", "update"]

@@ -14,26 +14,10 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
+from tests.cases import models
+from tests.cases.third_party import third_party
 
 VOCABULARY = 24
-
-
-@contextmanager
-def third_party() -> Iterator[None]:
-    """Let trl, transformers and datasets warn about themselves; funcprobe's own calls stay under `error`."""
-    from transformers.utils import logging
-
-    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -47,11 +31,12 @@ def strict() -> Iterator[None]:
 
 
 def tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i + 3 for i in range(VOCABULARY - 3)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made = Tokenizer(WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **special)
@@ -59,26 +44,12 @@ def tokenizer() -> Any:
 
 def qwen2(folder: Path) -> nn.Module:
     """Return a Qwen2 that has a folder, from which TRL makes the reference policy of its KL term."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM
 
     with third_party():
         if not folder.exists():
-            torch.manual_seed(0)
-            config = Qwen2Config(
-                vocab_size=VOCABULARY,
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                pad_token_id=0,
-                eos_token_id=1,
-                bos_token_id=None,
-                tie_word_embeddings=False,
-                initializer_range=0.3,
-            )
-            Qwen2ForCausalLM(config).save_pretrained(folder)
+            special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+            models.qwen2(tied=False, seed=0, vocab_size=VOCABULARY, **special).save_pretrained(folder)
             tokenizer().save_pretrained(folder)
         return Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

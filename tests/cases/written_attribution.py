@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from funcprobe.attribution.token_parts import TokenParts
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.results.attribution import Attribution
-from funcprobe.results.probe import BatchCounts
+from funcprobe.results.provenance import BatchCounts
 from funcprobe.types import Rollouts, TokenScores
 from tests.cases.written_probe import result
 
@@ -105,22 +106,22 @@ def attribution(
     **changes: Any,
 ) -> Attribution:
     """Return an attribution of a step that lowers the entropy; with `vocabulary`, ids are text."""
-    update = parts_of(batch(lengths, group_size, 1, words, hole), 2, scale)
+    u = parts_of(batch(lengths, group_size, 1, words, hole), 2, scale)
     e = parts_of(batch([4, 6, 2, 5], 2, 3, words), 4, scale)
     whole = e.sum()
-    momentum = 1 - update.sum() / whole if whole else 0.0
+    momentum = 1 - u.sum() / whole if whole else 0.0
     reading = {"change": 0.98 * whole, "first_order": whole}
-    own = {"evaluation": BatchCounts.of(e.rollouts), "update_batch": BatchCounts.of(update.rollouts)}
+    own = {"evaluation": BatchCounts.of(e.rollouts), "batch": BatchCounts.of(u.rollouts)}
     matrix = Influence(
-        torch.outer(torch.tensor([0.7, 0.3]), update.total.sum(1).float()).double(), "prompts", torch.tensor([0, 1])
+        torch.outer(torch.tensor([0.7, 0.3]), u.total.sum(1).float()).double(), "prompts", torch.tensor([0, 1])
     )
     values: dict[str, Any] = {
-        "result": result(**{**own, **reading, **changes}),
+        "probe": result(**{**own, **reading, **changes}),
         "observable": NAME,
         "form": form,
         "leaves": leaves_of(whole, layers, momentum),
         "evaluation": e,
-        "update": update,
+        "batch": u,
         "influence": matrix if influence else None,
         "vocabulary": None if vocabulary is None else dict(vocabulary),
         "bars": {table: dict(rows) for table, rows in (bars or {}).items()},
@@ -146,4 +147,4 @@ def with_bars(found: Attribution, error: float, *tables: str) -> Attribution:
         columns = found.columns(table)
         values = zip(columns[table[:-1]], columns["contribution"], strict=True)
         bars[table] = {str(row): Bar(float(x), error, x - error, x + 2 * error) for row, x in values}
-    return Attribution(**{**{f: getattr(found, f) for f in found.__dataclass_fields__}, "bars": bars})
+    return dataclasses.replace(found, bars=bars)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from funcprobe.errors import Note
 from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.observables import entropy_family
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
-from funcprobe.results.probe import BatchCounts, ProbeResult
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.provenance import BatchCounts, Provenance
 from funcprobe.types import Estimate
 
 
@@ -21,33 +25,52 @@ def family(scale: float = 1.0) -> dict[str, Estimate]:
     return found
 
 
-def result(**changes: Any) -> ProbeResult:
-    """Return a result whose observable is the default member, with some fields changed."""
-    members = changes.pop("family", family())
+def outcome(members: Mapping[str, Estimate] | None = None, **changes: Any) -> Outcome:
+    """Return an outcome whose main observable is the default member of the family, with some fields changed."""
     name = "rao_blackwell/per_decision/token"
-    member = members[name]
+    member = (members or family())[name]
     assert member.first_order is not None
     reading = Reading(name, "nats per token", member.before, member.change, member.first_order)
     own = {field: changes.pop(field) for field in tuple(changes) if field in Reading._fields}
-    main = reading._replace(**own)
     values: dict[str, Any] = {
-        "readings": {name: main},
+        "readings": {name: reading._replace(**own)},
         "exchange": {},
-        "mode": "forward",
-        "rounding": None,
-        "rounding_ratio": 1e-5,
-        "delta_norm": 0.0123,
-        "lr": 2e-6,
-        "unmoved": 0.25,
-        "top": (("model.layers.0.mlp.up_proj.weight", 0.01), ("model.norm.weight", 0.001)),
-        "family": members,
         "health": WeightHealth(250.0, 251.0, 253.0, 249.0, 100.0, 200.0, 256.0, 0.31, 1.2, 0.4, 0.0, 0.1),
-        "step": {"loss": 0.5},
-        "evaluation": BatchCounts(256, 5000, 32),
-        "update_batch": BatchCounts(128, 2500, 16),
-        "warnings": (),
-        "notes": (),
-        "timings": {"gradient on U": 2.0, "E at θ′": 1.5},
-        "environment": {"dtype": "float32", "device": "cpu", "parameters": 12345},
+        "lr": 2e-6,
+        "delta_norm": 0.0123,
+        "rounding_ratio": 1e-5,
+        "unmoved": 0.25,
+        "rounding": None,
+        "info": {"loss": 0.5},
     }
-    return ProbeResult(**{**values, **changes})
+    return Outcome(**{**values, **changes})
+
+
+def provenance(**changes: Any) -> Provenance:
+    """Return a provenance, with some fields changed."""
+    values: dict[str, Any] = {
+        "evaluation": BatchCounts(256, 5000, 32),
+        "batch": BatchCounts(128, 2500, 16),
+        "mode": "forward",
+        "environment": {"dtype": "float32", "device": "cpu", "parameters": 12345},
+        "timings": {"gradient on U": 2.0, "E at θ′": 1.5},
+    }
+    return Provenance(**{**values, **changes})
+
+
+def result(**changes: Any) -> ProbeResult:
+    """Return a result with some fields changed, of whichever of its parts they are."""
+    made = {f: changes.pop(f) for f in tuple(changes) if f in Provenance.__dataclass_fields__}
+    own = {f: changes.pop(f) for f in tuple(changes) if f in ProbeResult.__dataclass_fields__}
+    values: dict[str, Any] = {
+        "outcome": outcome(own.get("family"), **changes),
+        "provenance": provenance(**made),
+        "top": (("model.layers.0.mlp.up_proj.weight", 0.01), ("model.norm.weight", 0.001)),
+        "family": family(),
+    }
+    return ProbeResult(**{**values, **own})
+
+
+def warned(*texts: str, kind: str = "test") -> tuple[Note, ...]:
+    """Return texts as warnings or notes."""
+    return tuple(Note(kind, text) for text in texts)

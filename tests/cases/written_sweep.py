@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,9 @@ from funcprobe.estimators.importance import WeightHealth
 from funcprobe.estimators.uncertainty import Replicates
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading, Sampled
-from funcprobe.results.probe import BatchCounts
+from funcprobe.results.provenance import BatchCounts, Provenance
 from funcprobe.results.sweep import SweepResult
+from tests.cases.written_probe import provenance
 
 LRS = (1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 ENTROPY = (-22.6, 3590.0, -2e4)  # falls; the crossover is at 22.6/3590 = 6.295e-3
@@ -84,28 +86,20 @@ def sweep(
                 2 if path else 0,
                 None if mode == "reverse" else PATH_ERROR if path else SUBTRACTION_ERROR,
                 change + SUBTRACTION_ERROR if path else change,
-                {what: sampled.bar(name, what) for what in known} if bars else {},
+                {what: sampled.bar(name, what, 0.95) for what in known} if bars else {},
                 (caveats or {}).get(lr, ()),
             )
-        points.append(Outcome(lr, 2.0 * lr, 1e-5, readings, health(), sampled if bars else None))
-    values: dict[str, Any] = {
-        "points": tuple(points),
-        "mode": mode,
-        "evaluation": BatchCounts(512, 3136, PROMPTS),
-        "update_batch": BatchCounts(128, 757, 16),
-        "step": {"loss": 0.5},
-        "warnings": (),
-        "notes": (),
-        "timings": {"gradient on U": 2.0, "E at θ′": 1.5},
-        "environment": {"dtype": "float32", "device": "cpu", "parameters": 12345},
-    }
-    return SweepResult(**{**values, **changes})
+        kept = sampled if bars else None
+        points.append(Outcome(readings, {}, health(), lr, 2.0 * lr, 1e-5, 0.0, None, {}, sampled=kept))
+    made = {"evaluation": BatchCounts(512, 3136, PROMPTS), "batch": BatchCounts(128, 757, 16), "mode": mode}
+    made |= {field: changes.pop(field) for field in tuple(changes) if field in Provenance.__dataclass_fields__}
+    return SweepResult(tuple(points), provenance(**made), **{"info": {"loss": 0.5}, **changes})
 
 
 def with_reading(found: SweepResult, lr: float, name: str = "entropy", **fields: Any) -> SweepResult:
     """Return the sweep with some fields of one reading changed."""
-    points = tuple(
-        p._replace(readings={**p.readings, name: p.readings[name]._replace(**fields)}) if math.isclose(p.lr, lr) else p
-        for p in found.points
-    )
-    return SweepResult(**{**{f: getattr(found, f) for f in found.__dataclass_fields__}, "points": points})
+    points = []
+    for own, p in zip(found.lrs, found.points, strict=True):
+        readings = {**p.readings, name: p.readings[name]._replace(**fields)} if math.isclose(own, lr) else p.readings
+        points.append(dataclasses.replace(p, readings=readings))
+    return dataclasses.replace(found, points=tuple(points))

@@ -2,117 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
-
 import pytest
-import torch
-from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Trainer,
-    TrainingArguments,
-)
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-VOCABULARY = 24
-STEPS = 3
-
-
-class Run(NamedTuple):
-    """A finished Trainer run: what it wrote at its last step, and the live pair at that same moment."""
-
-    folder: Path
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    wrapped: Any  # the optimizer as accelerate wraps it
-    base: Path | None
-
-    def pair(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Return a copy of the live pair that a test may step."""
-        model, optimizer = copy.deepcopy((self.model, self.optimizer))
-        return model, optimizer
-
-    def truth(self) -> dict[str, dict[str, torch.Tensor]]:
-        """Return the optimizer's state by name, by identity of the live parameters."""
-        return {n: self.optimizer.state[p] for n, p in self.model.named_parameters() if p.requires_grad}
-
-
-@contextmanager
-def third_party() -> Iterator[None]:
-    """Let transformers and peft warn about themselves while they train; funcprobe's own calls stay under `error`."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-
-
-def qwen2(**options: Any) -> Qwen2ForCausalLM:
-    config = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 16,
-    }
-    torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(**{**config, **options}))
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(1)
-    still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=2, n_head=2, **still))
-
-
-def lora(base: nn.Module, **options: Any) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(2)
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
-    with third_party():
-        return get_peft_model(base, config)
-
-
-def train(model: nn.Module, out: Path, base: Path | None = None, **options: Any) -> Run:
-    arguments = {
-        "output_dir": str(out),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "max_steps": STEPS,
-        "save_steps": STEPS,
-        "per_device_train_batch_size": 2,
-        "weight_decay": 0.1,
-        "learning_rate": 1e-3,
-        "logging_strategy": "no",
-        "save_only_model": False,
-    }
-    rows = torch.randint(0, VOCABULARY, (8, 6), generator=torch.Generator().manual_seed(3))
-    with third_party():
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(**{**arguments, **options}),
-            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
-        )
-        trainer.train()
-    folder = out / f"checkpoint-{STEPS}"
-    return Run(folder, trainer.model, trainer.optimizer.optimizer, trainer.optimizer, base)
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import VOCABULARY, Run, gpt2, lora, qwen2, train
 
 
 @pytest.fixture(scope="session")
@@ -155,17 +49,3 @@ def tokenizer() -> PreTrainedTokenizerFast:
     made = Tokenizer(WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
-
-
-def random_like(params: dict[str, torch.Tensor], seed: int = 7) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in params.items()}
-
-
-def assert_same_state(found: dict[str, dict[str, torch.Tensor]], expected: dict[str, dict[str, torch.Tensor]]) -> None:
-    assert list(found) == list(expected)
-    for name, entries in expected.items():
-        assert set(found[name]) == set(entries), name
-        for key, value in entries.items():
-            assert found[name][key].dtype == value.dtype, (name, key)
-            assert torch.equal(found[name][key], value), (name, key)

@@ -25,7 +25,8 @@ from torch import nn
 import funcprobe as fp
 from funcprobe.checkpoints import load_checkpoint
 from funcprobe.errors import CheckpointError
-from tests.checkpoints.conftest import VOCABULARY, qwen2, third_party
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import VOCABULARY, qwen2
 
 LARGER = VOCABULARY + 8
 tied, untied = functools.partial(qwen2, tie_word_embeddings=True), functools.partial(qwen2, tie_word_embeddings=False)

@@ -11,7 +11,8 @@ import pytest
 
 from funcprobe.checkpoints import load_checkpoint
 from funcprobe.errors import CheckpointError
-from tests.checkpoints.conftest import Run, lora, qwen2, third_party
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import Run, lora, qwen2
 
 
 def folder_of(run: Run, place: Path, eos: Any, tokenizer: Any = None) -> Path:

@@ -13,7 +13,10 @@ from funcprobe import engine
 from funcprobe.checkpoints import from_training, load_checkpoint
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import CheckpointError
-from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party
+from tests.cases.snapshots import fingerprint
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import Run, gpt2, lora, qwen2
+from tests.cases.trees import assert_same, assert_same_state, random_like
 
 IDS = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
 
@@ -88,42 +91,6 @@ def test_a_learning_rate_kept_in_a_tensor_is_read_as_a_number() -> None:
     for name, value in expected_step(model, optimizer, gradient).items():
         # torch then multiplies a float32 rate into float32 corrections: a few roundings on |Δθ| <= .02 and |θ| <= 1.1
         assert torch.allclose(update[name], value, rtol=0, atol=4 * torch.finfo(torch.float32).eps), name
-
-
-def fingerprint(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Everything that reading may not change, as bits, flags and addresses."""
-
-    def bits(x: Any) -> Any:
-        return (x.data_ptr(), x._version, x.detach().clone()) if isinstance(x, torch.Tensor) else copy.deepcopy(x)
-
-    return {
-        "leaves": [(n, id(p), bits(p), bits(p.grad), p.requires_grad) for n, p in model.named_parameters()],
-        "buffers": [(n, id(b), bits(b)) for n, b in model.named_buffers()],
-        "modes": [(n, m.training) for n, m in model.named_modules()],
-        "hooks": [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()],
-        "config": model.config.to_dict(),
-        "state": [(id(p), [(k, bits(v)) for k, v in s.items()]) for p, s in optimizer.state.items()],
-        "groups": [
-            [(k, [id(p) for p in v] if k == "params" else bits(v)) for k, v in g.items()]
-            for g in optimizer.param_groups
-        ],
-        "rng": torch.random.get_rng_state(),
-    }
-
-
-def assert_same(a: Any, b: Any, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert list(a) == list(b), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b, where
 
 
 @pytest.mark.parametrize("make", [gpt2, qwen2, lambda: lora(qwen2(), lora_dropout=0.1)], ids=["gpt2", "qwen2", "lora"])

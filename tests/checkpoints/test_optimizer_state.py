@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from funcprobe.checkpoints.optimizer_state import as_loaded, map_ids_to_names, state_by_name
 from funcprobe.errors import CheckpointError
-from tests.checkpoints.conftest import Run
+from tests.cases.trainer_runs import Run
 
 Shape = tuple[int, ...]
 

@@ -14,7 +14,9 @@ from funcprobe.checkpoints import load_checkpoint, save_checkpoint
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.optimizers.factories import adamw
 from funcprobe.optimizers.stored import is_stored, stored
-from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party, train
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import Run, gpt2, lora, qwen2, train
+from tests.cases.trees import assert_same_state, random_like
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -13,7 +13,9 @@ from torch import nn
 from funcprobe.checkpoints import from_training, load_checkpoint, save_checkpoint
 from funcprobe.errors import CheckpointError, InputError
 from funcprobe.optimizers.factories import Group, PureOptimizer, adam, adamw, sgd
-from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, random_like, third_party
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import Run, gpt2, lora, qwen2
+from tests.cases.trees import assert_same_state, random_like
 
 
 def advanced(optimizer: PureOptimizer, params: dict[str, torch.Tensor], steps: int = 2) -> tuple[Any, Any]:

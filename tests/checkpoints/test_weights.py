@@ -17,7 +17,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from funcprobe.checkpoints import load_checkpoint
 from funcprobe.checkpoints.weights import plain_name
 from funcprobe.errors import CheckpointError, FuncprobeWarning
-from tests.checkpoints.conftest import Run, assert_same_state, gpt2, lora, qwen2, third_party
+from tests.cases.third_party import third_party
+from tests.cases.trainer_runs import Run, gpt2, lora, qwen2
+from tests.cases.trees import assert_same_state
 
 IDS = torch.tensor([[1, 5, 2, 7]])
 

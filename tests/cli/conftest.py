@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
 
 from funcprobe.checkpoints import save_checkpoint
@@ -22,27 +19,7 @@ from funcprobe.policy.module import from_module
 from funcprobe.policy.sampling import sample
 from funcprobe.training.step import make_step
 from funcprobe.types import Rollouts
-
-
-class World(NamedTuple):
-    """What a user has on disk."""
-
-    folder: Path
-    evaluation: Rollouts
-    batch: Rollouts
-
-    def config(self, place: Path, **changes: object) -> Path:
-        """Write a configuration into a folder; a change to None leaves the key out."""
-        keys: dict[str, object] = {
-            "checkpoint": str(self.folder / "checkpoint"),
-            "evaluation": str(self.folder / "evaluation.parquet"),
-            "update": str(self.folder / "update.parquet"),
-            "device": "cpu",
-            **changes,
-        }
-        path = place / "config.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in keys.items() if v is not None}))
-        return path
+from tests.cases.world import Demo, World
 
 
 @pytest.fixture(scope="session")
@@ -86,18 +63,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     step, opt_state = make_step(policy, grpo(), optimizer), optimizer.init(params)
     for _ in range(2):
         params, _, opt_state, *_ = step(params, opt_state, draw(prompts[12:]))
-    evaluation, update = draw(prompts[:6]), draw(prompts[6:12])
+    evaluation, batch = draw(prompts[:6]), draw(prompts[6:12])
     save_checkpoint(folder / "checkpoint", module, params, optimizer, opt_state, tokenizer, global_step=2)
     write_rollouts(folder / "evaluation.parquet", evaluation)
-    write_rollouts(folder / "update.parquet", update)
-    return World(folder, evaluation, update)
-
-
-class Demo(NamedTuple):
-    """What `funcprobe demo` leaves."""
-
-    folder: Path
-    said: str  #: on standard output
+    write_rollouts(folder / "batch.parquet", batch)
+    return World(folder, evaluation, batch)
 
 
 @pytest.fixture(scope="session")

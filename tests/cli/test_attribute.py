@@ -12,15 +12,15 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from funcprobe.report.attribution_table import attribution_text
 
 from funcprobe import __version__
-from funcprobe.cli.attribute import WRITTEN
+from funcprobe.cli.attribute import COMMAND
 from funcprobe.cli.main import main
-from funcprobe.report.attribution_table import attribution_text
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
 from tests.cases.heat_map_pages import data, page
-from tests.cli.conftest import World
+from tests.cases.world import World
 
 Refused = Callable[..., str]
 TOKENS = ("tokens", "sequences", "prompts", "positions")
@@ -40,7 +40,7 @@ def columns(folder: Path, name: str) -> dict[str, list]:
 
 
 def test_it_writes_everything_that_it_says(done: Path) -> None:
-    assert {p.name for p in done.iterdir()} == WRITTEN - {"update.safetensors"}
+    assert {p.name for p in done.iterdir()} == COMMAND.written
     found = Attribution.load(done)
     assert found.influence is not None
     assert found.vocabulary is not None
@@ -57,28 +57,28 @@ def test_every_table_sums_to_the_first_order_of_the_result(done: Path) -> None:
     ledger = json.loads((done / "attribution.json").read_text())["ledger"]
     assert sum(ledger.values()) == pytest.approx(whole, rel=1e-4)
     for table in TOKENS:
-        parts = columns(done, f"update-{table}")["contribution"]
+        parts = columns(done, f"batch-{table}")["contribution"]
         assert math.fsum(parts) == pytest.approx(ledger["gradient on U"], rel=1e-9), table
     matrix = columns(done, "influence")
     assert len(matrix.pop("prompt")) == 6
-    rows = columns(done, "update-sequences")["contribution"]
+    rows = columns(done, "batch-sequences")["contribution"]
     scale = max(map(abs, rows))
     assert [math.fsum(x) for x in matrix.values()] == pytest.approx(rows, abs=1e-4 * scale)
 
 
 def test_tables_hold_what_they_are_read_for(done: Path, world: World) -> None:
-    tokens = columns(done, "update-tokens")
+    tokens = columns(done, "batch-tokens")
     assert len(tokens["token"]) == int(world.batch.completion_mask.sum())
     assert set(tokens) >= {"sequence", "prompt", "position", "text", "logp", "entropy", "advantage", "reward"}
     assert "<eos>" in tokens["text"]
-    assert "=" in columns(done, "update-prompts")["text"][0]
-    said = pq.read_schema(done / "update-tokens.parquet").metadata
+    assert "=" in columns(done, "batch-prompts")["text"][0]
+    said = pq.read_schema(done / "batch-tokens.parquet").metadata
     assert said[b"unit"] == b"nats per token"
     assert said[b"observable"] == b"entropy"
 
 
 def test_pages_and_pictures_are_of_this_step(done: Path) -> None:
-    for of in ("update", "evaluation"):
+    for of in ("batch", "evaluation"):
         document = page(done / f"{of}.html")
         tokens = columns(done, f"{of}-tokens")
         assert data(document)["contribution"].tolist() == pytest.approx(tokens["contribution"], rel=1e-6)
@@ -117,7 +117,7 @@ def test_rows_get_error_bars_where_they_are_asked_for(world: World, tmp_path: Pa
     words = ["--bars-of", "ledger, layers,prompts", "--bars", "jackknife"]
     assert main(["attribute", str(world.config(tmp_path)), *words]) == 0
     folder = tmp_path / "results-attribution"
-    layers, prompts = columns(folder, "layers"), columns(folder, "update-prompts")
+    layers, prompts = columns(folder, "layers"), columns(folder, "batch-prompts")
     for table in (layers, prompts):
         ends = zip(table["low"], table["contribution"], table["high"], table["error"], strict=True)
         moved = [row for row in ends if row[1]]  # all rewards of a prompt may be equal: then it moves nothing
@@ -136,9 +136,9 @@ def test_a_checkpoint_without_a_tokenizer_shows_ids(world: World, tmp_path: Path
         path.unlink()
     assert main(["attribute", str(world.config(tmp_path, checkpoint="checkpoint"))]) == 0
     folder = tmp_path / "results-attribution"
-    tokens = columns(folder, "update-tokens")
+    tokens = columns(folder, "batch-tokens")
     assert tokens["text"] == [f"[{i}]" for i in tokens["token"]]
-    assert f"[{tokens['token'][0]}]" in page(folder / "update.html").one("main").text
+    assert f"[{tokens['token'][0]}]" in page(folder / "batch.html").one("main").text
 
 
 def test_results_are_replaced_by_force_alone_and_foreign_files_never(
@@ -207,7 +207,6 @@ def test_what_is_missing_is_said_before_anything_is_computed(
 
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(command, "prepared", lambda *_: pytest.fail("the checkpoint was loaded"))
-    monkeypatch.setattr(command, "resolved", lambda config: config)
     assert f"'{package.partition('.')[0]}', which is not installed" in refused("attribute", world.config(tmp_path))
 
 
@@ -225,10 +224,10 @@ def test_help_teaches_with_an_example(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_demo_says_what_to_run_next(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from funcprobe.cli import demo, run
+    from funcprobe.cli import demo
 
     monkeypatch.setattr(demo, "prepare_demo", lambda *_, **__: Path("somewhere/config.yaml"))
-    monkeypatch.setattr(run, "run_config", lambda *_: None)
+    monkeypatch.setattr(demo, "carry_out", lambda *_: None)
     assert main(["demo"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2:] == [

@@ -13,7 +13,7 @@ from funcprobe.errors import ConfigError
 from funcprobe.objectives.by_name import OBJECTIVES
 from funcprobe.types import TokenBudget
 
-SMALLEST = "checkpoint: ck\nevaluation: e.parquet\nupdate: u.parquet\n"
+SMALLEST = "checkpoint: ck\nevaluation: e.parquet\nbatch: u.parquet\n"
 
 
 def load(tmp_path: Path, text: str, *overrides: str) -> Config:
@@ -182,7 +182,7 @@ def test_missing_keys_are_named_with_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(path)
     assert "checkpoint: missing, expected the path of a checkpoint folder" in str(caught.value)
-    assert "update: missing, expected the path of a rollout file" in str(caught.value)
+    assert "batch: missing, expected the path of a rollout file" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -247,9 +247,9 @@ def test_paths_are_relative_to_the_file_and_those_of_overrides_to_the_working_di
     (tmp_path / "base").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     text = "output: ../out\nbase_model: base\n"
-    config = load(tmp_path, text, "--update", "mine.parquet", "--checkpoint", "500")
+    config = load(tmp_path, text, "--batch", "mine.parquet", "--checkpoint", "500")
     assert config.evaluation == tmp_path / "e.parquet"
-    assert config.update == tmp_path / "here" / "mine.parquet"
+    assert config.batch == tmp_path / "here" / "mine.parquet"
     assert config.checkpoint == tmp_path / "here" / "500"
     assert config.output == Path(os.path.abspath(tmp_path / ".." / "out"))
     assert config.base_model == str(tmp_path / "base")
@@ -290,7 +290,7 @@ def test_a_dumped_configuration_reads_back_equal(
 ) -> None:
     place = tmp_path_factory.mktemp("dump")
     values = {"lr": lr, "microbatch": microbatch, "rounding": rounding, "output": place / folder}
-    paths = {"checkpoint": place / folder, "evaluation": place / "e", "update": place / "u"}
+    paths = {"checkpoint": place / folder, "evaluation": place / "e", "batch": place / "u"}
     config = load(place, f"objective: {{name: {name}}}\n")
     config = Config(**{**config.model_dump(include={"observable"}), "objective": config.objective, **paths, **values})
     (place / "again.yaml").write_text(dump(config), encoding="utf-8")

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.cli import demo
-from funcprobe.cli.demo import default_directory, prepare_demo
+from funcprobe.cli import demo_folder
+from funcprobe.cli.command import carry_out
+from funcprobe.cli.demo_folder import default_directory, prepare_demo
 from funcprobe.cli.demo_task import SYMBOLS, answer, build_tokenizer, draw_prompts, reward
 from funcprobe.cli.demo_training import DemoSize
-from funcprobe.cli.run import run_config
+from funcprobe.cli.run import COMMAND
 from funcprobe.data.files import read_rollouts
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import InputError
-from tests.cli.conftest import Demo
+from tests.cases.world import Demo
 
 TINY = DemoSize(
     hidden_size=16,
@@ -32,7 +33,7 @@ TINY = DemoSize(
     rl_steps=2,
     rl_run=3,
     group_size=3,
-    update_prompts=4,
+    batch_prompts=4,
     evaluation_prompts=6,
 )
 
@@ -54,7 +55,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     assert checkpoint.opt_state is not None
     found = dict(checkpoint.params)
     found |= {f"{name} {key}": x for name, state in checkpoint.opt_state.items() for key, x in state.items()}
-    for part in ("evaluation", "update"):
+    for part in ("evaluation", "batch"):
         fields = read_rollouts(folder / f"{part}.parquet")._asdict()
         found |= {f"{part} {name}": x for name, x in fields.items() if x is not None}
     return found
@@ -79,7 +80,7 @@ def test_a_seed_decides_everything_and_the_global_state_stays(made: Path, tmp_pa
     assert equal(again, tensors(made))
     assert (tmp_path / "again" / "demo.json").read_text() == (made / "demo.json").read_text()
     other, mine = tensors(tiny(tmp_path / "other", seed=1)), tensors(made)
-    assert not any(torch.equal(other[name], mine[name]) for name in ("model.norm.weight", "update ids"))
+    assert not any(torch.equal(other[name], mine[name]) for name in ("model.norm.weight", "batch ids"))
 
 
 def test_the_checkpoint_is_one_that_a_run_left(made: Path) -> None:
@@ -95,10 +96,10 @@ def test_the_checkpoint_is_one_that_a_run_left(made: Path) -> None:
 
 def test_both_batches_are_the_saved_policys_own_with_the_tasks_rewards(made: Path) -> None:
     checkpoint = fp.load_checkpoint(made / "checkpoint")
-    evaluation, update = (read_rollouts(made / f"{part}.parquet") for part in ("evaluation", "update"))
-    assert (len(evaluation.ids), len(update.ids)) == (18, 12)
-    assert overlap(evaluation, update) == (0, 0)
-    for batch in (evaluation, update):
+    evaluation, drawn = (read_rollouts(made / f"{part}.parquet") for part in ("evaluation", "batch"))
+    assert (len(evaluation.ids), len(drawn.ids)) == (18, 12)
+    assert overlap(evaluation, drawn) == (0, 0)
+    for batch in (evaluation, drawn):
         assert batch.sampling_logps is not None
         assert batch.rewards is not None
         found = fp.score(checkpoint.policy, checkpoint.params, batch).logp
@@ -117,7 +118,7 @@ def test_the_configuration_runs_as_it_stands(tmp_path: Path, capsys: pytest.Capt
     text = config.read_text()
     assert "18 completions of 6 prompts" in text
     assert "12 completions of 4 other prompts" in text
-    result = run_config(config)
+    result = carry_out(COMMAND, config)
     assert result.lr == pytest.approx(TINY.rl_lr / 3)
     assert result.warnings == ()
     assert (tmp_path / "demo" / "results" / "result.json").is_file()
@@ -139,12 +140,12 @@ def cut(path: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "cut weights": lambda folder: cut(folder / "checkpoint" / "model.safetensors"),
-    "lost rollouts": lambda folder: (folder / "update.parquet").unlink(),
+    "lost rollouts": lambda folder: (folder / "batch.parquet").unlink(),
     "lost configuration": lambda folder: (folder / "config.yaml").unlink(),
     "cut marker": lambda folder: cut(folder / "demo.json"),
     "empty marker": lambda folder: (folder / "demo.json").write_text("[]"),
     "older": lambda folder: (folder / "demo.json").write_text(
-        (folder / "demo.json").read_text().replace(f'"funcprobe demo": {demo.VERSION}', '"funcprobe demo": 0')
+        (folder / "demo.json").read_text().replace(f'"funcprobe demo": {demo_folder.VERSION}', '"funcprobe demo": 0')
     ),
     "another seed": lambda folder: (folder / "demo.json").write_text(
         (folder / "demo.json").read_text().replace('"seed": 0', '"seed": 5')

@@ -1,21 +1,25 @@
-"""Objectives that stand on a base, as a configuration file gives them."""
+"""The parts of a configuration: objectives, observable and options, each stated where it is made and nowhere else."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from funcprobe.cli.config import Config, dump, load_config
-from funcprobe.cli.fields import objective_model
+from funcprobe.cli.config import Config, ObservableConfig, describe_keys, dump, load_config
+from funcprobe.cli.fields import MEASURING, objective_model
 from funcprobe.errors import ConfigError
+from funcprobe.estimators.observables import entropy
+from funcprobe.measurement.options import Given, Options
 from funcprobe.objectives.by_name import BASES, OBJECTIVES, VARIANTS, clip_cov, kl_cov, top_entropy_quantile
 
 
 def load(folder: Path, objective: str, *overrides: str) -> Config:
     path = folder / "run.yaml"
-    path.write_text(f"checkpoint: c\nevaluation: e\nupdate: u\nobjective: {objective}\n", encoding="utf-8")
+    path.write_text(f"checkpoint: c\nevaluation: e\nbatch: u\nobjective: {objective}\n", encoding="utf-8")
     return load_config(path, overrides)
 
 
@@ -88,3 +92,65 @@ def test_wrong_variants_are_refused(text: str, message: str, tmp_path: Path) -> 
 def test_a_plain_objective_is_written_as_it_always_was(tmp_path: Path) -> None:
     found: dict[str, Any] = load(tmp_path, "{name: cispo}").objective.model_dump()
     assert list(found) == ["name", "epsilon_high", "beta", "use_bias_correction_kl", "scale_rewards", "normaliser"]
+
+
+# options of a measurement, and of the entropy
+
+
+def test_every_option_of_a_measurement_has_a_key_with_its_default_and_its_words() -> None:
+    fields = {f.name: f for f in dataclasses.fields(Options)}
+    assert set(fields) - set(MEASURING) == {"keep_scores"}  # tensors, which no folder holds
+    help_text = describe_keys()
+    for name in set(MEASURING) - {"microbatch"}:  # how batches are cut has two keys
+        key, option = Config.model_fields[name], fields[name]
+        assert key.default == option.default
+        assert key.description == option.metadata["meaning"]
+        assert isinstance(key.json_schema_extra, dict)
+        assert key.json_schema_extra["expected"] == option.metadata["expected"]
+        assert f"  {name} " in help_text
+    assert set(get_type_hints(Given)) == set(fields)
+
+
+def test_options_reach_a_verb_by_their_names(tmp_path: Path) -> None:
+    config = load(tmp_path, "{}", "--order", "2", "--top-k", "3", "--microbatch", "5")
+    options = config.options()
+    assert Options(**options) == Options(order=2, top_k=3, microbatch=5)
+    assert set(config.options("top_k", "order")) == set(options) - {"top_k", "order"}
+    assert Options(**load(tmp_path, "{}").options()) == Options()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tolerance", "0"], "tolerance: found 0, expected a number > 0"),
+        (["--level", "1"], "level: found 1, expected a number between 0 and 1"),
+        (["--ess-threshold", "-1"], "ess_threshold: found -1, expected a number from 0 to 1"),
+        (["--top-k", "-1"], "top_k: found -1, expected an integer ≥ 0"),
+        (["--seed", "-1", "--bars", "bootstrap"], "seed: found -1, expected an integer ≥ 0"),
+        (["--order", "3"], "order: found 3, expected auto, 1 or 2"),
+        (["--bars", "whiskers"], "bars: found 'whiskers', expected auto, jackknife, infinitesimal, bootstrap or none"),
+        (["--observable.weighting", "none"], "observable.weighting: found none, expected per_decision or sequence"),
+        (["--observable.control-variate", "3"], "observable.control_variate: found 3, expected true or false"),
+        (["--keep-scores"], "unknown option '--keep_scores'"),
+        (["--update", "u"], "unknown option '--update', did you mean '--batch'?"),
+    ],
+)
+def test_values_out_of_the_range_that_an_option_states_are_refused(
+    words: list[str], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, "{}", *words)
+    assert message in str(caught.value)
+
+
+def test_the_observable_has_the_options_of_entropy_with_their_defaults_and_a_meaning_each(tmp_path: Path) -> None:
+    parameters = inspect.signature(entropy).parameters
+    assert list(ObservableConfig.model_fields) == list(parameters)
+    for name, field in ObservableConfig.model_fields.items():
+        assert field.default == parameters[name].default
+        assert field.description, name
+    assert load(tmp_path, "{}").observables == {"entropy": entropy()}
+    for name, hint in get_type_hints(entropy).items():
+        for value in map(str, get_args(hint)):
+            found = load(tmp_path, "{}", f"--observable.{name}", value).observables["entropy"]
+            assert found == entropy(**{name: value})  # type: ignore[arg-type]

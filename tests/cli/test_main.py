@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from funcprobe import __version__
 from funcprobe.cli.config import load_config
 from funcprobe.cli.main import main
-from funcprobe.cli.run import WRITTEN
+from funcprobe.cli.run import COMMAND
 from funcprobe.data.files import write_rollouts
 from funcprobe.report.terminal import summary_text
 from funcprobe.results.probe import ProbeResult
 from funcprobe.types import Rollouts
-from tests.cli.conftest import Demo, World
+from tests.cases.world import Demo, World
 
 Refused = Callable[..., str]
 ROOT = Path(__file__).parents[2]
@@ -43,7 +43,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 
 def with_rollouts(world: World, place: Path, **batches: Rollouts) -> Path:
-    """Write a configuration whose evaluation or update batch is another one."""
+    """Write a configuration whose evaluation or batch is another one."""
     for name, rollouts in batches.items():
         write_rollouts(place / f"{name}.parquet", rollouts)
     return world.config(place, **{name: f"{name}.parquet" for name in batches})
@@ -60,11 +60,11 @@ def with_checkpoint(world: World, place: Path) -> tuple[Path, Path]:
 
 def test_a_run_writes_everything_that_it_says(finished: Path) -> None:
     results = finished / "results"
-    assert {p.name for p in results.iterdir()} == WRITTEN
+    assert {p.name for p in results.iterdir()} == COMMAND.written
     assert sorted(p.name for p in finished.iterdir()) == ["config.yaml", "results"]
     result = ProbeResult.load(results)
     assert result.evaluation.sequences == 24
-    assert result.delta_norm > 0
+    assert result.outcome.delta_norm > 0
     assert result.delta is not None
     assert (results / "measured_vs_predicted.png").read_bytes().startswith(b"\x89PNG")
     assert (results / "summary.txt").read_text(encoding="utf-8") == summary_text(result)
@@ -77,7 +77,10 @@ def test_the_configuration_as_run_gives_the_same_result_from_anywhere(finished: 
     (tmp_path / "moved.yaml").write_text(as_run.read_text())
     assert main(["run", str(tmp_path / "moved.yaml"), "--output", str(tmp_path / "again")]) == 0
     one, other = (json.loads((p / "result.json").read_text()) for p in (finished / "results", tmp_path / "again"))
-    assert {k: v for k, v in one.items() if k != "timings"} == {k: v for k, v in other.items() if k != "timings"}
+    for result in (one, other):
+        del result["provenance"]["timings"]
+        assert result["arrays"]  # the SHA-256 of the file beside it
+    assert one == other
 
 
 def test_the_summary_is_printed_and_the_last_line_says_where_it_is(
@@ -105,16 +108,16 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
     ("changes", "shows"),
     [
         ({"top_k": 2}, lambda result: len(result.top) == 2),
-        ({"max_grad_norm": 1e-3}, lambda result: result.step["clip_coefficient"] < 0.5),
+        ({"max_grad_norm": 1e-3}, lambda result: result.outcome.info["clip_coefficient"] < 0.5),
         ({"observable": {"integrand": "surprisal", "per": "sequence"}}, lambda r: r.unit == "nats per sequence"),
         ({"ess_threshold": 1.0, "lr": 0.1}, lambda result: any("below 100%" in w for w in result.warnings)),
-        ({"rounding": True}, lambda result: result.rounding is not None),
-        ({"rounding": False}, lambda result: result.rounding is None),
+        ({"rounding": True}, lambda result: result.outcome.rounding is not None),
+        ({"rounding": False}, lambda result: result.outcome.rounding is None),
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
-        ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.unmoved > 0),
+        ({"storage": "bfloat16"}, lambda result: result.environment["storage"] == "bfloat16" and result.outcome.unmoved > 0),
         ({"storage": "none"}, lambda result: result.environment["storage"] == "float32"),
         ({"keep_delta": True, "microbatch_tokens": 7}, lambda result: result.delta is not None),
-        ({"objective": {"name": "reinforce"}}, lambda result: abs(result.step["loss"]) > 1e-3),
+        ({"objective": {"name": "reinforce"}}, lambda result: abs(result.outcome.info["loss"]) > 1e-3),
     ],
 )
 def test_every_key_reaches_the_result(
@@ -140,7 +143,7 @@ def test_what_should_be_known_is_said_once_in_the_summary_and_kept(
 ) -> None:
     zero = world.batch._replace(advantages=torch.zeros(24, dtype=torch.float64))
     nucleus = world.evaluation._replace(top_p=torch.full((24,), 0.9, dtype=torch.float64))
-    config = with_rollouts(world, tmp_path, update=zero, evaluation=nucleus)
+    config = with_rollouts(world, tmp_path, batch=zero, evaluation=nucleus)
     assert main(["run", str(config)]) == 0
     out, err = capsys.readouterr()
     said = " ".join(out.split())
@@ -166,7 +169,7 @@ def test_an_existing_output_is_refused_before_anything_is_read(
 ) -> None:
     before = written(finished / "results")
     config = tmp_path / "c.yaml"
-    config.write_text(f"checkpoint: absent\nevaluation: absent\nupdate: absent\noutput: {finished / 'results'}\n")
+    config.write_text(f"checkpoint: absent\nevaluation: absent\nbatch: absent\noutput: {finished / 'results'}\n")
     said = refused("run", config)
     assert f"output: {finished / 'results'} exists already; choose another folder, or replace it with --force." in said
     assert written(finished / "results") == before
@@ -177,7 +180,7 @@ def test_force_replaces_the_results_of_an_earlier_run(world: World, tmp_path: Pa
     assert main(["run", str(config), "--keep-delta"]) == 0
     assert main(["run", str(config), "--lr", "2e-8", "--force"]) == 0
     assert ProbeResult.load(tmp_path / "results").lr == 2e-8
-    assert {p.name for p in (tmp_path / "results").iterdir()} == WRITTEN - {"update.safetensors"}
+    assert {p.name for p in (tmp_path / "results").iterdir()} == COMMAND.written - {"result.safetensors"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "results"]
 
 
@@ -233,7 +236,7 @@ def test_a_run_that_fails_late_leaves_the_disk_as_it_was(
         ({"checkpoint": "absent"}, "absent does not exist"),
         ({"checkpoint": "."}, "neither config.json (a full model) nor adapter_config.json"),
         ({"evaluation": "absent.parquet"}, "absent.parquet: there is no such file"),
-        ({"update": "config.yaml"}, "the extension '.yaml' is not known; expected .parquet or .jsonl"),
+        ({"batch": "config.yaml"}, "the extension '.yaml' is not known; expected .parquet or .jsonl"),
         ({"optimizer": "none"}, "optimizer: none leaves no step to measure; use auto"),
         ({"device": "gpu"}, "device: found 'gpu', which cannot be used here ("),
         ({"device": "cuda:99"}, "device: found 'cuda:99', which cannot be used here ("),
@@ -254,7 +257,7 @@ def test_bad_values_end_with_one_calm_line(
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("name", ["evaluation", "update"])
+@pytest.mark.parametrize("name", ["evaluation", "batch"])
 def test_rollouts_that_do_not_fit_the_model_are_refused(
     name: str, world: World, tmp_path: Path, refused: Refused
 ) -> None:
@@ -276,7 +279,7 @@ def test_files_that_are_no_rollouts_are_refused(
     content: str, message: str, world: World, tmp_path: Path, refused: Refused
 ) -> None:
     (tmp_path / "bad.jsonl").write_text(content)
-    said = refused("run", world.config(tmp_path, update="bad.jsonl"))
+    said = refused("run", world.config(tmp_path, batch="bad.jsonl"))
     assert "bad.jsonl: " in said
     assert message in said
 

@@ -17,7 +17,7 @@ from funcprobe.cli.main import main
 from funcprobe.cli.prompts import read_prompts
 from funcprobe.data.files import read_rollouts
 from funcprobe.errors import InputError
-from tests.cli.conftest import World
+from tests.cases.world import World
 
 Refused = Callable[..., str]
 TEXTS = ["12=", "345=", "9="]
@@ -40,7 +40,7 @@ def test_rollouts_are_drawn_scored_and_ready_for_run(
     world: World, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--group-size", "2", "--reward", "funcprobe.cli.demo_task:reward"]
-    for name, seed in (("evaluation", "1"), ("update", "2")):
+    for name, seed in (("evaluation", "1"), ("batch", "2")):
         assert main(words(world, prompts, tmp_path / f"{name}.parquet", *options, "--seed", seed)) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -62,7 +62,7 @@ def test_rollouts_are_drawn_scored_and_ready_for_run(
     # float32 log-probabilities of magnitude 1, by cache and by whole rows
     torch.testing.assert_close(scores.logp, found.sampling_logps, rtol=0, atol=2e-5)
 
-    config = world.config(tmp_path, evaluation="evaluation.parquet", update="update.parquet")
+    config = world.config(tmp_path, evaluation="evaluation.parquet", batch="batch.parquet")
     assert main(["run", str(config)]) == 0
 
 

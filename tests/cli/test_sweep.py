@@ -10,13 +10,13 @@ from typing import ClassVar
 import pandas
 import pytest
 
-from funcprobe.cli import sweep as command
+from funcprobe.cli import command
 from funcprobe.cli.main import main
-from funcprobe.cli.sweep import parse_lrs
+from funcprobe.cli.sweep import COMMAND, parse_lrs
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
-from tests.cli.conftest import World
+from tests.cases.world import World
 
 Refused = Callable[..., str]
 LRS = ["--lrs", "1e-6:1e-3:4"]
@@ -33,7 +33,7 @@ def test_a_sweep_writes_everything_that_it_says(swept: Path) -> None:
     folder = swept / "results-sweep"
     names = {p.name for p in folder.iterdir()}
     assert names == {
-        "sweep.json",
+        "result.json",
         "sweep.csv",
         "config.yaml",
         "summary.txt",
@@ -41,7 +41,7 @@ def test_a_sweep_writes_everything_that_it_says(swept: Path) -> None:
         "remainder.png",
         "sweep-reward.png",
     }
-    assert names <= command.WRITTEN
+    assert names <= COMMAND.written
     found = SweepResult.load(folder)
     assert found.lrs == (1e-6, 1e-5, 1e-4, 1e-3)
     assert found.observables == ("entropy", "reward")
@@ -181,7 +181,7 @@ def test_results_are_not_overwritten_and_help_teaches(
     world: World, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with fresh_directory(tmp_path / "results-sweep") as folder:
-        (folder / "sweep.json").write_text("{}")
+        (folder / "result.json").write_text("{}")
     assert "exists already; choose another folder" in refused("sweep", world.config(tmp_path), *LRS)
     with pytest.raises(SystemExit) as end:
         main(["sweep", "config.yaml", "--help"])

@@ -12,9 +12,9 @@ from torch import nn
 
 from funcprobe.compat import ProbeComponents, buffers
 from funcprobe.errors import InputError
-from tests.benchmarks.test_stateful import lora
 from tests.cases import models
 from tests.cases import stateful as cases
+from tests.cases.live_pairs import lora
 
 
 def random_buffer(module: nn.Module) -> dict[str, torch.Tensor]:

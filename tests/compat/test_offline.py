@@ -18,7 +18,8 @@ from funcprobe.compat.sampling import Source
 from funcprobe.errors import ConfigError, InputError
 from funcprobe.policy.module import from_module
 from tests.cases import stateful as cases
-from tests.checkpoints.test_live import assert_same, fingerprint
+from tests.cases.snapshots import fingerprint
+from tests.cases.trees import assert_same
 
 Configured = Callable[..., Path]
 

@@ -19,14 +19,14 @@ from funcprobe.data import parquet
 from funcprobe.data.files import read_metadata, read_rollouts, write_rollouts
 from funcprobe.data.schema import KNOWN
 from funcprobe.errors import FuncprobeWarning, InputError, MissingExtraError
-from tests.cases.rollout_lists import Lists, assert_same, fixed, law, lists
+from tests.cases.rollout_lists import Lists, assert_same_rollouts, fixed, lists
 
 FORMATS = [".parquet", ".jsonl"]
 
 
 @pytest.mark.parametrize("extension", FORMATS)
 @given(batch=lists())
-@settings(law, max_examples=50)
+@settings(max_examples=50)
 def test_reading_what_was_written_is_the_identity(extension: str, batch: Lists) -> None:
     rollouts = batch.build()
     with tempfile.TemporaryDirectory() as folder:
@@ -35,7 +35,7 @@ def test_reading_what_was_written_is_the_identity(extension: str, batch: Lists) 
         found = read_rollouts(path)
         write_rollouts(again, found)
         assert path.read_bytes() == again.read_bytes()
-    assert_same(found, rollouts)
+    assert_same_rollouts(found, rollouts)
 
 
 @pytest.mark.parametrize("extension", FORMATS)
@@ -53,7 +53,7 @@ def test_what_a_hand_written_line_may_leave_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt_ids": [1], "completion_ids": [2, 3], "temperature": 1, "advantage": null}\n\n')
     expected = Lists([[1]], [[2, 3]], {"temperature": 1.0}).build()
-    assert_same(read_rollouts(path), expected)
+    assert_same_rollouts(read_rollouts(path), expected)
     assert read_metadata(path) == {"schema_version": None, "tokenizer": None}
 
 
@@ -61,7 +61,7 @@ def test_a_first_line_with_tokens_is_no_header(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"schema_version": 1, "prompt_ids": [1], "completion_ids": [2, 3], "temperature": 1}\n')
     with pytest.warns(FuncprobeWarning, match="the columns schema_version are not rollout columns"):
-        assert_same(read_rollouts(path), Lists([[1]], [[2, 3]], {"temperature": 1.0}).build())
+        assert_same_rollouts(read_rollouts(path), Lists([[1]], [[2, 3]], {"temperature": 1.0}).build())
 
 
 def test_parquet_written_by_others(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_parquet_written_by_others(tmp_path: Path) -> None:
             "rewards": [1.0, 0.0, 1.0],
         },
     )
-    assert_same(read_rollouts(tmp_path / "a.parquet"), expected.build())
+    assert_same_rollouts(read_rollouts(tmp_path / "a.parquet"), expected.build())
 
 
 @pytest.mark.parametrize("extension", FORMATS)
@@ -96,7 +96,7 @@ def test_one_step_of_a_file(tmp_path: Path, extension: str) -> None:
     path = tmp_path / f"a{extension}"
     write_rollouts(path, fixed().build())
     # Groups are those of the file, so that rows of one group stay together whatever else is read.
-    assert_same(read_rollouts(path, step=1), fixed().rows([2]).build(), ignore=("group_ids",))
+    assert_same_rollouts(read_rollouts(path, step=1), fixed().rows([2]).build(), ignore=("group_ids",))
     assert read_rollouts(path, step=1).group_ids.tolist() == [1]
     with pytest.raises(InputError, match="no row is of step 7; the file has 2 steps from 0 to 1"):
         read_rollouts(path, step=7)

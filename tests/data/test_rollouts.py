@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from funcprobe.data.rollouts import rollouts_from_lists, rollouts_from_padded
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.types import Rollouts
-from tests.cases.rollout_lists import END, LOGPS, Lists, assert_same, fixed, law, lists
+from tests.cases.rollout_lists import END, LOGPS, Lists, assert_same_rollouts, fixed, lists
 
 
-@law
 @given(lists())
 def test_layout_is_the_one_of_the_contract(batch: Lists) -> None:
     rollouts = batch.build()
@@ -64,14 +63,12 @@ def _scatter(width: int, places: list[int], values: list[Any], fill: Any) -> lis
     return row
 
 
-@law
 @given(lists(), st.data(), st.booleans(), st.sampled_from([list, np.array, torch.tensor]))
 def test_padding_never_loses_or_adds_a_token(batch: Lists, data: Any, aligned_with_ids: bool, kind: Any) -> None:
     arrays, keywords = padded(batch, data.draw, aligned_with_ids)
-    assert_same(rollouts_from_padded(*(kind(array) for array in arrays), **keywords), batch.build())
+    assert_same_rollouts(rollouts_from_padded(*(kind(array) for array in arrays), **keywords), batch.build())
 
 
-@law
 @given(lists(), st.data())
 def test_the_completion_starts_at_the_first_chosen_token(batch: Lists, data: Any) -> None:
     arrays, keywords = padded(batch, data.draw, aligned_with_ids=True)
@@ -110,7 +107,6 @@ def test_defaults_and_scalars() -> None:
     assert rollouts.rewards is None
 
 
-@law
 @given(lists())
 def test_building_reads_its_arguments_only(batch: Lists) -> None:
     prompts = [np.array(row) for row in batch.prompts]

@@ -12,23 +12,21 @@ from hypothesis import strategies as st
 from funcprobe.data.rollouts import Overlap, concatenate, microbatches, overlap, split, take, to_device
 from funcprobe.errors import InputError
 from funcprobe.types import Rollouts, TokenBudget
-from tests.cases.rollout_lists import Lists, assert_same, fixed, law, lists
+from tests.cases.rollout_lists import Lists, assert_same_rollouts, fixed, lists
 
 
-@law
 @given(lists(), st.data())
 def test_taking_rows_is_building_them(batch: Lists, data: Any) -> None:
     rows = len(batch.prompts)
     index = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=2 * rows))
     expected = batch.rows(index).build()
     rollouts = batch.build()
-    assert_same(take(rollouts, index), expected)
-    assert_same(take(rollouts, torch.tensor(index)), expected)
-    assert_same(take(rollouts, [i - rows for i in index]), expected)
-    assert_same(rollouts, batch.build())
+    assert_same_rollouts(take(rollouts, index), expected)
+    assert_same_rollouts(take(rollouts, torch.tensor(index)), expected)
+    assert_same_rollouts(take(rollouts, [i - rows for i in index]), expected)
+    assert_same_rollouts(rollouts, batch.build())
 
 
-@law
 @given(lists(), st.data())
 def test_slices_and_masks_take_the_same_rows(batch: Lists, data: Any) -> None:
     rows = len(batch.prompts)
@@ -36,8 +34,8 @@ def test_slices_and_masks_take_the_same_rows(batch: Lists, data: Any) -> None:
     stop = data.draw(st.integers(start + 1, rows))
     expected = batch.rows(list(range(start, stop))).build()
     chosen = [start <= row < stop for row in range(rows)]
-    assert_same(take(batch.build(), slice(start, stop)), expected)
-    assert_same(take(batch.build(), torch.tensor(chosen)), expected)
+    assert_same_rollouts(take(batch.build(), slice(start, stop)), expected)
+    assert_same_rollouts(take(batch.build(), torch.tensor(chosen)), expected)
 
 
 def test_token_weights_are_cut_like_the_other_token_fields() -> None:
@@ -63,12 +61,11 @@ def test_no_row_to_take(index: Any, message: str) -> None:
         take(fixed().build(), index)
 
 
-@law
 @given(lists())
 def test_concatenating_single_rows_gives_the_batch(batch: Lists) -> None:
     rollouts = batch.build()
     pieces = [take(rollouts, [row]) for row in range(len(batch.prompts))]
-    assert_same(concatenate(pieces), rollouts)
+    assert_same_rollouts(concatenate(pieces), rollouts)
 
 
 def test_concatenate_wants_the_same_fields() -> None:
@@ -79,7 +76,6 @@ def test_concatenate_wants_the_same_fields() -> None:
         concatenate([])
 
 
-@law
 @given(lists(max_rows=9), st.integers(1, 40), st.booleans())
 def test_microbatches_cover_every_row_once(batch: Lists, size: int, by_tokens: bool) -> None:
     rollouts = batch.build()
@@ -118,7 +114,6 @@ def grouped(groups: list[int]) -> Rollouts:
     return Lists([[1]] * len(groups), [[2]] * len(groups), keywords).build()
 
 
-@law
 @given(
     st.lists(st.integers(0, 6), min_size=2, max_size=12).filter(lambda groups: len(set(groups)) > 1),
     st.floats(0.01, 0.99),
@@ -129,7 +124,7 @@ def test_split_shares_no_prompt(groups: list[int], fraction: float, seed: int) -
     first, second = split(grouped(groups), fraction, torch.Generator().manual_seed(seed))
     again, _ = split(grouped(groups), fraction, torch.Generator().manual_seed(seed))
     assert torch.equal(torch.get_rng_state(), state)
-    assert_same(first, again)
+    assert_same_rollouts(first, again)
     assert not set(first.group_ids.tolist()) & set(second.group_ids.tolist())
     kept = [part.rewards.tolist() for part in (first, second) if part.rewards is not None]
     assert sorted(kept[0] + kept[1]) == [float(i) for i in range(len(groups))]
@@ -149,7 +144,6 @@ def test_split_that_cannot_be_made(groups: list[int], fraction: float) -> None:
         split(grouped(groups), fraction, torch.Generator())
 
 
-@law
 @given(lists(), lists())
 def test_overlap_counts_equal_tokens(evaluation: Lists, update: Lists) -> None:
     joined = [p + c for p, c in zip(update.prompts, update.completions, strict=True)]
@@ -170,4 +164,4 @@ def test_overlap_ignores_padding() -> None:
 def test_devices_change_nothing_else() -> None:
     moved = to_device(fixed().build(), "meta")
     assert {value.device.type for value in moved if value is not None} == {"meta"}
-    assert_same(to_device(fixed().build(), "cpu"), fixed().build())
+    assert_same_rollouts(to_device(fixed().build(), "cpu"), fixed().build())

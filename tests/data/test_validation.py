@@ -12,7 +12,7 @@ import torch
 from funcprobe.data.rollouts import rollouts_from_lists, validate
 from funcprobe.errors import InputError
 from funcprobe.types import Rollouts
-from tests.cases.rollout_lists import VOCABULARY, assert_same, fixed
+from tests.cases.rollout_lists import VOCABULARY, assert_same_rollouts, fixed
 
 NAN, INF = math.nan, math.inf
 
@@ -79,7 +79,7 @@ def test_rollouts_put_together_by_hand(spoil: Callable[[Rollouts], Rollouts], me
 def test_valid_rollouts_come_back_as_they_are() -> None:
     rollouts = fixed().build()
     assert validate(rollouts, VOCABULARY) is rollouts
-    assert_same(rollouts, fixed().build())
+    assert_same_rollouts(rollouts, fixed().build())
 
 
 def test_padding_and_holes_are_never_looked_at() -> None:

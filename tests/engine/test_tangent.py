@@ -13,7 +13,7 @@ import funcprobe as fp
 from funcprobe import engine, tree
 from funcprobe.engine import tangent
 from funcprobe.errors import ForwardModeError
-from tests.cases import models
+from tests.cases import models, tables
 
 V = models.VOCABULARY
 
@@ -167,9 +167,9 @@ def test_a_direction_of_nothing_is_no_evidence() -> None:
     assert policy.checks.tangents == {"forward": True}
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_every_model_holds(build: str) -> None:
-    policy, params = fp.from_module(models.EVERY_MODEL[build]())
+    policy, params = fp.from_module(tables.POLICIES[build]())
     held = tangent.difference(policy, params, models.direction(params), moves=0.0)
     assert held is not None
     assert held.rounding < 0.1 * float(held.fine.norm())  # the difference says something

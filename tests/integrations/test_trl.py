@@ -18,18 +18,9 @@ from funcprobe import ProbeResult
 from funcprobe.errors import FuncprobeWarning
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
 from funcprobe.policy.training_only import training_cautions, training_terms
-from tests.cases.trl_runs import (
-    VOCABULARY,
-    arguments,
-    distance,
-    leaves,
-    our_step,
-    prompts,
-    qwen2,
-    third_party,
-    train,
-    trainables,
-)
+from tests.cases.third_party import third_party
+from tests.cases.trees import assert_same
+from tests.cases.trl_runs import VOCABULARY, arguments, distance, leaves, our_step, prompts, qwen2, train, trainables
 
 # Parameters of size .3 are stored to 1.5e-8 and move by about 1e-3: the difference of two stored ones is good to 2e-5
 # at worst and, in the norm over entries of all sizes, to a fifth of that; 2e-6 to 5e-6 was seen.
@@ -205,21 +196,6 @@ def left_behind(run: Any) -> dict[str, Any]:
         "log": [{k: v for k, v in e.items() if not any(t in k for t in timed)} for e in run.trainer.state.log_history],
         "modes": [(name, part.training) for name, part in run.trainer.model.named_modules()],
     }
-
-
-def assert_same(a: Any, b: Any) -> None:
-    if isinstance(a, torch.Tensor | np.ndarray):
-        assert np.array_equal(np.asarray(a), np.asarray(b))
-    elif isinstance(a, dict):
-        assert list(a) == list(b)
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "LoRA with dropout"])

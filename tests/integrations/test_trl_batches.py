@@ -12,7 +12,8 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
-from tests.cases.trl_runs import VOCABULARY, Run, arguments, distance, qwen2, third_party, train, trainables
+from tests.cases.third_party import third_party
+from tests.cases.trl_runs import VOCABULARY, Run, arguments, distance, qwen2, train, trainables
 
 NAN = float("nan")
 

@@ -12,7 +12,8 @@ from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.integrations.trl import objective_from_config
 from funcprobe.objectives.accumulated import Accumulated
 from funcprobe.objectives.policy_gradient import PolicyGradient
-from tests.cases.trl_runs import arguments, third_party
+from tests.cases.third_party import third_party
+from tests.cases.trl_runs import arguments
 
 
 def config(**options: Any) -> Any:

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from funcprobe import tree
-from tests.benchmarks.test_stateful import lora
 from tests.cases import models
 from tests.cases import stateful as cases
+from tests.cases.live_pairs import adamw, lora, sgd
 
 LIMIT, FLOAT32 = 1e-9, 2.0**-24
 
 
 @pytest.mark.parametrize("model", [models.gpt2, lora], ids=["gpt2", "lora"])
-@pytest.mark.parametrize("optimizer", [cases.sgd, cases.adamw])
+@pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_equals_the_stateful_system(model: Callable[[], Any], optimizer: Callable[..., Any]) -> None:
     live = cases.pair(model, optimizer)
     found = cases.probe(live, {"report_per_token": True, "importance_microbatch_size": 2})
@@ -69,7 +69,7 @@ def test_every_prompt_has_its_own_longest_completion_in_the_loss() -> None:
 
 
 def test_rewards_stand_in_for_advantages_and_the_ratio_is_clipped() -> None:
-    live = cases.pair(cases.table, cases.sgd)
+    live = cases.pair(cases.table, sgd)
     batch = cases.update()
     rewards = batch["advantages"] + torch.arange(4.0, dtype=torch.float64)[:, None]  # A = r − mean_g r
     of_rewards = cases.probe(live, U={**batch, "advantages": None, "rewards": rewards})

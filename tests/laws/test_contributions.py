@@ -14,8 +14,9 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.objectives.variants import entropy_bonus
 from funcprobe.types import Params
-from tests.cases.attributions import LR, OBSERVABLES, Stepped, holed
+from tests.cases.attributions import Stepped, holed
 from tests.cases.probes import E, U
+from tests.cases.tables import LR, OBSERVABLES
 from tests.oracles import attribution as oracle
 from tests.oracles import losses
 
@@ -117,7 +118,7 @@ def test_update_sequences_and_tokens_are_gradients_taken_one_at_a_time(case: tup
         assert abs(float(total[row, token]) - h.share(row, token)) <= EXACT * size, (row, token)
     # the largest is no rounding, and so what is compared is not nothing
     assert float(total.abs().max()) > 0.01 * size
-    assert h.found.result.step["clip_coefficient"] == pytest.approx(h.k, rel=1e-10)
+    assert h.found.probe.outcome.info["clip_coefficient"] == pytest.approx(h.k, rel=1e-10)
     assert (h.k < 0.9) == (case[3] is not None)
 
 

@@ -14,17 +14,13 @@ import funcprobe as fp
 from funcprobe import engine
 from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import Entropy
-from funcprobe.estimators.returns import expected_reward, mean_length
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
 from tests.cases import models
+from tests.cases.tables import CONTROLLED, OBSERVABLES
 from tests.oracles import enumeration
 
 FAMILY = fp.entropy_family()
-OTHERS = (expected_reward(), mean_length(), kl("after"), kl("before"))
-CONTROLLED = (
-    *(Entropy(o.integrand, o.weighting, o.per, control_variate=True) for o in FAMILY),
-    expected_reward(control_variate=True),
-)
+OTHERS = tuple(OBSERVABLES[name] for name in ("reward", "length", "kl", "kl before"))
 by_name = functools.partial(pytest.mark.parametrize, "observable", ids=lambda o: o.name)
 SEED, STEP = 0, 0.3  # large enough that the weights matter: the ESS falls to about .8
 

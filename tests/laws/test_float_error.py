@@ -12,7 +12,8 @@ import torch
 import funcprobe as fp
 from funcprobe.measurement.readings import Reading
 from funcprobe.results.comparison_words import table_of
-from funcprobe.results.sweep_words import headline_of, remarks_of
+from funcprobe.results.sweep_numbers import remarks_of
+from funcprobe.results.sweep_words import headline_of
 from tests.cases import models
 from tests.cases import routing as routing_cases
 from tests.cases.probes import Case, E, U, Variant, updates
@@ -42,7 +43,7 @@ def test_the_error_that_reverse_mode_states_is_that_of_its_difference(name: str)
         assert r.method == "difference"
         assert r.float_error is not None
         if t.method == "path":  # accurate to 1e-5, of θ + Δθ; a difference sees θ′ as stored
-            row = case(name).probe(lr, mode="reverse").rounding
+            row = case(name).probe(lr, mode="reverse").outcome.rounding
             assert row is not None
             ratios.append(abs(r.change - t.change - row) / r.float_error)
     assert len(ratios) >= 3

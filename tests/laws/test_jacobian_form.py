@@ -13,8 +13,9 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.types import Params, Rollouts, Statistic, TokenScores
-from tests.cases.attributions import LR, Stepped
+from tests.cases.attributions import Stepped
 from tests.cases.probes import E, U
+from tests.cases.tables import LR
 from tests.oracles import attribution as oracle
 
 
@@ -130,8 +131,8 @@ def test_an_optimizer_without_an_additive_form_is_attributed_by_its_jacobian_and
     auto, asked = case.attribute(), case.attribute(form="jacobian")
     assert (auto.form, asked.form) == ("jacobian", "jacobian")
     said = "the optimizer has no additive form; tokens of U are attributed by its Jacobian"
-    assert said in auto.result.notes
-    assert said not in asked.result.notes  # it was asked for
+    assert said in auto.probe.notes
+    assert said not in asked.probe.notes  # it was asked for
     assert torch.equal(auto.batch.total, asked.batch.total)
     assert "(jacobian form)" in auto.summary()
     assert "by rest" in auto.summary()
@@ -143,7 +144,7 @@ def test_clipping_turns_what_lies_along_the_gradient() -> None:
     """All sequences together are the gradient, and a clipped step of SGD does not grow with it: they sum to nothing."""
     case = Stepped("gpt2", "grpo", fp.sgd(LR), clip=0.05)
     found = case.attribute(form="jacobian", batch=U)
-    assert found.result.step["clip_coefficient"] < 0.9
+    assert found.probe.outcome.info["clip_coefficient"] < 0.9
     # (the 1e-6 that torch adds to the norm leaves 1e-6/‖g‖ of it)
     assert abs(found.ledger["gradient on U"]) <= 1e-4 * found.batch.magnitude()
     assert found.ledger["rest"] == pytest.approx(found.first_order, rel=1e-4)

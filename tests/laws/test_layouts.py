@@ -11,10 +11,11 @@ from torch import Tensor
 
 from funcprobe.optimizers.factories import PureOptimizer, from_torch
 from funcprobe.types import OptState, Params
-from tests.cases.scored import CLASSES, assert_same, clone
+from tests.cases.tables import TORCH_CLASSES
+from tests.cases.trees import assert_same, clone
 
 KINDS = ("transposed", "sliced", "offset", "expanded", "overlapping", "channels_last")
-CASES = [(name, kind) for name in CLASSES for kind in KINDS if (name, kind) != ("Muon", "channels_last")]
+CASES = [(name, kind) for name in TORCH_CLASSES for kind in KINDS if (name, kind) != ("Muon", "channels_last")]
 cases = pytest.mark.parametrize(("name", "kind"), CASES)
 
 
@@ -54,7 +55,7 @@ def straight(x: Any) -> Any:
 
 def warm(name: str, kind: str) -> tuple[Any, Params, OptState, Params]:
     """An optimizer with contiguous parameters, a state of two real steps, and the next gradient."""
-    cls, options = CLASSES[name]
+    cls, options = TORCH_CLASSES[name]
     optimizer, shape = from_torch(cls, lr=0.03, **options), shape_of(kind)
     params = {"w": straight(strange(kind, shape, 0)), "v": straight(strange(kind, shape, 1))}
     state = optimizer.init(params)

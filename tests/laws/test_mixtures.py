@@ -88,9 +88,9 @@ def test_forward_and_reverse_mode_agree_on_a_mixture(name: str) -> None:
     c = case(name, None)
     forward, reverse = c.probe(1e-5), c.probe(1e-5, mode="reverse")
     assert reverse.first_order == pytest.approx(forward.first_order, rel=1e-3)
-    assert reverse.routing == forward.routing
-    assert forward.routing is not None
-    assert (forward.routing.tokens, forward.routing.layers) == (len(routing_cases.seen(E)), 2)
+    assert reverse.outcome.routing == forward.outcome.routing
+    assert forward.outcome.routing is not None
+    assert (forward.outcome.routing.tokens, forward.outcome.routing.layers) == (len(routing_cases.seen(E)), 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -102,7 +102,7 @@ def test_a_comparison_and_a_sweep_count_as_a_probe_does(name: str) -> None:
         swept = c.sweep([1e-2, 2e-2], ess_threshold=0.0)
     steps = {"one": Variant(c.step, lr=1e-9), "two": Variant(c.step, lr=2e-2)}
     compared = fp.compare(updates(steps, c.params, c.state, U), E, ess_threshold=0.0)
-    assert alone.routing is not None
-    assert alone.routing.changed > 0
-    assert swept.points[1].routing == compared.outcomes["two"].routing == alone.routing
+    assert alone.outcome.routing is not None
+    assert alone.outcome.routing.changed > 0
+    assert swept.points[1].routing == compared.outcomes["two"].routing == alone.outcome.routing
     assert any("sent to other experts" in text for text in compared.warnings["two"])

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.optimization import Adafactor
 
-from funcprobe.checkpoints import from_training, load_checkpoint, optimizer_flags
+from funcprobe.checkpoints import from_training, optimizer_flags
 from funcprobe.checkpoints.folder import load_optimizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_kind import optimizer_class
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
 from funcprobe.optimizers.factories import LiftedOptimizer, PureOptimizer
-from tests.checkpoints.conftest import assert_same_state, qwen2, random_like, train
+from tests.cases.optimizer_files import assert_followed, loaded, plain, resumed, step
+from tests.cases.trees import random_like
 
 FIXED = {"lr": 0.01, "relative_step": False, "scale_parameter": False}
+
+
 #: Classes with options that decide which state they keep.
 CASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.2}),
@@ -44,7 +47,11 @@ CASES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     (Adafactor, FIXED),
     (Adafactor, {**FIXED, "beta1": 0.9, "scale_parameter": True}),
 ]
+
+
 cases = pytest.mark.parametrize(("cls", "options"), CASES)
+
+
 MATRICES = {"embed": (6, 4), "up": (4, 5), "head": (5, 6)}
 
 
@@ -54,12 +61,6 @@ def leaves(cls: type) -> dict[str, nn.Parameter]:
     if cls is not torch.optim.Muon:
         shapes = {"embed": (6, 4), "norm": (4,), "up": (4, 5), "bias": (5,), "head": (5, 6)}
     return {n: nn.Parameter(v) for n, v in random_like({n: torch.empty(s) for n, s in shapes.items()}, 1).items()}
-
-
-def step(optimizer: torch.optim.Optimizer, own: dict[str, Any], seed: int) -> None:
-    for name, g in random_like({n: p.detach() for n, p in own.items()}, seed).items():
-        own[name].grad = g
-    optimizer.step()
 
 
 def run(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[dict[str, nn.Parameter], Any]:
@@ -73,38 +74,6 @@ def run(cls: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[dict
     for seed in (2, 3):
         step(optimizer, own, seed)
     return own, optimizer
-
-
-def plain(own: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in own.items()}
-
-
-def loaded(saved: dict[str, Any], own: dict[str, nn.Parameter], folder: Path) -> Any:
-    torch.save(saved, folder / "optimizer.pt")
-    return load_optimizer(folder / "optimizer.pt", plain(own))
-
-
-def resumed(optimizer: torch.optim.Optimizer, saved: dict[str, Any], own: dict[str, nn.Parameter]) -> Any:
-    """A step as a run takes it that loads the file: torch's own reading of it."""
-    mine = copy.deepcopy(own)
-    where = {id(p): mine[n] for n, p in own.items()}
-    groups = [{**g, "params": [where[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
-    again = type(optimizer)(groups, **({} if isinstance(optimizer, Adafactor) else {"lr": 0.01}))
-    again.load_state_dict(copy.deepcopy(saved))
-    step(again, mine, 4)
-    return plain(mine), {n: {k: v for k, v in again.state[p].items() if v is not None} for n, p in mine.items()}
-
-
-def assert_followed(found: Any, state: Any, own: dict[str, nn.Parameter], reference: Any) -> None:
-    params = plain(own)
-    after = found.apply(params, state, random_like(params, 4))
-    for n, p in reference[0].items():
-        assert torch.equal(after.params[n], p), n
-    wanted = {
-        n: {k: v if isinstance(v, Tensor) else torch.tensor(v) for k, v in entries.items()}
-        for n, entries in reference[1].items()
-    }
-    assert_same_state(after.opt_state, wanted)
 
 
 @cases
@@ -304,102 +273,3 @@ def test_a_class_from_elsewhere_keeps_its_keys() -> None:
         p.grad = gradient[n].clone()
     optimizer.step()
     assert all(torch.equal(after[n], p.detach()) for n, p in model.named_parameters())
-
-
-class Wrapped(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.blocks = nn.Embedding(6, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
-        self.head = nn.Linear(4, 6, bias=False)
-
-
-def named(cls: type[torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer, dict[str, Any]]:
-    """A state that goes by names, as torch gathers it for FSDP."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-    torch.manual_seed(0)
-    model = Wrapped()
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() == 1]
-    optimizer = cls([{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}], lr=0.01)  # type: ignore[call-arg]
-    for seed in (2, 3):
-        step(optimizer, dict(model.named_parameters()), seed)
-    saved = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
-    return model, optimizer, saved
-
-
-def renamed(saved: dict[str, Any], rename: Any) -> dict[str, Any]:
-    groups = [{**g, "params": [rename(n) for n in g["params"]]} for g in saved["param_groups"]]
-    return {"state": {rename(n): entry for n, entry in saved["state"].items()}, "param_groups": groups}
-
-
-PREFIXES: dict[str, Any] = {
-    "none": lambda n: n,
-    "ddp": lambda n: f"module.{n}",
-    "compiled ddp": lambda n: f"module._orig_mod.{n}",
-    "fsdp": lambda n: "_fsdp_wrapped_module." + n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module."),
-    "checkpointed": lambda n: n.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."),
-    "all": lambda n: f"module._orig_mod._fsdp_wrapped_module.{n}".replace("s.0.", "s.0._checkpoint_wrapped_module."),
-}
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
-def test_a_state_that_goes_by_names(cls: type[torch.optim.Optimizer], prefix: str, tmp_path: Path) -> None:
-    model, optimizer, saved = named(cls)
-    own = dict(model.named_parameters())
-    found, state = loaded(renamed(saved, PREFIXES[prefix]), own, tmp_path)
-    assert_followed(found, state, own, resumed(optimizer, optimizer.state_dict(), own))
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_numbers_with_names_beside_them(prefix: str, tmp_path: Path) -> None:
-    model, _, _ = named(torch.optim.AdamW)
-    own = dict(model.named_parameters())
-    order = list(own)[::-1]  # an order that shapes alone would not allow
-    optimizer = torch.optim.AdamW([(PREFIXES[prefix](n), own[n]) for n in order], lr=0.01)
-    step(optimizer, own, 2)
-    saved = optimizer.state_dict()
-    assert "param_names" in saved["param_groups"][0]
-    found, state = loaded(saved, own, tmp_path)
-    after = found.apply(plain(own), state, random_like(plain(own), 4)).params
-    step(optimizer, own, 4)
-    assert all(torch.equal(after[n], p.detach()) for n, p in own.items())
-
-
-def test_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    model, _, saved = named(torch.optim.AdamW)
-    own = dict(model.named_parameters())
-    odd = renamed(saved, lambda n: n.replace("head", "score"))
-    with pytest.raises(CheckpointError, match=r"goes by names, and 'score.weight' is no .*'head.weight' has no entry"):
-        loaded(odd, own, tmp_path)
-    saved["state"]["head.weight"]["exp_avg"] = torch.zeros(2, 2)
-    saved["state"]["head.weight"]["exp_avg_sq"] = torch.zeros(2, 2)
-    with pytest.raises(CheckpointError, match=r"The state of 'head.weight' in optimizer.pt has shape \(2, 2\)"):
-        loaded(saved, own, tmp_path)
-
-
-def test_a_module_of_that_name_is_no_wrapper(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"module": nn.Linear(2, 3)})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    own = dict(model.named_parameters())
-    step(optimizer, own, 2)
-    saved = optimizer.state_dict()
-    names = dict(enumerate(own))
-    by_name = renamed(saved, names.__getitem__)
-    found, state = loaded(by_name, own, tmp_path)
-    assert_followed(found, state, own, resumed(optimizer, saved, own))
-
-
-@pytest.mark.parametrize("optim", ["adafactor", "rmsprop", "adagrad"])
-def test_a_trainer_folder_of_another_optimizer(optim: str, tmp_path: Path) -> None:
-    run_ = train(qwen2(tie_word_embeddings=True), tmp_path, optim=optim)
-    live, saved = from_training(run_.model, run_.wrapped), load_checkpoint(run_.folder, lr=1e-3)
-    assert saved.optimizer is not None
-    assert type(saved.optimizer) is type(live.optimizer)
-    assert saved.optimizer.cls is type(run_.optimizer)  # type: ignore[attr-defined]
-    gradient = random_like(live.params)
-    one = live.optimizer.apply(live.params, live.opt_state, gradient, lr=1e-3)  # type: ignore[union-attr]
-    two = saved.optimizer.apply(saved.params, saved.opt_state or {}, gradient)
-    assert all(torch.equal(one.params[n], two.params[n]) for n in saved.params)
-    assert_same_state(two.opt_state, one.opt_state)

@@ -17,7 +17,8 @@ from funcprobe.estimators.observables import entropy_family
 from funcprobe.objectives import by_name as objectives
 from funcprobe.types import Params, Rollouts
 from tests.cases import models
-from tests.cases.rollout_lists import assert_same
+from tests.cases.rollout_lists import assert_same_rollouts
+from tests.cases.tables import OBJECTIVES, PLAIN
 from tests.oracles import losses
 
 PROMPTS = [[1, 2], [1, 2], [1, 2], [1, 2], [3], [3]]
@@ -53,25 +54,13 @@ def logps(params: Params, rollouts: Rollouts) -> Tensor:
     return torch.stack(rows).view(rollouts.completion_mask.shape)
 
 
-OBJECTIVES: dict[str, tuple[Any, str]] = {
-    "reinforce": (objectives.reinforce, "group"),
-    "grpo": (objectives.grpo, "group"),
-    "bnpo": (objectives.bnpo, "group"),
-    "dr_grpo": (objectives.dr_grpo, "none"),
-    "dapo": (objectives.dapo, "group"),
-    "gspo": (objectives.gspo, "group"),
-    "cispo": (objectives.cispo, "group"),
-    "rloo": (objectives.rloo, "leave one out"),
-}
-
-
 @pytest.mark.parametrize("microbatch", [None, 1])
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", PLAIN)
 def test_baselines_and_denominators_count_the_row(name: str, microbatch: int | None) -> None:
     policy, params, _ = model()
-    build, scale = OBJECTIVES[name]
+    scale = {"dr_grpo": "none", "rloo": "leave one out"}.get(name, "group")
     rollouts, groups = batch(), [0, 0, 0, 0, 1, 1]
-    found, info = fp.make_step(policy, build(), fp.sgd(0.1), microbatch=microbatch).gradient(params, rollouts)
+    found, info = fp.make_step(policy, OBJECTIVES[name], fp.sgd(0.1), microbatch=microbatch).gradient(params, rollouts)
     advantage = (
         losses.leave_one_out(REWARDS, groups) if scale == "leave one out" else losses.advantages(REWARDS, groups, scale)
     )
@@ -130,8 +119,8 @@ def test_a_probe_and_its_attribution_run_over_it() -> None:
 def test_files_and_slices_keep_it(extension: str, tmp_path: Path) -> None:
     rollouts = batch(sampling_logps=[[-1.0] * len(c) for c in COMPLETIONS], advantages=[0.1 * i for i in range(6)])
     write_rollouts(tmp_path / f"a.{extension}", rollouts)
-    assert_same(read_rollouts(tmp_path / f"a.{extension}"), rollouts)
-    assert_same(concatenate([take(rollouts, [i]) for i in range(6)]), rollouts)
+    assert_same_rollouts(read_rollouts(tmp_path / f"a.{extension}"), rollouts)
+    assert_same_rollouts(concatenate([take(rollouts, [i]) for i in range(6)]), rollouts)
     assert sum(len(part.ids) for part in split(rollouts, 0.5, torch.Generator().manual_seed(0))) == 6
     alone = take(rollouts, [2, 5])
     assert int(alone.completion_mask.sum()) == 0

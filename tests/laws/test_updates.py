@@ -13,41 +13,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcprobe import tree
 from funcprobe.optimizers import closed_form as pure
-from funcprobe.optimizers.factories import Group, PureOptimizer, adam, adamw, from_torch, sgd
+from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.types import Optimizer, OptState, Params
-from tests.cases.scored import assert_same, clone, gradients, law, leaves
+from tests.cases.scored import law
+from tests.cases.tables import CLOSED_FORM, OPTIMIZERS
+from tests.cases.trees import assert_same, clone, gradients, leaves
 
-BUILT_IN: dict[str, PureOptimizer] = {
-    "sgd": sgd(0.03),
-    "sgd decayed": sgd(0.03, weight_decay=0.2, maximize=True),
-    "sgd momentum": sgd(0.03, momentum=0.9),
-    "sgd dampened": sgd(0.03, momentum=0.9, dampening=0.4, weight_decay=0.2, maximize=True),
-    "sgd nesterov": sgd(0.03, momentum=0.8, nesterov=True, weight_decay=0.2),
-    "sgd foreach": sgd(0.03, momentum=0.8, nesterov=True, foreach=True),
-    "adam": adam(0.03),
-    "adam coupled": adam(0.03, weight_decay=0.2, maximize=True, betas=(0.7, 0.9), eps=1e-3),
-    "adam amsgrad": adam(0.03, amsgrad=True, weight_decay=0.1),
-    "adamw": adamw(0.03),
-    "adamw amsgrad": adamw(0.03, amsgrad=True, weight_decay=0.4, maximize=True),
-    "adamw fused": adamw(0.03, fused=True),
-    "adamw groups": adamw(
-        groups=[
-            Group(("head", "gain"), {"lr": 0.03, "weight_decay": 0.0}),
-            Group(("layer.10.weight", "layer.2.bias"), {"lr": 0.01}),
-        ]
-    ),
-}
-LIFTED: dict[str, Optimizer] = {
-    "rmsprop": from_torch(torch.optim.RMSprop, lr=0.03, momentum=0.5, weight_decay=0.1),
-    "nadam": from_torch(torch.optim.NAdam, lr=0.03),
-    "adafactor": from_torch(torch.optim.Adafactor, lr=0.03),
-}
-every = pytest.mark.parametrize("name", [*BUILT_IN, *LIFTED])
-built_in = pytest.mark.parametrize("name", list(BUILT_IN))
+every = pytest.mark.parametrize("name", OPTIMIZERS)
+built_in = pytest.mark.parametrize("name", CLOSED_FORM)
 
 
 def optimizer_of(name: str) -> Any:
-    return BUILT_IN[name] if name in BUILT_IN else LIFTED[name]
+    return OPTIMIZERS[name](leaves())
 
 
 def trained(optimizer: Optimizer, dtype: torch.dtype, steps: int) -> tuple[Params, OptState, Params]:
@@ -89,7 +66,7 @@ def test_the_update_is_the_difference_in_float64(name: str, dtype: torch.dtype, 
 @built_in
 @pytest.mark.parametrize("steps", [0, 1, 3])
 def test_the_update_is_affine_in_the_gradient(name: str, steps: int) -> None:
-    optimizer = BUILT_IN[name]
+    optimizer = optimizer_of(name)
     params, state, gradient = trained(optimizer, torch.float32, steps)
     offset, scale = optimizer.affine(params, state, gradient)
     update = optimizer.apply(params, state, gradient).delta
@@ -105,7 +82,7 @@ def test_the_update_is_affine_in_the_gradient(name: str, steps: int) -> None:
 
 @built_in
 def test_the_offset_parts_vanish_with_what_they_stand_for(name: str) -> None:
-    optimizer = BUILT_IN[name]
+    optimizer = optimizer_of(name)
     params, state, gradient = trained(optimizer, torch.float64, 2)
     zero = tree.zeros_like(params)
     for leaf, terms in optimizer.terms(zero, state, gradient).items():
@@ -128,7 +105,7 @@ def test_adamw_by_hand() -> None:
     assert momentum_and_decay == pytest.approx(-eta * (b1 * m / ((1 - b1**5) * denom) + decay * theta), rel=1e-14)
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, "rmsprop"])
+@pytest.mark.parametrize("name", [*CLOSED_FORM, "rmsprop"])
 @given(exponent=st.floats(-10, 0), factor=st.floats(1e-2, 1e2), seed=st.integers(0, 99))
 @law
 def test_the_update_is_proportional_to_the_learning_rate(name: str, exponent: float, factor: float, seed: int) -> None:
@@ -138,7 +115,7 @@ def test_the_update_is_proportional_to_the_learning_rate(name: str, exponent: fl
     small = optimizer.apply(params, state, gradient, lr).delta
     large = optimizer.apply(params, state, gradient, lr * factor).delta
     # A float32 update is rounded to 2^-24 = 6e-8. The lifted class loses 1e-16·|θ|/|Δθ| more, 1e-6 at lr 1e-10.
-    tolerance = 1e-6 if name in BUILT_IN else 1e-5
+    tolerance = 1e-6 if name in CLOSED_FORM else 1e-5
     assert float(tree.norm(large)) == pytest.approx(factor * float(tree.norm(small)), rel=tolerance)
 
 
@@ -185,13 +162,13 @@ def test_leaves_that_require_grad_give_results_that_do_not() -> None:
 
 @built_in
 def test_the_update_is_differentiable_in_the_gradient(name: str) -> None:
-    optimizer = BUILT_IN[name]
+    optimizer = optimizer_of(name)
     params, state, gradient = trained(optimizer, torch.float64, 2)
     weights = gradients(params, 77)
     along = gradients(params, 78)
 
     def total(g: Params) -> torch.Tensor:
-        update = optimizer.update(params, state, g)
+        update = optimizer.delta(params, state, g)
         return sum(((weights[n] * update[n]).sum() for n in params), torch.zeros((), dtype=torch.float64))
 
     analytic = float(tree.dot(torch.func.grad(total)(gradient), along))
@@ -220,12 +197,12 @@ class Float64Sizes(TorchDispatchMode):
 def test_chunks_change_no_bit_and_bound_the_float64_temporaries(
     name: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = BUILT_IN[name]
+    optimizer = optimizer_of(name)
     params, state, gradient = trained(optimizer, torch.float32, steps)
     weights, along = gradients(params, 77), gradients(params, 78)
 
     def results() -> dict[str, Params]:
-        update = lambda g: optimizer.update(params, state, g)  # noqa: E731
+        update = lambda g: optimizer.delta(params, state, g)  # noqa: E731
         value, pull = torch.func.vjp(update, gradient)
         pushed = torch.func.jvp(update, (gradient,), (along,))[1]
         return {"plain": update(gradient), "value": value, "pulled": pull(weights)[0], "pushed": pushed}
@@ -234,14 +211,14 @@ def test_chunks_change_no_bit_and_bound_the_float64_temporaries(
     monkeypatch.setattr(pure, "CHUNK", 4)  # leaves of 35, 24, 3 and 1 entries
     assert_same(results(), whole)
     with Float64Sizes() as sizes:
-        optimizer.update(params, state, gradient)
+        optimizer.delta(params, state, gradient)
     assert max(sizes.seen) == 4
 
 
 def test_a_leaf_without_entries_is_stepped() -> None:
     params = {"none": torch.ones(0, 2)}
     optimizer = adamw()
-    assert_same(optimizer.update(params, optimizer.init(params), params), params)
+    assert_same(optimizer.delta(params, optimizer.init(params), params), params)
 
 
 def test_adafactor_keeps_the_epsilon_of_the_stored_dtype() -> None:

@@ -13,11 +13,10 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.measurement.move import WORTH_TELLING, Move
 from funcprobe.optimizers.stored import stored
-from funcprobe.report.sweep_figures import plot_sweep
-from funcprobe.report.terminal import headline, summary_text
+from funcprobe.report.figures import plot_sweep
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
-from funcprobe.results.sweep_words import remarks_of, table_of
+from funcprobe.results.sweep_numbers import remarks_of, table_of
 from funcprobe.types import Params
 from tests.cases import models
 from tests.cases.probes import E, U
@@ -62,14 +61,14 @@ def test_both_changes_are_measured_by_every_method(method: Any, lr: float) -> No
     low = Low()
     exact, as_stored, row = low.truth(lr)
     reading = (result := low.probe(lr=lr, method=method)).main
-    assert result.rounding_ratio > WORTH_TELLING
+    assert result.outcome.rounding_ratio > WORTH_TELLING
     size = max(abs(exact), abs(as_stored))
     # a path agrees to 1e-5 of Σ|terms|, which is some tens of ΔF here; the update is kept in float32 all the same
     assert reading.exact == pytest.approx(exact, rel=1e-3, abs=1e-4 * size)
     assert reading.stored == pytest.approx(as_stored, rel=1e-3, abs=1e-4 * size)
     assert reading.change == (reading.stored if method == "difference" else reading.exact)
     assert reading.of_delta == (method != "difference")
-    assert result.rounding == pytest.approx(row, rel=1e-3, abs=1e-6 * size)
+    assert result.outcome.rounding == pytest.approx(row, rel=1e-3, abs=1e-6 * size)
     assert set(reading.bars) == {"change", "first_order", "remainder", "ratio"} | {
         "exact" if method == "difference" else "stored"
     }
@@ -92,7 +91,7 @@ def test_reverse_mode_gives_both_by_subtraction() -> None:
     result = low.probe(mode="reverse")
     assert result.main.exact == pytest.approx(exact, rel=1e-6)
     assert result.main.stored == result.main.subtraction == pytest.approx(as_stored, rel=1e-6)
-    assert result.rounding == pytest.approx(row, rel=1e-6)
+    assert result.outcome.rounding == pytest.approx(row, rel=1e-6)
     assert (result.main.method, result.main.of_delta) == ("difference", True)
 
 
@@ -102,7 +101,7 @@ def test_what_does_not_move_is_the_runs() -> None:
     moved = [(taken.params[n] != p) for n, p in low.params.items()]
     wanted = [taken.delta[n] != 0 for n in low.params]
     stuck = sum(int((w & ~m).sum()) for w, m in zip(wanted, moved, strict=True)) / sum(int(w.sum()) for w in wanted)
-    assert low.probe(lr=1e-5).unmoved == stuck > 0.5
+    assert low.probe(lr=1e-5).outcome.unmoved == stuck > 0.5
 
 
 def test_storage_in_the_arithmetics_dtype_tells_nothing_apart() -> None:
@@ -116,7 +115,7 @@ def test_storage_in_the_arithmetics_dtype_tells_nothing_apart() -> None:
 def test_every_text_names_both(lr: float) -> None:
     result = Low(torch.float32).probe(lr=lr)
     assert result.environment["storage"] == "bfloat16"
-    for text in (result.summary(), result._repr_html_(), summary_text(result)):
+    for text in (result.summary(), result._repr_html_(), text_of(result)):
         assert "exact update" in text
         assert "as stored in bfloat16" in text
         assert f"{result.main.exact:+.6e}" in text
@@ -124,10 +123,10 @@ def test_every_text_names_both(lr: float) -> None:
         assert "rounding of θ′ adds" in text
         assert "F(θ + Δθ)" in text
     verb = "raises" if result.main.stored > 0 else "lowers"  # type: ignore[operator]
-    assert f"As stored in bfloat16 the step {verb} it by {abs(result.main.stored or 0):.3g}" in headline(result)
-    assert "float32 stored in bfloat16" in " ".join(summary_text(result).split())
+    assert f"As stored in bfloat16 the step {verb} it by {abs(result.main.stored or 0):.3g}" in result.summary()
+    assert "float32 stored in bfloat16" in " ".join(text_of(result).split())
     by_difference = Low(torch.float32).probe(lr=lr, method="difference")
-    assert "The exact update, unrounded," in headline(by_difference)
+    assert "The exact update, unrounded," in by_difference.summary()
     assert "of it rounding of θ′" in by_difference.summary()
 
 

@@ -19,47 +19,16 @@ from funcprobe.errors import EffectiveSampleSizeError, ForwardModeError, Funcpro
 from funcprobe.estimators.importance import weight_health
 from funcprobe.measurement.cautions import after_measuring
 from funcprobe.types import OptState, Params
-from tests.cases import models
-from tests.policy.test_module import same, snapshot
-
-OBJECTIVES = [fp.reinforce, fp.rloo, fp.grpo, fp.bnpo, fp.dr_grpo, fp.dapo, fp.gspo, fp.cispo]
-OPTIMIZERS = {
-    "sgd": lambda lr: fp.sgd(lr, momentum=0.9, nesterov=True),
-    "adam": fp.adam,
-    "adamw": functools.partial(fp.adamw, weight_decay=0.1),
-    "lifted": lambda lr: fp.from_torch(torch.optim.RMSprop, lr=lr),
-}
-E, U = models.rollouts(9, seed=1), models.rollouts(9, seed=2)
-
-
-class Case:
-    """A policy with an optimizer that has already taken a step, so that its moments are real."""
-
-    def __init__(self, build: str, objective: str = "grpo", optimizer: str = "adamw", lr: float = 1e-3) -> None:
-        self.module = models.EVERY_MODEL[build]().train()
-        self.policy, self.params = fp.from_module(self.module)
-        self.optimizer = OPTIMIZERS[optimizer](lr)
-        made = {o().name: o for o in OBJECTIVES}[objective]()
-        self.step = fp.make_step(self.policy, made, self.optimizer, max_grad_norm=1.0, microbatch=4)
-        warm = self.step(self.params, self.optimizer.init(self.params), models.rollouts(6, seed=9))
-        self.state: OptState = warm.opt_state
-
-    def probe(self, **options: Any) -> fp.ProbeResult:
-        """Probe the step with E and U."""
-        given = {"microbatch": 4, **options}
-        evaluation, batch, lr = given.pop("evaluation", E), given.pop("batch", U), given.pop("lr", None)
-        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, batch, lr), evaluation, **given)
-
-
-@functools.cache
-def case(build: str = "gpt2", objective: str = "grpo", optimizer: str = "adamw") -> Case:
-    return Case(build, objective, optimizer)
+from tests.cases import models, tables
+from tests.cases.measured import AT_A_RATE, Case, E, U, case
+from tests.cases.snapshots import snapshot
+from tests.cases.trees import assert_same
 
 
 @settings(max_examples=20)
 @given(
-    objective=st.sampled_from([o().name for o in OBJECTIVES]),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    objective=st.sampled_from(tables.PLAIN),
+    optimizer=st.sampled_from(sorted(AT_A_RATE)),
     mode=st.sampled_from(["auto", "forward", "reverse"]),
     build=st.sampled_from(["two lines", "gpt2", "qwen2, lora"]),
 )
@@ -70,14 +39,14 @@ def test_exactly_one_step_and_nothing_touched(objective: str, optimizer: str, mo
     before = [snapshot(c.module), _cloned(c.params), {n: _cloned(s) for n, s in c.state.items()}]
     rollouts = [tuple(None if x is None else x.clone() for x in batch) for batch in (E, U)]
     result = c.probe(mode=mode, keep_delta=True)
-    assert same(snapshot(c.module), before[0])
-    assert same(c.params, before[1])
-    assert same(c.state, before[2])
-    assert all(same(list(old), list(new)) for old, new in zip(rollouts, (E, U), strict=True))
+    assert_same(snapshot(c.module), before[0])
+    assert_same(c.params, before[1])
+    assert_same(c.state, before[2])
+    assert_same(rollouts, [tuple(batch) for batch in (E, U)])
     # exactly one: the kept update is that of one call of the step
     one = c.step(c.params, c.state, U).delta
     assert result.delta is not None
-    assert same(result.delta, {n: u.float() for n, u in one.items()})
+    assert_same(result.delta, {n: u.float() for n, u in one.items()})
 
 
 def _cloned(leaves: Params) -> Params:
@@ -95,11 +64,11 @@ def test_the_probe_is_the_five_lines(build: str) -> None:
     assert abs(result.first_order - float(tree.dot(gradient, after.delta))) <= 1e-10 * size
     assert abs(result.change - float(H(after.params) - H(c.params))) <= 1e-12
     assert abs(result.remainder - (result.change - result.first_order)) <= 1e-15
-    assert result.delta_norm == pytest.approx(float(tree.norm(after.delta)), rel=1e-12)
+    assert result.outcome.delta_norm == pytest.approx(float(tree.norm(after.delta)), rel=1e-12)
     assert result.top[0][1] == max(tree.leaf_norms(after.delta).values())
     assert result.lr == 1e-3
     # float64 parameters of order .3 at |Δθ| of 1e-3: what is stored differs by 1e-16/1e-3 of the update
-    assert result.rounding_ratio < 1e-12
+    assert result.outcome.rounding_ratio < 1e-12
 
 
 def test_forward_and_reverse_report_one_number() -> None:
@@ -129,14 +98,14 @@ def test_first_order_and_update_scale_with_the_learning_rate(lr: float, optimize
     c = case("gpt2", "grpo", optimizer)
     one, two = c.probe(lr=lr), c.probe(lr=lr / 10)
     assert one.lr == lr
-    assert one.delta_norm / two.delta_norm == pytest.approx(10, rel=1e-6)
+    assert one.outcome.delta_norm / two.outcome.delta_norm == pytest.approx(10, rel=1e-6)
     assert one.first_order / two.first_order == pytest.approx(10, rel=1e-6)
 
 
 def test_no_learning_rate_no_step() -> None:
     with pytest.warns(FuncprobeWarning, match="The step is zero at learning rate 0"):
         result = case().probe(lr=0.0)
-    assert (result.delta_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
+    assert (result.outcome.delta_norm, result.change, result.first_order, result.remainder) == (0.0, 0.0, 0.0, 0.0)
     assert result.health.ess_sequence == pytest.approx(9)
 
 
@@ -147,18 +116,18 @@ def test_rounding_is_its_own_row_in_float32() -> None:
     run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
     forward, reverse, skipped = run(), run(mode="reverse"), run(rounding=False)
     # at lr 1e-7 on weights of order .3, half an ulp is 1e-8: several per cent of the update
-    assert forward.rounding_ratio > 0.01
-    assert forward.rounding is not None
-    assert reverse.rounding == pytest.approx(forward.rounding, rel=1e-3)
-    assert skipped.rounding is None
+    assert forward.outcome.rounding_ratio > 0.01
+    assert forward.outcome.rounding is not None
+    assert reverse.outcome.rounding == pytest.approx(forward.outcome.rounding, rel=1e-3)
+    assert skipped.outcome.rounding is None
     assert any("rounding row was not computed" in note for note in skipped.notes)
-    assert 0 < forward.unmoved < 1
+    assert 0 < forward.outcome.unmoved < 1
     # the measured change moves with what was stored: first order plus the rounding row explains it
     after = step(params, optimizer.init(params), U)
     stored = {n: (after.params[n].double() - p.double()).float() for n, p in params.items()}
     H = fp.anchored(fp.entropy(), policy, E, params)
     slope = float(torch.func.jvp(H, (params,), (stored,))[1])
-    assert forward.first_order + forward.rounding == pytest.approx(slope, rel=1e-4)
+    assert forward.first_order + forward.outcome.rounding == pytest.approx(slope, rel=1e-4)
 
 
 def test_the_change_follows_what_is_stored_and_the_prediction_the_update() -> None:
@@ -181,7 +150,7 @@ def test_the_change_follows_what_is_stored_and_the_prediction_the_update() -> No
     result = fp.probe(fp.Update.from_step(step, params, Drifting().init(params), U), E)
     H = fp.anchored(fp.entropy(), policy, E, params)
     off = float(torch.func.jvp(H, (params,), (drift,))[1])
-    assert result.rounding == pytest.approx(off, rel=1e-9)
+    assert result.outcome.rounding == pytest.approx(off, rel=1e-9)
     assert result.change == pytest.approx(result.first_order + off, rel=0.02)
     assert abs(off) > 0.1 * abs(result.first_order)
 

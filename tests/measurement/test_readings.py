@@ -20,18 +20,11 @@ from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
 from funcprobe.measurement.readings import Reading, Sampled, bar_from_dict
 from funcprobe.types import Observable
+from tests.cases import tables
 from tests.cases.probes import Case, E, U, prompted
 
 LR = 1e-2
-OBSERVABLES: dict[str, Observable] = {
-    "entropy": fp.entropy(),
-    "surprisal": fp.entropy("surprisal", "sequence", "sequence"),
-    "controlled": fp.entropy(control_variate=True),
-    "reward": fp.expected_reward(),
-    "length": fp.mean_length(),
-    "kl": fp.kl(),
-    "kl before": fp.kl("before"),
-}
+OBSERVABLES = tables.observables("entropy", "surprisal", "controlled", "reward", "length", "kl", "kl before")
 QUANTITIES = ("change", "first_order", "second_order", "remainder", "ratio")
 
 
@@ -238,9 +231,9 @@ def test_rewards_that_are_missing() -> None:
     assert case().probe(LR, evaluation=bare).main.bars  # which nothing else needs
 
 
-def test_both_forms_and_none() -> None:
-    with pytest.raises(InputError, match="observable and observables were both given; put all of them into observ"):
-        case().probe(LR, observables=fp.entropy(), observables={"entropy": fp.entropy()})
+def test_one_form_and_none() -> None:
+    one, several = (case().probe(LR, observables=o, bars=None) for o in (fp.entropy(), {"entropy": fp.entropy()}))
+    assert one.main == several.main
     with pytest.raises(InputError, match="No observable was given; expected at least one"):
         case().probe(LR, observables={})
 

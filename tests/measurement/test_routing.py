@@ -67,21 +67,21 @@ def test_tokens_that_change_experts_are_counted(chooser: str, seed: int) -> None
     pairs = zip(cases.experts_of(case.params, ids, count), cases.experts_of(after, ids, count), strict=True)
     changed = sum(old != new for old, new in pairs)
     assert changed > 0
-    assert result.routing == Routing(changed, len(ids), 1)
+    assert result.outcome.routing == Routing(changed, len(ids), 1)
     assert f"{changed} of {len(ids)} ({changed / len(ids):.2%})" in result.summary()
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
 def test_nothing_changes_where_the_step_is_shorter_than_the_way_to_the_tie(mode: str) -> None:
     result = crossed(crossing("topk"), SHORT * 1e-6, mode=mode)
-    assert result.routing is not None
-    assert result.routing.changed == 0
+    assert result.outcome.routing is not None
+    assert result.outcome.routing.changed == 0
     assert not result.warnings
 
 
 def test_a_model_without_experts_has_no_routing() -> None:
     result = Case("gpt2").probe(1e-3)
-    assert result.routing is None
+    assert result.outcome.routing is None
     assert "experts" not in result.summary()
 
 
@@ -241,7 +241,7 @@ def test_a_mixture_of_transformers_is_watched(name: str, mode: Any) -> None:
     old, new = (_sets(module, params) for params in (case.params, after))
     changed = sum(a != b for a, b in zip(old, new, strict=True))
     assert changed > 0
-    assert result.routing == Routing(changed, len(old), 2)
+    assert result.outcome.routing == Routing(changed, len(old), 2)
 
 
 def _sets(module: nn.Module, params: Params) -> list[tuple[frozenset[int], ...]]:
@@ -261,10 +261,10 @@ def test_results_and_sweeps_keep_their_routing(tmp_path: Any) -> None:
     with pytest.warns(FuncprobeWarning):
         result = crossed(case)
     result.save(tmp_path / "result")
-    assert fp.ProbeResult.load(tmp_path / "result").routing == result.routing
+    assert fp.ProbeResult.load(tmp_path / "result").outcome.routing == result.outcome.routing
     with pytest.warns(FuncprobeWarning):
         sweep = case.sweep([SHORT * 1e-6, SHORT], batch=models.rollouts(9, seed=2))
-    assert [p.routing.changed for p in sweep.points if p.routing] == [0, result.routing.changed]  # type: ignore[union-attr]
+    assert [p.routing.changed for p in sweep.points if p.routing] == [0, result.outcome.routing.changed]  # type: ignore[union-attr]
     sweep.save(tmp_path / "sweep")
     assert [p.routing for p in fp.SweepResult.load(tmp_path / "sweep").points] == [p.routing for p in sweep.points]
 

@@ -28,27 +28,21 @@ from funcprobe.measurement import second_order as expansion
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.path import path, subtraction_error
 from funcprobe.measurement.second_order import _beginnings
-from funcprobe.report.weights_figure import plot_weights
+from funcprobe.report.importance_weights import plot_weights
 from funcprobe.types import Params
-from tests.cases import models
+from tests.cases import models, tables
+from tests.cases.measured import E, U, case
 from tests.cases.probes import prompted
-from tests.measurement.test_measure import E, U, case
+from tests.cases.tables import observables
 
-OBSERVABLES = {
-    "entropy": fp.entropy(),
-    "sequence": fp.entropy("surprisal", "sequence", "sequence"),
-    "reward": fp.expected_reward(),
-    "length": fp.mean_length(),
-    "kl": fp.kl(),
-    "kl before": fp.kl("before"),
-}
+OBSERVABLES = observables("entropy", "surprisal", "reward", "length", "kl", "kl before")
 by_name = pytest.mark.parametrize("name", OBSERVABLES)
 
 
 @by_name
 @pytest.mark.parametrize("build", ["two lines", "gpt2"])
 def test_the_third_order_remains(build: str, name: str) -> None:
-    policy, params = fp.from_module(models.EVERY_MODEL[build]())
+    policy, params = fp.from_module(tables.POLICIES[build]())
     v, o = models.direction(params), OBSERVABLES[name]
     found = fp.second_order(fp.Update.from_delta(policy, params, v), E, o)
     H = fp.anchored(o, policy, E, params)
@@ -217,7 +211,7 @@ def test_the_error_of_a_subtraction_is_estimated(eta: float, rollouts: fp.Rollou
         evidence = Evidence(rollouts, along.scores, after, along)
         end = engine.scores(wide, {n: p.double() for n, p in stored.items()}, rollouts, order=1)
         truth = Evidence(rollouts, start, end)
-        for name in ("entropy", "sequence", "reward", "length"):
+        for name in ("entropy", "surprisal", "reward", "length"):
             o = OBSERVABLES[name]
             off = abs(float(evidence.change(o) - truth.change(o)))
             estimate = subtraction_error(evidence, o, torch.finfo(torch.float32).eps)

@@ -12,21 +12,16 @@ from hypothesis import strategies as st
 
 from funcprobe.errors import InputError
 from funcprobe.objectives.accumulated import Accumulated
-from funcprobe.objectives.by_name import bnpo, cispo, dapo, entropy_bonus, grpo, top_entropy_quantile
+from funcprobe.objectives.by_name import bnpo, dapo, grpo, top_entropy_quantile
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.cases.scored import Batch, batch, law, masks, seeds
+from tests.cases.tables import OBJECTIVES
 
 # Sums of at most 30 terms below 100 in float64: 30 · 100 · 2^-53 < 1e-12.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
-BASES = {
-    "bnpo": bnpo(),
-    "dapo, kl": dapo(beta=0.2),
-    "cispo": cispo(),
-    "entropy": entropy_bonus("bnpo", entropy_coef=0.1),
-    "top entropy": top_entropy_quantile("dapo", top_entropy_quantile=0.4, beta=0.1),
-    "top entropy, grpo": top_entropy_quantile("grpo", top_entropy_quantile=0.4),
-}
+#: One of each way to divide by tokens or rows, a KL term, and modifiers that need entropies or pick tokens.
+BASES = ("bnpo", "dapo", "cispo", "grpo, kl", "entropy_bonus", "top_entropy_quantile", "two modifiers")
 
 
 def cut(rollouts: Rollouts, part: slice) -> Rollouts:
@@ -43,7 +38,7 @@ def parts_of(rows: int, first: int) -> list[slice]:
 def test_the_loss_is_the_sum_of_the_micro_batches(
     name: str, mask: list[list[bool]], seed: int, data: st.DataObject
 ) -> None:
-    base, (rollouts, scores) = BASES[name], batch(mask, seed)
+    base, (rollouts, scores) = OBJECTIVES[name], batch(mask, seed)
     rollouts = rollouts._replace(advantages=torch.randn(len(mask), dtype=torch.float64, generator=generator(seed)))
     first = data.draw(st.integers(1, len(mask) - 1))
     divisors = tuple(data.draw(st.floats(0.5, 9)) for _ in range(2)) if base.aggregation == "token_mean" else None

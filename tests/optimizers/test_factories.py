@@ -1,4 +1,4 @@
-from __future__ import annotations
+"""Every option of the built-in classes steps as torch does, bit for bit, and what does not fit is refused."""
 
 from typing import Any
 
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from funcprobe.errors import InputError
 from funcprobe.optimizers.factories import (
     Group,
-    LiftedOptimizer,
     PureOptimizer,
     adam,
     adamw,
@@ -19,11 +18,13 @@ from funcprobe.optimizers.factories import (
     from_torch,
     sgd,
 )
-from funcprobe.types import Optimizer, Params
-from tests.cases.scored import assert_same, gradients, law, leaves, live_state
+from funcprobe.types import Optimizer
+from tests.cases.live_optimizers import Counting, assert_parity, live
+from tests.cases.scored import law
+from tests.cases.trees import assert_same, gradients, leaves
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-STEPS = 20
+
 
 #: Every option of the built-in classes, and every implementation of them that runs on a CPU.
 OPTIONS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
@@ -48,50 +49,6 @@ OPTIONS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
     ),
     (ADAM, {"decoupled_weight_decay": True, "weight_decay": 0.1}),
 ]
-#: Classes that are run themselves. Muon takes matrices only.
-OTHERS = [
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adamax,
-    torch.optim.Adadelta,
-    torch.optim.ASGD,
-    torch.optim.Rprop,
-    torch.optim.Adafactor,
-]
-
-
-def named(cls: type, options: dict[str, Any]) -> str:
-    return "-".join([cls.__name__, *(f"{k}={v}" for k, v in options.items())])
-
-
-def live(
-    cls: type[torch.optim.Optimizer], params: Params, options: dict[str, Any], groups: list[Group] | None = None
-) -> tuple[torch.optim.Optimizer, dict[str, torch.nn.Parameter]]:
-    """The torch class on parameters of its own."""
-    # Adafactor sums over entries, in the order of memory: of contiguous leaves, as a step here does
-    layout = torch.contiguous_format if cls is torch.optim.Adafactor else torch.preserve_format
-    own = {name: torch.nn.Parameter(p.clone(memory_format=layout)) for name, p in params.items()}
-    if groups is None:
-        return cls(list(own.values()), **options), own
-    dicts = [{"params": [own[n] for n in group.names], **group.hyperparameters} for group in groups]
-    return cls(dicts, **options), own
-
-
-def assert_parity(
-    optimizer: Optimizer, instance: torch.optim.Optimizer, own: dict[str, torch.nn.Parameter], params: Params
-) -> None:
-    """Both go through the same 20 gradients and agree bitwise, parameters and state, after every one."""
-    state = optimizer.init(params)
-    for step in range(STEPS):
-        gradient = gradients(params, step)
-        for name, p in own.items():
-            p.grad = torch.empty_like(p).copy_(gradient[name])  # in the layout of its leaf, as autograd leaves it
-        instance.step()
-        params, _, state = optimizer.apply(params, state, gradient)
-        assert_same(params, {name: p.detach() for name, p in own.items()}, f"step {step}")
-        assert_same(state, live_state(instance, list(own.values()), list(own)), f"step {step}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -150,83 +107,6 @@ def test_an_lr_for_one_call_replaces_every_groups() -> None:
     assert_same(grouped.apply(params, state, gradient, 0.125).params, plain.apply(params, state, gradient).params)
     assert_same(grouped.apply(params, state, gradient, 0.125).delta, plain.apply(params, state, gradient).delta)
     assert grouped.lr == 1.0
-
-
-@pytest.mark.parametrize("cls", OTHERS, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_any_other_class_is_lifted(cls: type[torch.optim.Optimizer], dtype: torch.dtype) -> None:
-    params = leaves(dtype)
-    optimizer = from_torch(cls, lr=0.03)
-    assert isinstance(optimizer, LiftedOptimizer)
-    assert_parity(optimizer, *live(cls, params, {"lr": 0.03}), params)
-
-
-def test_muon_is_lifted_on_matrices() -> None:
-    params = {name: p for name, p in leaves().items() if p.dim() == 2}
-    assert_parity(from_torch(torch.optim.Muon, lr=0.03), *live(torch.optim.Muon, params, {"lr": 0.03}), params)
-
-
-class Counting(torch.optim.Optimizer):
-    """A third-party class: a Python step count, a Python float, state of another shape, noise from the global RNG."""
-
-    def __init__(self, params: Any, lr: float = 0.1, noise: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "noise": noise, "internal": 3})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                state["step"] = state.get("step", 0) + 1
-                state["total"] = state.get("total", 0.0) + float(p.grad.sum())
-                state["rows"] = p.grad.reshape(-1)[:1].clone()
-                state["nothing"] = None
-                bias = 1 - 0.9 ** state["step"]
-                p.sub_(group["lr"] * bias * (p.grad + group["noise"] * torch.randn_like(p)))
-
-
-def test_a_third_party_class_is_lifted_with_its_python_numbers() -> None:
-    params = leaves()
-    optimizer, (instance, own) = from_torch(Counting, lr=0.5), live(Counting, params, {"lr": 0.5})
-    state = optimizer.init(params)
-    for step in range(3):
-        gradient = gradients(params, step)
-        for name, p in own.items():
-            p.grad = torch.empty_like(p).copy_(gradient[name])  # in the layout of its leaf, as autograd leaves it
-        instance.step()
-        params, _, state = optimizer.apply(params, state, gradient)
-        assert_same(params, {name: p.detach() for name, p in own.items()})
-    assert {k: v.dtype for k, v in state["head"].items()} == {
-        "step": torch.int64,
-        "total": torch.float64,
-        "rows": torch.float32,
-    }
-    assert int(state["head"]["step"]) == 3
-
-
-def test_a_class_that_draws_random_numbers_leaves_the_global_generator_alone() -> None:
-    params, before = leaves(), torch.get_rng_state()
-    optimizer = from_torch(Counting, lr=0.5, noise=1.0)
-    found = optimizer.apply(params, optimizer.init(params), gradients(params, 0))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert_same(optimizer.apply(params, optimizer.init(params), gradients(params, 0)).params, found.params)
-
-
-@pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.SparseAdam])
-def test_classes_that_need_more_than_a_gradient_are_refused(cls: type[torch.optim.Optimizer]) -> None:
-    with pytest.raises(InputError, match=r"LBFGS evaluates the loss through a closure|SparseAdam takes sparse"):
-        from_torch(cls, lr=0.1)
-
-
-def test_what_is_no_optimizer_is_refused() -> None:
-    class NoRate(torch.optim.SGD):
-        def __init__(self, params: Any) -> None:
-            torch.optim.Optimizer.__init__(self, params, {})
-
-    with pytest.raises(InputError, match=r"takes a torch\.optim\.Optimizer class"):
-        from_torch(torch.nn.Linear, lr=0.1)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="NoRate has no hyperparameter 'lr'"):
-        from_torch(NoRate)
 
 
 @pytest.mark.parametrize("lr", [-1e-3, float("nan"), float("inf"), "fast", None])

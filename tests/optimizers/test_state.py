@@ -15,16 +15,13 @@ from funcprobe.optimizers.factories import (
     state_from_torch,
     state_to_torch,
 )
-from tests.cases.scored import assert_same, clone, gradients, leaves
+from tests.cases.tables import TORCH_CLASSES
+from tests.cases.trees import assert_same, clone, gradients, leaves
 
-CLASSES: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
+#: One of each kind of state: none, a momentum, moments with a step, a tensor a row and a column.
+CLASSES = [
     (torch.optim.SGD, {}),
-    (torch.optim.SGD, {"momentum": 0.9}),
-    (torch.optim.Adam, {"amsgrad": True}),
-    (torch.optim.AdamW, {}),
-    (torch.optim.AdamW, {"fused": True}),
-    (torch.optim.RMSprop, {"momentum": 0.5}),
-    (torch.optim.Adafactor, {}),
+    *(TORCH_CLASSES[name] for name in ("SGD", "Adam fused", "AdamW", "AdamW fused", "RMSprop", "Adafactor")),
 ]
 NAMES = [["head", "gain"], [], ["layer.2.bias", "layer.10.weight"]]
 IDS = dict(enumerate(name for names in NAMES for name in names))

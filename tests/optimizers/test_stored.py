@@ -17,7 +17,8 @@ from funcprobe.optimizers.stored import is_stored, storage_name, stored
 from funcprobe.training.response import offsets_of, respond
 from funcprobe.training.step import make_step
 from funcprobe.types import Optimizer, OptState, Params
-from tests.cases.scored import gradients, law, leaves
+from tests.cases.scored import law
+from tests.cases.trees import gradients, leaves
 
 # eps is a number of float16 where a moment may vanish in it: torch divides by it there
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {

@@ -16,9 +16,12 @@ from funcprobe.optimizers.factories import PureOptimizer, clip_by_global_norm, f
 from funcprobe.training.response import offsets_of, respond
 from funcprobe.types import Gradients, OptState, Params
 from tests.cases import models
-from tests.cases.scored import CLASSES, assert_same, clone
+from tests.cases.tables import TORCH_CLASSES
+from tests.cases.trees import assert_same, clone
 
-every = pytest.mark.parametrize("name", CLASSES)
+every = pytest.mark.parametrize("name", TORCH_CLASSES)
+#: Those that move a leaf whose gradient is 0.
+MOVED = [name for name, (_, o) in TORCH_CLASSES.items() if o.get("weight_decay") or o.get("momentum")]
 SHAPES = {"first": (4, 6), "unused": (3, 5), "last": (2, 7), "idle": (3, 3)}
 ALONE = ("unused", "idle")
 
@@ -29,7 +32,7 @@ def drawn(seed: int, alone: tuple[str, ...] = ()) -> Any:
 
 
 def built(name: str) -> Any:
-    cls, options = CLASSES[name]
+    cls, options = TORCH_CLASSES[name]
     return from_torch(cls, lr=0.03, **options)
 
 
@@ -94,7 +97,7 @@ def test_applying_to_some_leaves_is_pure(name: str) -> None:
     assert_same(found.opt_state, kept[1])
 
 
-@pytest.mark.parametrize("name", [n for n, (_, o) in CLASSES.items() if o.get("weight_decay") or o.get("momentum")])
+@pytest.mark.parametrize("name", MOVED)
 def test_a_gradient_of_zero_is_another_thing(name: str) -> None:
     optimizer, params = built(name), drawn(0)
     params, _, state = optimizer.apply(params, optimizer.init(params), drawn(1))
@@ -123,7 +126,7 @@ def test_the_step_answers_to_nothing_there(name: str) -> None:
             assert all(x.shape == SHAPES[n] for x in terms[n])
         assert not any(bool(x.any()) for n, g, t in pieces if n in ALONE for x in (g, *t))
         assert not any(bool(tree_[n].any()) for tree_ in optimizer.affine(params, state, gradient) for n in ALONE)
-        assert not any(bool(optimizer.update(params, state, gradient)[n].any()) for n in ALONE)
+        assert not any(bool(optimizer.delta(params, state, gradient)[n].any()) for n in ALONE)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 1e6])
@@ -160,7 +163,7 @@ def test_the_norm_is_that_of_what_is_there() -> None:
     coefficient, norm = clip_by_global_norm(gradient, 0.5)
     assert norm == pytest.approx(total, rel=1e-6)  # torch sums 38 squares in float32
     step: Any = fp.make_step(None, fp.grpo(), fp.sgd(0.1), 0.5)  # type: ignore[arg-type]
-    clipped, factor, _ = step.clipped(gradient)
+    clipped, factor, _ = step.rule.clipped(gradient)
     assert factor == coefficient < 1
     assert [n for n, g in clipped.items() if g is None] == list(ALONE)
     for n, p in own.items():
@@ -219,14 +222,8 @@ MODELS: dict[str, tuple[Any, fp.Rollouts, set[str]]] = {
     "value head": (value_head, models.reaching([0, 1, 5]), {"v_head.weight", "v_head.bias"}),
     "two adapters": (two_adapters, models.reaching([0, 1, 5]), {"second"}),
 }
-OPTIMIZERS: list[tuple[type[torch.optim.Optimizer], dict[str, Any]]] = [
-    (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
-    (torch.optim.Adam, {"weight_decay": 0.1}),
-    (torch.optim.AdamW, {"weight_decay": 0.1}),
-    (torch.optim.RMSprop, {"momentum": 0.5, "weight_decay": 0.1}),
-    (torch.optim.Adafactor, {"weight_decay": 0.1}),
-    (torch.optim.Muon, {}),
-]
+#: One of each way to step.
+OPTIMIZERS = [TORCH_CLASSES[name] for name in ("SGD", "Adam", "AdamW", "RMSprop", "Adafactor decay", "Muon")]
 
 
 def loss_by_hand(model: nn.Module, batch: fp.Rollouts) -> Tensor:

@@ -13,34 +13,14 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine
 from funcprobe.errors import InputError
-from tests.cases import models
+from tests.cases import models, tables
+from tests.cases.snapshots import snapshot
+from tests.cases.trees import assert_same
 
 
-def snapshot(module: nn.Module) -> dict[str, Any]:
-    """Return everything about a module that running it could change."""
-    return {
-        "state": {k: v.clone() for k, v in module.state_dict().items()},
-        "training": [m.training for m in module.modules()],
-        "requires_grad": [p.requires_grad for p in module.parameters()],
-        "grads": [None if p.grad is None else p.grad.clone() for p in module.parameters()],
-        "rng": torch.get_rng_state(),
-    }
-
-
-def same(a: Any, b: Any) -> bool:
-    """Compare snapshots bitwise."""
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b
-
-
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_the_scores_are_those_of_the_module(build: str) -> None:
-    module = models.EVERY_MODEL[build]()
+    module = tables.POLICIES[build]()
     policy, params = fp.from_module(module)
     rollouts = models.rollouts(holes=True)
     found = fp.score(policy, params, rollouts)
@@ -62,9 +42,9 @@ def test_the_scores_are_those_of_the_module(build: str) -> None:
             assert abs(float(found.entropy[row, t]) + float((at.exp() * at).sum())) <= tolerance
 
 
-@pytest.mark.parametrize("build", models.EVERY_MODEL)
+@pytest.mark.parametrize("build", tables.KINDS)
 def test_the_module_is_left_untouched(build: str) -> None:
-    module = models.EVERY_MODEL[build]().train()
+    module = tables.POLICIES[build]().train()
     for p in module.parameters():
         if p.requires_grad:
             p.grad = torch.ones_like(p)
@@ -74,7 +54,7 @@ def test_the_module_is_left_untouched(build: str) -> None:
     v = models.direction(params)
     engine.directional(policy, params, v, rollouts)
     engine.gradient(lambda s, r: (s.logp.sum(), {}), policy, fp.tree.add(params, v), rollouts)
-    assert same(snapshot(module), before)
+    assert_same(snapshot(module), before)
     assert any(before["training"])
 
 

@@ -24,7 +24,7 @@ from tests.cases.written_attribution import NASTY, attribution, nasty, words
 @pytest.fixture
 def drawn(tmp_path: Path) -> Any:
     """Return a function that writes a page and reads it back."""
-    return lambda found, of="update", **options: page(heat_map(found, tmp_path / "page.html", of, **options))
+    return lambda found, of="batch", **options: page(heat_map(found, tmp_path / "page.html", of, **options))
 
 
 def articles(document: Element) -> dict[int, Element]:
@@ -35,7 +35,7 @@ def said(article: Element) -> Element:
     return article.one("div", **{"class": "says"})
 
 
-@pytest.mark.parametrize("of", ["update", "evaluation"])
+@pytest.mark.parametrize("of", ["batch", "evaluation"])
 def test_every_token_stands_once_with_its_text_colour_and_numbers(drawn: Any, of: Any) -> None:
     found = attribution(vocabulary=words(), hole=True)
     document, columns = drawn(found, of), found.columns("tokens", of)
@@ -229,7 +229,7 @@ def test_a_page_replaces_a_page_whole_or_not_at_all(tmp_path: Path, monkeypatch:
 
 
 def test_bad_asking_is_one_calm_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"Unknown batch 'both'; expected 'update' \(U\) or 'evaluation' \(E\)."):
+    with pytest.raises(InputError, match=r"Unknown batch 'both'; expected 'batch' \(U\) or 'evaluation' \(E\)."):
         heat_map(attribution(), tmp_path / "page.html", "both")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="limit is 0; expected a whole number of tokens, at least 1"):
         heat_map(attribution(), tmp_path / "page.html", limit=0)

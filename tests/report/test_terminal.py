@@ -1,24 +1,28 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from funcprobe.errors import MissingExtraError
-from funcprobe.report.terminal import headline, print_summary, summary_text
+from funcprobe.report.terminal import print_result, text_of
+from funcprobe.results.probe import ProbeResult
+from funcprobe.results.probe_words import headline_of
 from funcprobe.types import Estimate
-from tests.cases.written_probe import family, result
+from tests.cases.terminals import pty
+from tests.cases.written_probe import family, result, warned
 
 NAME = "rao_blackwell/per_decision/token"
 
 
 def changed(change: float, first_order: float) -> str:
     return headline(result(before=1.5, change=change, first_order=first_order))
+
+
+def headline(found: ProbeResult) -> str:
+    return headline_of(found.outcome, found.provenance, found.family)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def test_an_observable_outside_the_family_goes_by_its_own_name() -> None:
 
 
 def test_every_estimator_stands_there_with_both_changes() -> None:
-    text = summary_text(result())
+    text = text_of(result())
     for estimate in family().values():
         assert estimate.first_order is not None
         line = next(x for x in text.splitlines() if f"{estimate.change:+.4e}" in x)
@@ -56,14 +60,14 @@ def test_a_member_without_first_order_leaves_its_cells_empty() -> None:
     members = family()
     only = members[NAME]
     members = {n: e if n == NAME else Estimate(e.before, e.after, e.change, None) for n, e in members.items()}
-    text = summary_text(result(family=members, mode="reverse"))
+    text = text_of(result(family=members, mode="reverse"))
     assert f"{only.first_order:+.4e}" in text
     other = next(line for line in text.splitlines() if "surprisal, sequence" in line)
     assert len(re.findall(r"e-\d\d", other)) == 1
 
 
 def test_warnings_and_sizes_are_shown() -> None:
-    text = summary_text(result(warnings=("the first thing to know", "the second"), rounding=-1.5e-6))
+    text = text_of(result(warnings=warned("the first thing to know", "the second"), rounding=-1.5e-6))
     assert "Warning: the first thing to know" in text
     assert "Warning: the second" in text
     assert "E: 256 sequences, 5000 tokens, 32 prompts" in text
@@ -73,7 +77,7 @@ def test_warnings_and_sizes_are_shown() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_no_line_is_wider_than_asked_for(width: int) -> None:
-    text = summary_text(result(warnings=("word " * 60,)), width)
+    text = text_of(result(warnings=warned("word " * 60)), width)
     assert max(len(line) for line in text.splitlines()) <= width
     assert not any(line != line.rstrip() for line in text.splitlines())
 
@@ -82,8 +86,8 @@ def test_piped_output_is_the_plain_text_even_where_colours_are_forced(monkeypatc
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("COLUMNS", raising=False)
     found = io.StringIO()
-    print_summary(result(warnings=("careful",)), found)
-    assert found.getvalue() == summary_text(result(warnings=("careful",)), 80)
+    print_result(result(warnings=warned("careful")), found)
+    assert found.getvalue() == text_of(result(warnings=warned("careful")), 80)
     assert "\x1b" not in found.getvalue()
 
 
@@ -91,20 +95,11 @@ def test_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     with pty() as (terminal, read):
-        print_summary(result(warnings=("careful",)), terminal)
+        print_result(result(warnings=warned("careful")), terminal)
         assert "\x1b[" in read()
-
-
-@contextmanager
-def pty() -> Iterator[tuple[io.TextIOWrapper, object]]:
-    """Yield a real pseudo-terminal to write to, and a function that reads what it was sent."""
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs, "w", encoding="utf-8") as terminal:
-        yield terminal, lambda: os.read(ours, 1 << 16).decode("utf-8", errors="replace")
-    os.close(ours)
 
 
 def test_without_rich_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     with pytest.raises(MissingExtraError, match=r"'rich'.*pip install 'funcprobe\[app\]'"):
-        summary_text(result())
+        text_of(result())

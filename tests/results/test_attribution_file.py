@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import funcprobe as fp
 from funcprobe.errors import InputError
-from funcprobe.results.attribution import TABLES
-from tests.attribution.test_decoding import tokenizer
-from tests.cases.attributions import LR, OBSERVABLES, Stepped
-from tests.cases.scored import assert_same
+from funcprobe.results.parts import TABLES
+from tests.cases.attributions import Stepped
+from tests.cases.tables import LR, OBSERVABLES
+from tests.cases.tokenizers import tokenizer
+from tests.cases.trees import assert_same
 
 KINDS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "plain": (("two lines",), {}),
@@ -28,7 +29,7 @@ KINDS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
     "chosen leaves": (("two lines",), {"influence": "sequences", "leaves": ["head.bias"]}),
     "a statistic": (("two lines",), {"observable": OBSERVABLES["collision"]}),
     "jacobian": (("two lines", "grpo", fp.from_torch(torch.optim.RMSprop, lr=LR)), {}),
-    "float32": (("qwen2, lora",), {}),
+    "float32": (("qwen2, lora, float32",), {}),
 }
 
 

@@ -13,9 +13,9 @@ import torch
 import funcprobe as fp
 from funcprobe.results.attribution_words import SHOWN, html_of, ledger_rows, mover_rows, sections, share, ways_rows
 from funcprobe.results.probe_words import with_error
-from tests.attribution.test_decoding import tokenizer
 from tests.cases.attributions import Stepped
 from tests.cases.probes import U
+from tests.cases.tokenizers import tokenizer
 
 
 @functools.cache

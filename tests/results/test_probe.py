@@ -13,7 +13,7 @@ import funcprobe as fp
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import InputError
 from funcprobe.results.probe import SCHEMA_VERSION
-from tests.measurement.test_measure import case
+from tests.cases.measured import case
 
 
 @pytest.fixture(scope="module")

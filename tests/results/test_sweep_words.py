@@ -6,8 +6,11 @@ import pytest
 
 from funcprobe.errors import InputError
 from funcprobe.estimators.uncertainty import Bar
-from funcprobe.results.sweep import Fit, SweepResult
-from funcprobe.results.sweep_words import fit_text, headline_of, html_of, remarks_of, summary_of, table_of
+from funcprobe.results.curve import Fit
+from funcprobe.results.sweep import SweepResult
+from funcprobe.results.sweep_numbers import remarks_of, table_of
+from funcprobe.results.sweep_words import fit_text, headline_of
+from tests.cases.written_probe import warned
 from tests.cases.written_sweep import DIVERGENCE, ENTROPY, LRS, REWARD, sweep, with_reading
 
 CUBED = (0.0, 0.0, 1e3)
@@ -181,8 +184,8 @@ def test_remarks_say_nothing_of_what_was_not_found() -> None:
 
 
 def test_the_summary_holds_every_observable_and_warning() -> None:
-    found = sweep({"entropy": ENTROPY, "reward": REWARD}, warnings=("careful",))
-    text = summary_of(found)
+    found = sweep({"entropy": ENTROPY, "reward": REWARD}, warnings=warned("careful"))
+    text = found.summary()
     assert text.startswith(headline_of(found))
     assert headline_of(found, "reward") in text
     for name in found.observables:
@@ -193,14 +196,14 @@ def test_the_summary_holds_every_observable_and_warning() -> None:
 
 
 def test_the_html_holds_the_same_and_is_escaped() -> None:
-    found = sweep({"entropy": ENTROPY, "a<b": REWARD}, warnings=("x < y & z",))
-    text = html_of(found)
+    found = sweep({"entropy": ENTROPY, "a<b": REWARD}, warnings=warned("x < y & z"))
+    text = found._repr_html_()
     assert text.count("<table>") == 2
     assert text.count("<tr>") == 2 * (1 + len(LRS))
     assert "a&lt;b" in text
     assert "x &lt; y &amp; z" in text
     assert "a<b" not in text
-    assert "&lt;by&gt;" in html_of(with_reading(found, 1e-3, method="<by>"))
+    assert "&lt;by&gt;" in with_reading(found, 1e-3, method="<by>")._repr_html_()
 
 
 def test_an_unknown_observable_is_refused() -> None:

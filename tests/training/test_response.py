@@ -16,19 +16,8 @@ from funcprobe.errors import InputError
 from funcprobe.optimizers.factories import Group, PureOptimizer
 from funcprobe.training.response import respond
 from funcprobe.types import OptState, Params
-from tests.cases import scored as cases
-
-LR = 1e-2
-
-ADDITIVE = {
-    "sgd": fp.sgd(LR),
-    "sgd, momentum and decay": fp.sgd(LR, momentum=0.9, dampening=0.3, weight_decay=0.1),
-    "sgd, nesterov, maximize": fp.sgd(LR, momentum=0.9, nesterov=True, maximize=True),
-    "adam, coupled decay": fp.adam(LR, weight_decay=0.1),
-    "adam, amsgrad": fp.adam(LR, amsgrad=True),
-    "adamw": fp.adamw(LR, weight_decay=0.1),
-    "adamw, maximize": fp.adamw(LR, maximize=True),
-}
+from tests.cases import trees as cases
+from tests.cases.tables import CLOSED_FORM, LR
 
 #: Every class of torch.optim that steps without a closure on dense gradients, and what makes its step smooth.
 LIFTED: dict[str, dict[str, Any]] = {
@@ -64,13 +53,13 @@ def step_of(optimizer: Any, clip: float | None) -> Any:
 
 
 @pytest.mark.parametrize("clip", [None, 0.5, 1e6])
-@pytest.mark.parametrize("name", ADDITIVE)
+@pytest.mark.parametrize("name", CLOSED_FORM)
 @given(seed=st.integers(0, 2**20), cold=st.booleans(), wide=st.booleans())
 def test_shares_momentum_and_decay_sum_to_the_whole(
     name: str, clip: float | None, seed: int, cold: bool, wide: bool
 ) -> None:
     params = cases.leaves(torch.float64 if wide else torch.float32, seed)
-    step, g = step_of(ADDITIVE[name], clip), cases.gradients(params, seed)
+    step, g = step_of(CLOSED_FORM[name](params), clip), cases.gradients(params, seed)
     state = step.optimizer.init(params) if cold else warm(step, params)
     c = covector(params)
     found = respond(step.rule, params, state, g, c)
@@ -108,12 +97,15 @@ def smooth(optimizer: Any) -> Any:
 
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("cold", [False, True])
-@pytest.mark.parametrize("name", [*ADDITIVE, *LIFTED])
+@pytest.mark.parametrize("name", [*CLOSED_FORM, *LIFTED])
 def test_the_jacobian_form_is_the_derivative_of_the_whole_in_the_gradient(
     name: str, cold: bool, clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    optimizer = smooth(ADDITIVE.get(name) or fp.from_torch(getattr(torch.optim, name), lr=LR, **LIFTED.get(name, {})))
     params = cases.leaves(torch.float64)
+    if name in CLOSED_FORM:
+        optimizer = smooth(CLOSED_FORM[name](params))
+    else:
+        optimizer = smooth(fp.from_torch(getattr(torch.optim, name), lr=LR, **LIFTED[name]))
     if name == "Muon":  # it takes matrices alone, and rounds to bfloat16 inside, which no finite difference survives
         params = {n: p for n, p in params.items() if p.ndim == 2}
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)
@@ -216,7 +208,7 @@ def test_what_an_optimizer_cannot_give_is_said() -> None:
     g, c = cases.gradients(params, 3), covector(params)
 
     def asked(optimizer: Any, form: Any = "auto") -> None:
-        respond(step_of(optimizer, None), params, optimizer.init(params), g, c, form=form)
+        respond(step_of(optimizer, None).rule, params, optimizer.init(params), g, c, form=form)
 
     with pytest.raises(InputError, match=r"RMSprop has no additive form.*form='jacobian'"):
         asked(fp.from_torch(torch.optim.RMSprop, lr=LR), "additive")

@@ -15,7 +15,7 @@ from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.policy.module import from_module
 from funcprobe.training.step import Step, make_step
 from funcprobe.types import Params, Rollouts, StepResult
-from tests.cases.scored import assert_same, clone
+from tests.cases.trees import assert_same, clone
 from tests.oracles import losses
 
 V, TEMPERATURE = 7, 0.7

@@ -1,0 +1,184 @@
+"""What a command is, and the one way in which all of them go: parse, load, do, write, show.
+
+A command is a record in a module of its own, registered by one line in `main`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from funcprobe import __version__, plugins
+from funcprobe.cli.config import Config, dump, load_config
+from funcprobe.cli.options import Argument, Option, Parser, described, parsed, split, usage_of
+from funcprobe.cli.prepare import check_output, collected_warnings, memory_advice, resolved
+from funcprobe.cli.progress import Bars
+from funcprobe.data.atomic import fresh_directory
+from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note
+from funcprobe.results.storage import FILES
+
+
+class Stored(Protocol):
+    """A result that can be kept in a folder."""
+
+    def write_into(self, folder: Path) -> None:
+        """Write its files into an existing folder."""
+        ...
+
+
+R = TypeVar("R", bound=Stored)
+
+#: What every command writes beside the stored result.
+ALWAYS = frozenset({"config.yaml", "summary.txt"})
+
+
+class Beside(NamedTuple):
+    """Files that a command writes beside the stored result."""
+
+    names: frozenset[str]  #: every name that one of them may have
+    write: Callable[[Any, Path], None]  #: of a result, into a folder
+
+
+class PlainCommand(NamedTuple):
+    """A command without a configuration, whose words are all its own."""
+
+    name: str
+    description: str
+    call: Callable[[argparse.Namespace], None]  #: does everything, given the values of arguments and options
+    arguments: tuple[Argument, ...] = ()
+    options: tuple[Option, ...] = ()
+    epilog: str = ""
+    when_interrupted: str = ""
+
+    def main(self, words: Sequence[str]) -> None:
+        """Parse the words and do it.
+
+        Raises:
+            FuncprobeError: If anything about the input is not usable.
+        """
+        parser = Parser(prog=f"funcprobe {self.name}", description=self.description, epilog=self.epilog)
+        self.call(parsed(parser, words, self.arguments, self.options))
+
+
+def _nothing_more(config: Config, options: argparse.Namespace) -> None:
+    """Check nothing."""
+
+
+@dataclass(frozen=True)
+class Command(Generic[R]):
+    """A command that takes a configuration, measures something and leaves a folder of results."""
+
+    name: str
+    description: str
+    epilog: Callable[[], str]  #: examples and what is particular; the options are told after it
+    done: str  #: participle for the head of the configuration as run: "swept"
+    do: Callable[[Config, argparse.Namespace, Bars], R]  #: loads what the configuration names, and measures
+    warned: Callable[[R, Sequence[Note]], R]  #: the result with those warnings before its own
+    text: Callable[[R], str]  #: the summary that is written
+    show: Callable[[R], None]  #: prints the summary
+    options: tuple[Option, ...] = ()
+    suffix: str = ""  #: of the output folder, unless one is named on the command line
+    check: Callable[[Config, argparse.Namespace], None] = _nothing_more  #: refuses what cannot be done, first of all
+    beside: tuple[Beside, ...] = ()
+    unfinished: Callable[[Config], Path] | None = None  #: the file in which finished parts are kept until all are done
+    when_interrupted: str = ""  #: ends the line that is said then
+    written: frozenset[str] = field(init=False)  #: a folder that holds anything else is not replaced, forced or not
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "written", ALWAYS.union(FILES, *(files.names for files in self.beside)))
+
+    def main(self, words: Sequence[str]) -> None:
+        """Parse the words, do it, show the result, and say last where it is.
+
+        Raises:
+            FuncprobeError: If anything about the input is not usable; then nothing was written.
+        """
+        parser = Parser(prog=f"funcprobe {self.name}", description=self.description)
+        parser.usage = usage_of(self.name, self.options)
+        parser.add_argument("config", metavar="CONFIG.yaml", help="the configuration; it comes first")
+        parser.add_argument(
+            "overrides", metavar="--key value", nargs=argparse.REMAINDER, help="values that win over the file"
+        )
+        if {"-h", "--help"} & set(words):
+            parser.epilog = "\n\n".join(filter(None, [self.epilog(), described(self.options)]))
+            parser.print_help()
+            parser.exit()
+        given = parser.parse_args(list(words))
+        carry_out(self, given.config, given.overrides)
+
+
+def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) -> R:
+    """Do what a configuration file and overrides ask for, show the result, and say last where it is.
+
+    Raises:
+        FuncprobeError: If anything about the input is not usable; then nothing was written.
+    """
+    options, overrides = split(words, command.options)
+    config = load_config(path, overrides)
+    if command.suffix and not any(word == "--output" or word.startswith("--output=") for word in overrides):
+        config = config.model_copy(update={"output": config.output.with_name(config.output.name + command.suffix)})
+    trackers = [(name, tracker_named(name)) for name in config.trackers]
+    with Bars() as bars:
+        result = measured(command, config, options, bars)
+    command.show(result)
+    for name, tracker in trackers:
+        _track(name, tracker, result, config)
+    print(f"Results: {config.output}")
+    return result
+
+
+def measured(command: Command[R], config: Config, options: argparse.Namespace, bars: Bars) -> R:
+    """Return the result of a command, having written `config.output`, whole or not at all.
+
+    Raises:
+        ConfigError: If the output folder may not be written, or a field asks for what cannot be done.
+        FuncprobeError: If checkpoint, rollouts or numbers are not usable.
+    """
+    command.check(config, options)
+    check_output(config.output, command.written, force=config.force)
+    config = resolved(config)
+    with collected_warnings() as warned, memory_advice(config):
+        result = command.do(config, options, bars)
+    result = command.warned(result, warned)
+    bars.phase("writing the results")
+    with fresh_directory(config.output, overwrite=config.force) as folder:
+        result.write_into(folder)
+        for files in command.beside:
+            files.write(result, folder)
+        head = f"# As {command.done} by funcprobe {__version__}; every path is absolute.\n"
+        (folder / "config.yaml").write_text(head + dump(config), encoding="utf-8")
+        (folder / "summary.txt").write_text(command.text(result), encoding="utf-8")
+    if command.unfinished is not None:
+        command.unfinished(config).unlink(missing_ok=True)
+    return result
+
+
+def merged(warned: Sequence[Note], own: Sequence[Note]) -> tuple[Note, ...]:
+    """Return the warnings that were collected on the way and those of a result, each once."""
+    return tuple(dict.fromkeys([*warned, *own]))
+
+
+def tracker_named(name: str) -> Callable[..., Any]:
+    """Return the tracker of that name, which another package brings.
+
+    Raises:
+        ConfigError: If there is none, or it cannot be loaded.
+    """
+    try:
+        tracker = plugins.find("tracker", name, {})
+    except InputError as error:
+        raise ConfigError(f"trackers: {error}") from None
+    if tracker is None:
+        known = ", ".join(plugins.names("tracker", {})) or "none is installed"
+        raise ConfigError(f"trackers: found '{name}', expected names that installed packages bring ({known}).")
+    return tracker
+
+
+def _track(name: str, tracker: Callable[..., Any], result: object, config: Config) -> None:
+    try:
+        tracker(result)
+    except FuncprobeError as error:
+        raise ConfigError(f"trackers: {error} The results are in {config.output}.") from error
