@@ -22,6 +22,9 @@ from funcprobe.errors import Note
 #: Metadata of a dataclass field that is not kept: a loaded value has its default there.
 NOT_KEPT = {"kept": False}
 
+#: Types that one JSON value, or a note's two, stand for.
+_SCALARS = (float, str, int, bool, Note, Literal)
+
 #: Numbers that are not finite, as JSON holds them.
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -110,16 +113,8 @@ def decode(plain: Any, hint: Any, arrays: Arrays, at: str = "") -> Any:
         raise DamagedError(f"{at or 'it'} is null")
     if kind is Tensor:
         return _tensor(plain, arrays, at)
-    if kind is float:
-        return _number(plain, at)
-    if kind is Note:
-        return Note(*(_text(x, at) for x in _values(plain, ("kind", "text"), at)))
-    if kind in (str, int, bool):
-        return _of_type(plain, kind, at)
-    if kind is Literal:
-        if plain not in arguments:
-            raise DamagedError(f"{at} is {plain!r}, none of {', '.join(map(str, arguments))}")
-        return plain
+    if kind in _SCALARS:
+        return _scalar(plain, kind, arguments, at)
     if kind is tuple:
         each = _each(arguments, len(_of_type(plain, list, at)))
         if len(each) != len(plain):
@@ -133,6 +128,23 @@ def decode(plain: Any, hint: Any, arrays: Arrays, at: str = "") -> Any:
         name: decode(x, of, arrays, _under(at, name)) for (name, of), x in zip(fields.items(), values, strict=True)
     }
     return kind(**found)
+
+
+def _scalar(plain: Any, kind: Any, arguments: tuple[Any, ...], at: str) -> Any:
+    """Return a number, a text, a flag, a note or one of some words.
+
+    Raises:
+        DamagedError: If it is none.
+    """
+    if kind is float:
+        return _number(plain, at)
+    if kind is Note:
+        return Note(*(_of_type(x, str, at) for x in _values(plain, ("kind", "text"), at)))
+    if kind is Literal:
+        if plain not in arguments:
+            raise DamagedError(f"{at} is {plain!r}, none of {', '.join(map(str, arguments))}")
+        return plain
+    return _of_type(plain, kind, at)
 
 
 def _mapping(plain: Any, arguments: tuple[Any, ...], arrays: Arrays, at: str) -> dict[Any, Any]:
@@ -232,10 +244,6 @@ def _number(plain: Any, at: str) -> float:
     if isinstance(plain, bool) or not isinstance(plain, int | float):
         raise DamagedError(f"{at} is {plain!r} instead of a number")
     return plain
-
-
-def _text(plain: Any, at: str) -> str:
-    return _of_type(plain, str, at)
 
 
 def _of_type(plain: Any, kind: Callable[..., Any], at: str) -> Any:
