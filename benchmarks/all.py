@@ -40,24 +40,24 @@ class Script(NamedTuple):
 
 #: In the order in which they answer: the two systems against each other, then what the numbers are worth.
 SCRIPTS = (
-    Script("one_step", "--threads 1 --evaluation 64 --update 64", "--evaluation 16 --update 16", compares=True),
+    Script("one_step", "--threads 1 --evaluation 64 --batch 64", "--evaluation 16 --batch 16", compares=True),
     Script(
         "one_step",
-        "--threads 1 --evaluation 64 --update 64 --lora",
-        "--evaluation 16 --update 16 --lora",
+        "--threads 1 --evaluation 64 --batch 64 --lora",
+        "--evaluation 16 --batch 16 --lora",
         "--quick --lora",
         compares=True,
     ),
     Script(
         "sweep",
-        "--threads 1 --evaluation 32 --update 32 --rounds 2",
-        "--evaluation 16 --update 16 --rounds 2",
+        "--threads 1 --evaluation 32 --batch 32 --rounds 2",
+        "--evaluation 16 --batch 16 --rounds 2",
         compares=True,
     ),
     Script(
         "sweep",
-        "--threads 1 --evaluation 32 --update 32 --rounds 2 --lora",
-        "--evaluation 16 --update 16 --rounds 2 --lora",
+        "--threads 1 --evaluation 32 --batch 32 --rounds 2 --lora",
+        "--evaluation 16 --batch 16 --rounds 2 --lora",
         "--quick --lora",
         compares=True,
     ),

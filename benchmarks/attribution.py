@@ -92,7 +92,7 @@ def runs(pair: Pair) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    parser = comparing.parser("The cost of attributing U.", update=64, evaluation=4, length=64, rounds=5)
+    parser = comparing.parser("The cost of attributing U.", batch=64, evaluation=4, length=64, rounds=5)
     parser.add_argument(
         "--sequences", type=int, default=SEQUENCES[1], help="of the comparison with per-sample gradients"
     )
@@ -127,7 +127,7 @@ def _passes(work: Work, options: argparse.Namespace) -> dict[str, Any]:
 
 def _per_sample(options: argparse.Namespace) -> dict[str, Any]:
     count = 8 if options.quick else options.sequences
-    work = Work.of(build(comparing.shape_of(options)._replace(update=count)))
+    work = Work.of(build(comparing.shape_of(options)._replace(batch=count)))
     one, each = partial(attributing, work), partial(per_sample, work)
     taken = timing.side_by_side(each, one, 1 if options.quick else 3, options.device)
     a, b = one().sum(1), each()

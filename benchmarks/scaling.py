@@ -27,7 +27,7 @@ def runs(pair: Pair) -> dict[str, Callable[[], Any]]:
 
 def main() -> None:
     """Measure, print and write."""
-    options = comparing.parsed(comparing.parser("Time and memory against the size of E.", length=48, update=16))
+    options = comparing.parsed(comparing.parser("Time and memory against the size of E.", length=48, batch=16))
     if options.peak:
         what, size = options.peak.split(":")
         options.peak, options.evaluation = what, int(size)

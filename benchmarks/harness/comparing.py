@@ -24,7 +24,7 @@ from . import memory, record
 from .pair import MODELS, Pair, Shape, build
 
 #: What `--quick` takes in place of the defaults; what is said beside it still counts.
-QUICK = {"evaluation": 4, "update": 4, "length": 32, "microbatch": 2, "rounds": 1}
+QUICK = {"evaluation": 4, "batch": 4, "length": 32, "microbatch": 2, "rounds": 1}
 
 
 def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     add("--model", choices=tuple(MODELS), default="tiny", help="a configuration by name, with random weights")
     add("--lora", action="store_true", help="adapters of rank 16 on every linear layer, instead of the full model")
     add("--evaluation", type=int, default=32, help="sequences of E (default 32)")
-    add("--update", type=int, default=32, help="sequences of U (default 32)")
+    add("--batch", type=int, default=32, help="sequences of U (default 32)")
     add("--length", type=int, default=128, help="tokens of a sequence (default 128)")
     add("--microbatch", type=int, default=8, help="sequences at a time (default 8)")
     add("--rounds", type=int, default=5, help="timed rounds, alternating (default 5)")
@@ -80,7 +80,7 @@ def serve_peak(options: argparse.Namespace, runs: Callable[[Pair], dict[str, Cal
     """Answer a parent's question: warm up on a small batch of the same model, and print the peak of one run."""
     torch.set_num_threads(options.threads)
     shape = shape_of(options)
-    small = runs(build(shape._replace(evaluation=4, update=4, microbatch=4, length=32)))
+    small = runs(build(shape._replace(evaluation=4, batch=4, microbatch=4, length=32)))
     small[options.peak]()
     run = runs(build(shape))[options.peak]
     gc.collect()

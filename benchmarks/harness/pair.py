@@ -77,9 +77,9 @@ class Pair(NamedTuple):
 
     def functional(self, lr: float | None = None, **options: Any) -> fp.ProbeResult:
         """Probe by value, and compute no more than the stateful one does: no path, no rounding row, no error bars."""
-        given = {"method": "difference", "rounding": False, "bars": None, "lr": lr, **options}
+        given = {"method": "difference", "rounding": False, "bars": None, **options}
         return fp.probe(
-            fp.Update.from_step(self.step, self.params, self.opt_state, self.batch),
+            fp.Update.from_step(self.step, self.params, self.opt_state, self.batch, lr),
             self.evaluation,
             microbatch=self.shape.microbatch,
             **given,

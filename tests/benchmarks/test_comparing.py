@@ -35,7 +35,7 @@ def test_flops_are_within_their_targets(lora: bool, count: int, target: float, m
     # ratios of passes are those of any size: one narrow layer and one microbatch, with as wide a readout as ever
     narrow = {**pair.MODELS["tiny"], "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 1}
     monkeypatch.setitem(pair.MODELS, "narrow", narrow)
-    shape = pair.Shape(model="narrow", lora=lora, evaluation=4, update=4, length=32, microbatch=4)
+    shape = pair.Shape(model="narrow", lora=lora, evaluation=4, batch=4, length=32, microbatch=4)
     built = pair.build(shape)
     runs = sweep.runs(built, count)
     runs["functional"]()  # its copy of the model is held against a difference, once

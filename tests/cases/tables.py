@@ -155,6 +155,7 @@ class Collision:
     """An observable of one's own that reads a statistic: the mean collision probability, importance-weighted."""
 
     name, unit, stats = "collision probability", "", MappingProxyType({"collision": squared})
+    weighting, proposal, inclusive = "none", "anchor", False
 
     def __call__(self, scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: Rollouts) -> Tensor:
         """Return Σ w m Σp² / Σ w m with the weights of tokens."""

@@ -101,7 +101,7 @@ def test_parts_are_complete_and_the_leaf_has_none(name: str, form: Any, clip: fl
 
 
 def test_rows_have_bars_that_stand_on_their_own_values() -> None:
-    found = fp.attribute(*Warm("adamw").of, bars_of=["ledger", "parameters", "prompts"])
+    found = fp.attribute(*Warm("AdamW").of, bars_of=["ledger", "parameters", "prompts"])
     assert found.bars["parameters"][ALONE].value == 0.0
     for row, bar in found.bars["ledger"].items():
         assert bar.value == pytest.approx(found.ledger[row], rel=1e-9, abs=1e-15)
@@ -127,7 +127,7 @@ def test_a_sweep_and_a_comparison_say_so_too(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", [False, True])
 def test_the_stateful_names_pass_it_over(own: bool) -> None:
-    warm = Warm("adamw")
+    warm = Warm("AdamW")
     packed = stateful.packed(2, 2, seed=3).batch
     ids = torch.where(packed["sequences"] % 3 == 2, 1, packed["sequences"])
     seen: dict[str, torch.Tensor] = {}
