@@ -19,8 +19,8 @@ from funcprobe.data.files import read_metadata, read_rollouts
 from funcprobe.data.rollouts import to_device
 from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
 from funcprobe.measurement.update import Update
-from funcprobe.report.canvas import new_axes
 from funcprobe.policy.devices import device_of
+from funcprobe.report.canvas import new_axes
 from funcprobe.types import Rollouts
 
 
