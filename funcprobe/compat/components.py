@@ -17,7 +17,7 @@ from funcprobe.compat import buffers
 from funcprobe.compat.batches import Batch, configured, for_the_loss, prompts_in, rows_of_prompts
 from funcprobe.compat.buffers import Buffer
 from funcprobe.compat.entropy_is import logged
-from funcprobe.compat.settings import COUNT, Settings
+from funcprobe.compat.settings import Settings
 from funcprobe.errors import InputError
 from funcprobe.measurement.update import Update
 from funcprobe.optimizers.closed_form import PureOptimizer
@@ -77,7 +77,8 @@ class ProbeComponents:
             InputError: If an argument, a batch or the buffer cannot be used.
             NumericsError: If scores or gradient are not finite.
         """
-        _check(mb_size_prompts, weighting_mode, adam_preconditioner)
+        options = {"mb_size_prompts": mb_size_prompts, "weighting_mode": weighting_mode}
+        Settings({"computation_options": options}).check()
         lr, start = 1.0, time.perf_counter()
         if param_update_buf is None:
             update, lr = self._legacy(U_batch, mb_size_prompts, optimizer)
@@ -147,8 +148,8 @@ class ProbeComponents:
                 f"The groups have learning rates {sorted(rates)}, and lr·⟨X̄, Ȳ⟩ has one; pass param_update_buf."
             )
         settings = Settings(self.config)
-        rollouts = for_the_loss(batch, configured(batch, settings, self.sequence_processor, self.model))
         with logged(self.logger):
+            rollouts = for_the_loss(batch, configured(batch, settings, self.sequence_processor, self.model))
             rows = rows_of_prompts(mb_size_prompts, rollouts)
             update = from_training(self.model, live).update(settings.objective(), rollouts, microbatch=rows)
             update.gradient()
@@ -159,8 +160,8 @@ class ProbeComponents:
     def _slopes(self, batch: Batch, direction: Params, mb_size_prompts: int) -> dict[str, float]:
         """Return DH(θ)[direction] per sequence and per token, from one forward-mode pass where the model has one."""
         settings = Settings(self.config)
-        evaluation = configured(batch, settings, self.sequence_processor, self.model)
         with logged(self.logger):
+            evaluation = configured(batch, settings, self.sequence_processor, self.model)
             pair = from_training(self.model)
             update = Update.from_delta(pair.policy, pair.params, direction)
             rows = rows_of_prompts(mb_size_prompts, evaluation)
@@ -197,18 +198,3 @@ def _preconditioned(update: Update, preconditioner: Preconditioner | None) -> Pa
             v, t = state["exp_avg_sq"].double(), float(state["step"])
             found[name] = found[name] / (torch.sqrt(v / (1 - beta2**t)) + eps)
     return found
-
-
-def _check(mb_size_prompts: int, weighting_mode: str, preconditioner: object) -> None:
-    if not COUNT.fits(mb_size_prompts):
-        raise InputError(f"mb_size_prompts is {mb_size_prompts!r}; expected {COUNT.expected}.")
-    if weighting_mode != "dr_grpo":
-        raise InputError(
-            f"weighting_mode is {weighting_mode!r}; expected 'dr_grpo'. δH₁ is the derivative of the measured entropy "
-            "and has its normalisation: deltaH1 per sequence, deltaH1_tok per token."
-        )
-    if preconditioner is not None and not callable(preconditioner):
-        raise InputError(
-            f"adam_preconditioner is a {type(preconditioner).__name__}; expected None, which reads it off the "
-            "optimizer, or a function from a gradient by name to P g by name."
-        )

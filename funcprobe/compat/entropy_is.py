@@ -95,14 +95,23 @@ class DeltaEntropyIS:
     def _probed(
         self, module: nn.Module, E_batch: Batch, U_batch: Batch, optimizer: torch.optim.Optimizer, settings: Settings
     ) -> ProbeResult:
-        """Return a probe of values that share nothing with the pair but storage that is read."""
+        """Return a probe of values that share nothing with the pair but storage that is read.
+
+        Raises:
+            InputError: If the step would move nothing.
+        """
         evaluation, batch = (configured(x, settings, self.sequence_processor, module) for x in (E_batch, U_batch))
         if settings.get("true_delta_h.measure") == "p":
             if bool((evaluation.temperature != 1.0).any()):
                 self.logger.warning(MEASURE_P)
             evaluation = evaluation._replace(temperature=torch.ones_like(evaluation.temperature))
         lr = settings.get("true_delta_h.lr_override")
-        _check_moves(optimizer, lr)
+        rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
+        if not any(map(float, rates) if lr is None else [lr]):
+            raise InputError(
+                "The learning rate is 0 in every group, as at the end of a linear schedule, so the step would move "
+                "nothing; pass the rate to probe with as lr_override."
+            )
         size = settings.get("true_delta_h.importance_microbatch_size", 1)
         prompts = settings.get("true_delta_h.microbatch_size", size)  # as the section calls it
         return probe(
@@ -156,12 +165,3 @@ def logged(logger: logging.Logger) -> Iterator[None]:
             logger.warning(str(w.message))
         else:
             warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
-
-
-def _check_moves(optimizer: torch.optim.Optimizer, lr: float | None) -> None:
-    rates = [float(group["lr"]) for group in optimizer.param_groups if group["params"]] if lr is None else [lr]
-    if not any(rates):
-        raise InputError(
-            "The learning rate is 0 in every group, as at the end of a linear schedule, so the step would move "
-            "nothing; pass the rate to probe with as lr_override."
-        )

@@ -107,7 +107,7 @@ class OfflineEntropyProbe:
         """
         settings, start = self.settings, time.perf_counter()
         if checkpoint_path is not None or self.model is None:
-            place = checkpoint_path or settings.needed("checkpoint.checkpoint_path", "the folder of the checkpoint")
+            place = checkpoint_path or settings.get("checkpoint.checkpoint_path", named="the folder")
             self.load_checkpoint(place, settings.get("checkpoint.optimizer_path"))
         assert self.model is not None
         assert self.probe_components is not None
@@ -119,7 +119,7 @@ class OfflineEntropyProbe:
         measured = time.perf_counter()
         self.logger.info("Phase 2: δH₁ from X on E and %s", "the same Δθ" if enabled else "the preconditioned gradient")
         size = settings.get("computation_options.mb_size_prompts", 2)
-        chosen = {"mb_size_prompts": size, "weighting_mode": settings.weighting_mode}
+        chosen = {"mb_size_prompts": size, "weighting_mode": "dr_grpo"}  # there is one mode
         predicted = self.probe_components.compute_delta_h1_from_batches(
             E_batch=E_batch,
             U_batch=U_batch,
@@ -181,9 +181,8 @@ def _state_file(folder: Path, given: str | os.PathLike[str] | None) -> Path:
     if given is not None:
         return Path(given)
     places = [folder / "optimizer.pt", folder.parent / "optimizer.pt"]
-    for place in places:
-        if place.is_file():
-            return place
+    if found := [place for place in places if place.is_file()]:
+        return found[0]
     raise CheckpointError(
         f"There is no optimizer state: neither {places[0]} nor {places[1]} exists. A step from zero moments is another "
         "step, so none is made up; set checkpoint.optimizer_path."

@@ -66,7 +66,7 @@ class Source:
             eos_id=settings.end_tokens(self),
             temperature=settings.temperature(),
             group_size=settings.sizes[2] if rewarded else 1,
-            reward=load_reward(settings.needed("batch_config.reward", REWARD)) if rewarded else None,
+            reward=load_reward(settings.get("batch_config.reward", named=REWARD)) if rewarded else None,
             tokenizer=self.tokenizer,
             batch_size=settings.get("generation.gen_batch_size", 8),
         )
@@ -92,7 +92,7 @@ class Source:
 
     def _distinct(self, which: str) -> list[list[int]]:
         split = self.settings.get(f"batch_config.{which}_split") or self.settings.get("batch_config.split")
-        name = self.settings.needed("batch_config.dataset_name", "a file of prompts, or a folder with one a split")
+        name = self.settings.get("batch_config.dataset_name", named="a file of prompts, or a folder with one a split")
         found = read_prompts(dataset_file(Path(name), split), self.tokenizer)
         return [list(prompt) for prompt in dict.fromkeys(map(tuple, found))]
 

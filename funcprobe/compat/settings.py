@@ -46,6 +46,10 @@ TRUTH = Kind("true or false", lambda found: isinstance(found, bool))
 TEXT, PATH = (Kind(words, lambda found: isinstance(found, str)) for words in ("text", "a path, or a name"))
 LEVEL = Kind("a level of logging", lambda found: str(found).upper() in logging.getLevelNamesMapping())
 TOKENS = Kind("a token id, or several", lambda found: all(map(_whole, found if isinstance(found, list) else [found])))
+WEIGHTING = Kind(
+    "dr_grpo: δH₁ has the normalisation of the entropy that is measured, deltaH1 per sequence, deltaH1_tok per token",
+    lambda found: found == "dr_grpo",
+)
 
 #: `estimator.x_estimator_mode`, and the integrand of the entropy that it means.
 INTEGRANDS: dict[str, Integrand] = {"rb_residual": "rao_blackwell", "rb": "rao_blackwell", "naive": "surprisal"}
@@ -69,11 +73,11 @@ KEYS: dict[str, Kind] = {
     **_keys(COUNT, "batch_config", "B_E B_U G"),
     "batch_config.B_E_values": Kind("sizes", lambda found: True),  # one of them, in place of B_E
     **_keys(COUNT, "computation_options", "mb_size_prompts"),
-    **_keys(TEXT, "computation_options", "weighting_mode"),
+    **_keys(WEIGHTING, "computation_options", "weighting_mode"),
     **_keys(NUMBER, "computation_options", "master_seed"),
     "computation_options.compute_delta_h1": _idle("δH₁ is what a probe is for", True),
     "computation_options.rl_grad_accum": _idle("it belongs to true_delta_h", 1),
-    **_keys(TEXT, "estimator", "weighting_mode"),
+    **_keys(WEIGHTING, "estimator", "weighting_mode"),
     "estimator.x_estimator_mode": _one_of(*INTEGRANDS),
     **_keys(TRUTH, "true_delta_h", "enabled report_per_token return_param_update_buf"),
     **_keys(COUNT, "true_delta_h", "importance_microbatch_size microbatch_size rl_grad_accum"),
@@ -125,28 +129,19 @@ class Settings:
                 found.config[section][name] = str(folder / value)
         return found
 
-    def get(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, the default where it is absent or none.
+    def get(self, key: str, default: Any = None, *, named: str | None = None) -> Any:
+        """Return the value of a key, the default where it is absent or none; if it has to be there, `named` says what.
 
         Raises:
-            ConfigError: If it is no value that the key takes.
+            ConfigError: If it is missing, or no value that the key takes.
         """
         section, _, name = key.rpartition(".")
         found = self._section(section).get(name)
         if problem := _problem(key, found):
             raise ConfigError(f"{problem}.")
+        if found is None and named is not None:
+            raise ConfigError(f"{key} is missing; name {named}.")
         return default if found is None else found
-
-    def needed(self, key: str, what: str) -> Any:
-        """Return the value of a key that has no default.
-
-        Raises:
-            ConfigError: If it is missing, or no value that the key takes.
-        """
-        found = self.get(key)
-        if found is None:
-            raise ConfigError(f"{key} is missing; name {what}.")
-        return found
 
     def check(self) -> None:
         """Check every key that there is, whether or not anything asks for it.
@@ -163,19 +158,6 @@ class Settings:
             raise ConfigError(f"clip_c is {bound}; expected more than 1, the weight where nothing has moved.")
 
     @property
-    def weighting_mode(self) -> str:
-        """The one weighting mode; two sections may name it, and have to agree.
-
-        Raises:
-            ConfigError: If they do not.
-        """
-        named = (self.get(f"{section}.weighting_mode") for section in ("estimator", "computation_options"))
-        found = {mode: None for mode in named if mode is not None}
-        if len(found) > 1:
-            raise ConfigError(f"weighting_mode is {' and '.join(found)} in two sections; write it once.")
-        return next(iter(found), "dr_grpo")
-
-    @property
     def sizes(self) -> tuple[int, int, int]:
         """(B_E, B_U, G): prompts of E, with one completion each, prompts of U, and completions of each of these.
 
@@ -184,12 +166,15 @@ class Settings:
         """
         several = self.get("batch_config.B_E_values")
         one = several[0] if isinstance(several, list) and len(several) == 1 else several
-        instead = {"B_E": one, "B_U": None, "G": None}
-        found = {name: self.get(f"batch_config.{name}", other) for name, other in instead.items()}
-        for name, size in found.items():
+        b_e, b_u, group_size = (
+            self.get("batch_config.B_E", one),
+            self.get("batch_config.B_U"),
+            self.get("batch_config.G"),
+        )
+        for name, size in {"B_E": b_e, "B_U": b_u, "G": group_size}.items():
             if not COUNT.fits(size):
                 raise ConfigError(f"batch_config.{name} is {size!r}; expected {COUNT.expected}.")
-        return found["B_E"], found["B_U"], found["G"]
+        return b_e, b_u, group_size
 
     @property
     def clip(self) -> float:
