@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import record
+from harness import record
 
 from funcprobe.results.environment import describe_environment
 

@@ -58,6 +58,7 @@ from funcprobe.policy.sampling import sample as sample
 from funcprobe.policy.scoring import score as score
 from funcprobe.results.attribution import Attribution as Attribution
 from funcprobe.results.comparison import Comparison as Comparison
+from funcprobe.results.loading import load as load
 from funcprobe.results.probe import ProbeResult as ProbeResult
 from funcprobe.results.sweep import SweepResult as SweepResult
 from funcprobe.training.step import make_step as make_step

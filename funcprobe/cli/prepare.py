@@ -19,6 +19,7 @@ from funcprobe.data.files import read_metadata, read_rollouts
 from funcprobe.data.rollouts import to_device
 from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
 from funcprobe.measurement.update import Update
+from funcprobe.policy.devices import device_of
 from funcprobe.report.canvas import new_axes
 from funcprobe.types import Rollouts
 
@@ -90,22 +91,6 @@ def resolved(config: Config) -> Config:
     for path in (config.evaluation, config.batch):
         read_metadata(path)
     return config.model_copy(update={"device": device_of(config.device)})
-
-
-def device_of(name: str) -> str:
-    """Return the device of that name, where `auto` is CUDA if torch sees it.
-
-    Raises:
-        ConfigError: If torch does not know the name, or sees no such device.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros((), device=torch.device(name)).item()  # `meta` is a device, and computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")
-        raise ConfigError(f"device: found '{name}', which cannot be used here ({reason}); try auto or cpu.") from None
-    return name
 
 
 def _checkpoint(config: Config) -> Checkpoint:

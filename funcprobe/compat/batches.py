@@ -12,13 +12,17 @@ In such a dictionary prompts are left-padded to `prompt_lens[b]` columns, comple
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from funcprobe.data.rollouts import rollouts_from_padded
+from funcprobe.checkpoints.live import unwrapped
+from funcprobe.compat.settings import Settings
+from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import InputError
 from funcprobe.types import Rollouts
 
@@ -27,16 +31,11 @@ Batch = Mapping[str, Any] | Rollouts
 
 
 def to_rollouts(batch: Batch, temperature: float = 1.0, eos: Collection[int] = ()) -> Rollouts:
-    """Return B·G rows, prompt by prompt; group ids number the prompts.
+    """Return B·G rows, prompt by prompt; group ids number the prompts. Rollouts come back as they are.
 
     The completion of a row is its `gen_lens` tokens or, without these, all that the mask attends to after the prompt,
-    and the end-of-sequence token behind it where the mask left that out (as `sequences != pad` does where pad equals
-    eos). Tokens of the prompt are those from the first that is attended to. Completions have no holes.
-
-    Args:
-        batch: The dictionary. Rollouts come back as they are.
-        temperature: At which the rows were sampled, unless the batch says so itself.
-        eos: Ids of end-of-sequence tokens.
+    and the end-of-sequence token (one of `eos`) behind it where the mask left that out, as `sequences != pad` does
+    where pad equals eos. Tokens of the prompt are those from the first that is attended to.
 
     Raises:
         InputError: If a key is missing, shapes do not fit, a mask has a hole, or `gen_lens` leaves out attended tokens.
@@ -51,25 +50,60 @@ def to_rollouts(batch: Batch, temperature: float = 1.0, eos: Collection[int] = (
         return batch
     ids, attended = _tensors(batch)
     prompts, group_size, width = ids.shape
-    starts = _per_prompt(batch, "prompt_lens", prompts)
-    if bool(((starts < 1) | (starts >= width)).any()):
-        raise InputError(f"prompt_lens are {starts.tolist()}; expected 1 to {width - 1}, as sequences have {width}.")
-    ends = _ends(batch, ids, attended, starts, eos)
-    column, start = torch.arange(width), starts[:, None, None]
-    first = torch.where(attended, column, width).amin(-1, keepdim=True)
-    completion = (column >= start) & (column < ends[:, :, None])
-    real = completion | ((column >= first) & (column < start))
-    _check_holes(attended, real, ids, eos)
-    return rollouts_from_padded(
-        ids.flatten(0, 1),
-        real.flatten(0, 1),
-        completion.flatten(0, 1),
+    starts = _per_prompt(batch["prompt_lens"], "prompt_lens", prompts, width - 1).tolist()
+    lengths = batch.get("gen_lens", batch.get("gen_lengths"))
+    counts = None if lengths is None else torch.as_tensor(lengths).reshape(prompts, group_size).tolist()
+    rows = ids.flatten(0, 1).tolist()
+    cuts: list[tuple[slice, slice]] = []
+    for b, g in itertools.product(range(prompts), range(group_size)):
+        count, where = None if counts is None else counts[b][g], f"of prompt {b}, completion {g}"
+        cuts.append(_cut(rows[len(cuts)], attended[b, g].tolist(), starts[b], count, eos, where))
+    old_logps = _per_row(batch, "old_logps", ids.shape)
+    return rollouts_from_lists(
+        [row[prompt] for row, (prompt, _) in zip(rows, cuts, strict=True)],
+        [row[completion] for row, (_, completion) in zip(rows, cuts, strict=True)],
         temperature=batch.get("temperature", temperature),
         group_ids=torch.arange(prompts).repeat_interleave(group_size),
-        advantages=_per_row(batch, "advantages", (prompts, group_size)),
-        rewards=_per_row(batch, "rewards", (prompts, group_size)),
-        old_logps=_per_row(batch, "old_logps", tuple(ids.shape)),
+        rewards=_per_row(batch, "rewards", ids.shape[:2]),
+        advantages=_per_row(batch, "advantages", ids.shape[:2]),
+        old_logps=None if old_logps is None else [x[c] for x, (_, c) in zip(old_logps, cuts, strict=True)],
     )
+
+
+def _cut(
+    ids: list[int], attended: list[bool], start: int, count: int | None, eos: Collection[int], where: str
+) -> tuple[slice, slice]:
+    """Return the columns of a row's prompt and of its completion, which begins at `start`.
+
+    Raises:
+        InputError: If `count`, its length by `gen_lens`, and the mask contradict each other, or the mask has a hole.
+    """
+    real = [t for t, is_attended in enumerate(attended) if is_attended]
+    first, seen = min([start, *real]), max([start, *(t + 1 for t in real)])
+    if count is None:  # an end token that the mask left out belongs to the completion, unless one has been seen
+        ended = seen > start and ids[seen - 1] in eos
+        end = seen + (not ended and seen < len(ids) and ids[seen] in eos)
+    else:
+        end = start + count
+    if not seen <= end <= len(ids):
+        raise InputError(
+            f"gen_lens {where} is {count}, and the attention mask counts {seen - start} tokens after the padded "
+            f"prompt, of {len(ids) - start} columns. Count from the padded prompt length on, and the end-of-sequence "
+            "token with the rest."
+        )
+    # of what gen_lens count, the last need not be attended to; nor, where pad equals eos, end tokens of a prompt
+    if holes := [t for t in range(first, end - 1) if not attended[t] and ids[t] not in eos]:
+        raise InputError(
+            f"The attention mask {where} has a hole at column {holes[0]} (token {ids[holes[0]]}); padding is left of "
+            "the prompt and right of the completion only."
+        )
+    return slice(first, start), slice(start, end)
+
+
+def configured(batch: Batch, settings: Settings, sequence_processor: Any, module: nn.Module) -> Rollouts:
+    """Return a batch as rollouts, with the temperature and the end tokens of a configuration."""
+    end = settings.end_tokens(sequence_processor, unwrapped(module))
+    return to_rollouts(batch, settings.temperature(sequence_processor), end)
 
 
 def for_the_loss(batch: Batch, rollouts: Rollouts) -> Rollouts:
@@ -81,17 +115,11 @@ def for_the_loss(batch: Batch, rollouts: Rollouts) -> Rollouts:
     Raises:
         InputError: If there is not one `max_lengths` a prompt, at least 1.
     """
-    groups, row = torch.unique(rollouts.group_ids, return_inverse=True)
-    sizes = torch.bincount(row, minlength=len(groups))
-    given = None if isinstance(batch, Rollouts) else batch.get("max_lengths")
-    if given is None:
-        lengths = rollouts.completion_mask.sum(1)
-        longest = torch.zeros_like(sizes).scatter_reduce(0, row, lengths, "amax")
-    else:
-        longest = _per_prompt({"max_lengths": given}, "max_lengths", len(groups))
-        if bool((longest < 1).any()):
-            raise InputError(f"max_lengths are {longest.tolist()}; expected at least 1 for every prompt.")
-    return rollouts._replace(weight=rollouts.weight / (len(groups) * sizes * longest).double()[row])
+    _, row, sizes = torch.unique(rollouts.group_ids, return_inverse=True, return_counts=True)
+    longest = torch.zeros_like(sizes).scatter_reduce(0, row, rollouts.completion_mask.sum(1), "amax")
+    if not isinstance(batch, Rollouts) and batch.get("max_lengths") is not None:
+        longest = _per_prompt(batch["max_lengths"], "max_lengths", len(sizes))
+    return rollouts._replace(weight=rollouts.weight / (len(sizes) * sizes * longest).double()[row])
 
 
 def prompts_in(batch: Batch | None) -> int:
@@ -103,85 +131,38 @@ def prompts_in(batch: Batch | None) -> int:
 
 def rows_of_prompts(prompts: int, rollouts: Rollouts) -> int:
     """Return how many rows the completions of so many prompts are: a microbatch."""
-    return prompts * max(1, len(rollouts.ids) // len(rollouts.group_ids.unique()))
+    return prompts * max(1, len(rollouts.ids) // prompts_in(rollouts))
 
 
 def _tensors(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if missing := [key for key in ("sequences", "attention_masks", "prompt_lens") if batch.get(key) is None]:
         raise InputError(f"The batch has no '{missing[0]}'; it holds {sorted(batch)}.")
-    ids = torch.as_tensor(batch["sequences"]).detach().cpu().long()
-    attended = torch.as_tensor(batch["attention_masks"]).detach().cpu().bool()
-    if ids.ndim != 3 or 0 in ids.shape or attended.shape != ids.shape:
+    ids, mask = (torch.as_tensor(batch[key]).detach().cpu() for key in ("sequences", "attention_masks"))
+    if ids.ndim != 3 or 0 in ids.shape or mask.shape != ids.shape:
         raise InputError(
-            f"sequences have shape {tuple(ids.shape)}, attention_masks {tuple(attended.shape)}; expected [B, G, T] for "
+            f"sequences have shape {tuple(ids.shape)}, attention_masks {tuple(mask.shape)}; expected [B, G, T] for "
             "both, and nothing empty."
         )
     for key, found in {"num_prompts": ids.shape[0], "num_responses_per_prompt": ids.shape[1]}.items():
         if batch.get(key) not in (None, found):
             raise InputError(f"{key} is {batch[key]}, and sequences have shape {tuple(ids.shape)}; they must agree.")
-    return ids, attended
+    return ids.long(), mask.bool()
 
 
-def _ends(batch: Mapping[str, Any], ids: Tensor, attended: Tensor, starts: Tensor, eos: Collection[int]) -> Tensor:
-    """Return the column after the last completion token, `[B, G]`.
-
-    Raises:
-        InputError: If `gen_lens` and the mask contradict each other.
-    """
-    width, start = ids.shape[-1], starts[:, None]
-    column = torch.arange(width)
-    last = torch.where(attended & (column >= start[:, :, None]), column, -1).amax(-1)
-    seen = torch.where(last >= 0, last + 1, start)
-    lengths = batch.get("gen_lens", batch.get("gen_lengths"))
-    if lengths is None:
-        return seen + _ended_unseen(ids, seen, start, eos)
-    ends = start + torch.as_tensor(lengths).cpu().long().reshape(ids.shape[:2])
-    if bool(((ends < seen) | (ends > width)).any()):
-        b, g = ((ends < seen) | (ends > width)).nonzero()[0].tolist()
-        raise InputError(
-            f"gen_lens of prompt {b}, completion {g} is {int(ends[b, g] - starts[b])}, and the attention mask counts "
-            f"{int(seen[b, g] - starts[b])} tokens after the padded prompt, of {width - int(starts[b])} columns. Count "
-            "from the padded prompt length on, and the end-of-sequence token with the rest."
-        )
-    return ends
-
-
-def _ended_unseen(ids: Tensor, seen: Tensor, start: Tensor, eos: Collection[int]) -> Tensor:
-    """Return 1 where the column after the completion holds an end token, and no end token has been seen: `[B, G]`."""
-    is_end = torch.isin(ids, torch.tensor(sorted(eos), dtype=ids.dtype))
-    at = is_end.gather(-1, seen.clamp(max=ids.shape[-1] - 1)[..., None])[..., 0] & (seen < ids.shape[-1])
-    before = is_end.gather(-1, (seen - 1)[..., None])[..., 0] & (seen > start)
-    return (at & ~before).long()
-
-
-def _check_holes(attended: Tensor, real: Tensor, ids: Tensor, eos: Collection[int]) -> None:
-    # pad equals eos: `sequences != pad` leaves out end tokens inside a prompt too
-    hole = real & ~attended & ~torch.isin(ids, torch.tensor(sorted(eos), dtype=ids.dtype))
-    beyond = attended & ~real
-    # without gen_lens nothing beyond; with them the last column that they count need not be attended to
-    ends = torch.where(real, torch.arange(real.shape[-1]), -1).amax(-1, keepdim=True)
-    hole = hole & (torch.arange(real.shape[-1]) < ends)
-    if bool((hole | beyond).any()):
-        b, g, t = (hole | beyond).nonzero()[0].tolist()
-        raise InputError(
-            f"The attention mask of prompt {b}, completion {g} has a hole at column {t} (token {int(ids[b, g, t])}); "
-            "padding is left of the prompt and right of the completion only."
-        )
-
-
-def _per_prompt(batch: Mapping[str, Any], name: str, prompts: int) -> Tensor:
-    values = torch.as_tensor(batch[name]).cpu().long().reshape(-1)
-    if len(values) == 1 and prompts > 1 and not torch.as_tensor(batch[name]).ndim:
-        values = values.expand(prompts)
-    if len(values) != prompts:
-        raise InputError(f"'{name}' has {len(values)} values; expected {prompts}, one a prompt.")
-    return values
+def _per_prompt(values: Any, name: str, prompts: int, most: float = math.inf) -> Tensor:
+    found = torch.as_tensor(values).cpu().long()
+    found = found.expand(prompts) if found.ndim == 0 else found.reshape(-1)
+    if len(found) != prompts:
+        raise InputError(f"'{name}' has {len(found)} values; expected {prompts}, one a prompt.")
+    if bool(((found < 1) | (found > most)).any()):
+        raise InputError(f"{name} are {found.tolist()}; expected 1 to {most} for every prompt.")
+    return found
 
 
 def _per_row(batch: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor | None:
     if batch.get(name) is None:
         return None
     values = torch.as_tensor(batch[name]).detach().cpu().double()
-    if tuple(values.shape) != shape:
+    if values.shape != shape:
         raise InputError(f"'{name}' has shape {tuple(values.shape)}; expected {list(shape)}.")
     return values.flatten(0, 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,18 +45,11 @@ def canonical(name: str) -> str:
     return _ADAPTER.sub(r"\1", _PREFIX.sub("", name))
 
 
-def by_name(
-    buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: logging.Logger | logging.LoggerAdapter = log
-) -> Params:
-    """Return the buffer keyed by names, in the module's order.
+def by_name(buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: logging.Logger = log) -> Params:
+    """Return a buffer, keyed by names, ids or both, keyed by names in the module's order.
 
-    With `strict=False` what is unknown is left out and what is missing stays missing; both are counted and logged.
-
-    Args:
-        buffer: Leaves by name, by id, or by both.
-        module: Whose trainable leaves they are.
-        strict: Whether every leaf has to be there and nothing else.
-        logger: Told of what `strict=False` passes over.
+    It has to hold every leaf and nothing else. With `strict=False` what is unknown is left out and what is missing
+    stays missing; both are counted, and the logger is told.
 
     Raises:
         InputError: If nothing matches, a leaf is given twice or in another shape, or, where strict, if anything is
@@ -65,37 +59,28 @@ def by_name(
     found, unknown = _matched(buffer, known)
     missing = [name for name in known if name not in found]
     if not found:
-        raise InputError(
-            f"None of the {len(buffer)} entries of the buffer is a trainable parameter of the module"
-            + (
-                f" (the first is {next(iter(buffer))!r}, the module's first '{next(iter(known), None)}')"
-                if buffer
-                else ""
-            )
-            + "; a buffer that matches nothing would be a step of 0. Pass the buffer that was made from this module."
+        firsts = (
+            f" (the first is {next(iter(buffer))!r}, the module's first '{next(iter(known), None)}')" if buffer else ""
         )
-    if strict and (unknown or missing):
         raise InputError(
-            f"The buffer does not hold the module's trainable leaves: {_counted('unknown', unknown)}, "
-            f"{_counted('missing', missing)}. Pass all of them and nothing else, or strict=False."
+            f"None of the {len(buffer)} entries of the buffer is a trainable parameter of the module{firsts}; a buffer "
+            "that matches nothing would be a step of 0. Pass the buffer that was made from this module."
         )
     if unknown or missing:
-        logger.warning(
-            "buffer: %s (ignored), %s (taken as 0)", _counted("unknown", unknown), _counted("missing", missing)
-        )
+        counted = _counted("unknown", unknown), _counted("missing", missing)
+        if strict:
+            raise InputError(
+                f"The buffer does not hold the module's trainable leaves: {', '.join(counted)}. Pass all of them and "
+                "nothing else, or strict=False."
+            )
+        logger.warning("buffer: %s (ignored), %s (taken as 0)", *counted)
     ordered = {name: found[name] for name in known if name in found}
     tree.same_keys({name: known[name].detach() for name in ordered}, ordered, what="module and the buffer")
     return ordered
 
 
-def by_id(
-    buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: logging.Logger | logging.LoggerAdapter = log
-) -> dict[int, Tensor]:
-    """Return the buffer keyed by `id(parameter)`, in the module's order; see `by_name`.
-
-    Raises:
-        InputError: As `by_name` does.
-    """
+def by_id(buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: logging.Logger = log) -> dict[int, Tensor]:
+    """Return the buffer keyed by `id(parameter)`, in the module's order; see `by_name`."""
     known = leaves(module)
     return {id(known[n]): x for n, x in by_name(buffer, module, strict=strict, logger=logger).items()}
 
@@ -104,37 +89,24 @@ def _matched(buffer: Buffer, known: Mapping[str, nn.Parameter]) -> tuple[Params,
     """Return what matches a leaf, by its name, and the keys of what does not.
 
     Raises:
-        InputError: If a leaf is given twice.
+        InputError: If a leaf is given twice, or a name could stand for two.
     """
-    names_of_ids = {id(p): name for name, p in known.items()}
-    plain: dict[str, list[str]] = {}
+    fits: dict[Any, list[str]] = {id(p): [name] for name, p in known.items()}
     for name in known:
-        plain.setdefault(canonical(name), []).append(name)
+        fits.setdefault(canonical(name), []).append(name)
     found: Params = {}
     unknown: list[str] = []
     for key, value in buffer.items():
-        leaf = names_of_ids.get(key) if isinstance(key, int) else _named(key, known, plain)
-        if leaf is None:
+        names = [str(key)] if key in known else fits.get(canonical(key) if isinstance(key, str) else key, [])
+        if not names:
             unknown.append(str(key))
-        elif leaf in found:
-            raise InputError(f"The buffer holds '{leaf}' twice, the second time as {key!r}; give every leaf once.")
-        else:
-            found[leaf] = torch.as_tensor(value).detach()
+            continue
+        if len(names) > 1:
+            raise InputError(f"The name '{key}' fits {' as well as '.join(names)}; use the names of the module.")
+        if names[0] in found:
+            raise InputError(f"The buffer holds '{names[0]}' twice, the second time as {key!r}; give every leaf once.")
+        found[names[0]] = torch.as_tensor(value).detach()
     return found, unknown
-
-
-def _named(key: str, known: Mapping[str, nn.Parameter], plain: Mapping[str, list[str]]) -> str | None:
-    """Return the leaf that a name stands for, None where it stands for none.
-
-    Raises:
-        InputError: If it could stand for two.
-    """
-    if key in known:
-        return key
-    candidates = plain.get(canonical(key), [])
-    if len(candidates) > 1:
-        raise InputError(f"The name '{key}' fits {' as well as '.join(candidates)}; use the names of the module.")
-    return candidates[0] if candidates else None
 
 
 def _counted(what: str, names: list[str]) -> str:

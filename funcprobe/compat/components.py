@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,25 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from funcprobe import tree
+from funcprobe.analysis.slope import slope
 from funcprobe.checkpoints.live import from_training
-from funcprobe.compat import buffers, settings
-from funcprobe.compat.batches import Batch, prompts_in, rows_of_prompts
+from funcprobe.compat import buffers
+from funcprobe.compat.batches import Batch, configured, for_the_loss, prompts_in, rows_of_prompts
 from funcprobe.compat.buffers import Buffer
-from funcprobe.compat.entropy_is import DeltaEntropyIS
-from funcprobe.compat.preconditioner import preconditioned
-from funcprobe.engine.clock import Clock
-from funcprobe.engine.passes import Passes
+from funcprobe.compat.entropy_is import logged
+from funcprobe.compat.settings import COUNT, Settings
 from funcprobe.errors import InputError
-from funcprobe.measurement.evidence import Evidence
-from funcprobe.measurement.first_order import first_order
-from funcprobe.measurement.measurement import Measurement
-from funcprobe.measurement.messages import Messages
-from funcprobe.measurement.options import Options
-from funcprobe.optimizers.unreached import reached, with_zeros
-from funcprobe.training.step import make_step
+from funcprobe.measurement.update import Update
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.unreached import with_zeros
 from funcprobe.types import Params
-
-log = logging.getLogger(__name__)
 
 #: A preconditioner of the caller's own: a gradient by name -> P g by name.
 Preconditioner = Callable[[Params], Params]
@@ -37,10 +31,15 @@ Preconditioner = Callable[[Params], Params]
 class ProbeComponents:
     """The first order of the entropy, and small algebra on buffers over the module's trainable leaves."""
 
-    def __init__(self, model: nn.Module, config: Mapping[str, Any], logger: logging.Logger | None = None) -> None:
-        self.model = model
-        self.config = config
-        self.logger = logger or log
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        logger: logging.Logger | None = None,
+        sequence_processor: Any = None,
+    ) -> None:
+        self.model, self.config, self.logger = model, config, logger or logging.getLogger(__name__)
+        self.sequence_processor = sequence_processor
 
     def compute_delta_h1_from_batches(
         self,
@@ -79,38 +78,32 @@ class ProbeComponents:
             NumericsError: If scores or gradient are not finite.
         """
         _check(mb_size_prompts, weighting_mode, adam_preconditioner)
-        clock = Clock()
-        direction, lr = (
-            self._legacy(U_batch, mb_size_prompts, adam_preconditioner, optimizer, clock)
-            if param_update_buf is None
-            else (self._given(param_update_buf, strict, clock), 1.0)
-        )
-        with clock("phase1_time"):
-            whole, per_token = self._slopes(E_batch, direction, mb_size_prompts)
+        lr, start = 1.0, time.perf_counter()
+        if param_update_buf is None:
+            update, lr = self._legacy(U_batch, mb_size_prompts, optimizer)
+            taken = time.perf_counter()
+            direction = tree.scale(-1.0, _preconditioned(update, adam_preconditioner))
+        else:
+            taken, direction = start, self._given(param_update_buf, strict)
+        formed = time.perf_counter()
+        found = self._slopes(E_batch, direction, mb_size_prompts)
+        end = time.perf_counter()
         return {
-            "deltaH1": lr * whole,
-            "bars_dot": whole,
-            "deltaH1_tok": lr * per_token,
+            "deltaH1": lr * found["sequence"],
+            "bars_dot": found["sequence"],
+            "deltaH1_tok": lr * found["token"],
             "B_E": prompts_in(E_batch),
             "B_U": prompts_in(U_batch),
             "learning_rate": lr,
-            "timing": {phase: clock.seconds.get(phase, 0.0) for phase in ("phase1_time", "phase2_time", "phase3_time")},
+            "timing": {"phase1_time": end - formed, "phase2_time": taken - start, "phase3_time": formed - taken},
         }
 
     def coerce_buffer_to_id_keys(self, buf: Buffer, *, strict: bool = True) -> dict[int, Tensor]:
-        """Return a buffer keyed by name or id as one keyed by `id(parameter)`; see `buffers.by_id`.
-
-        Raises:
-            InputError: If it does not fit the module.
-        """
+        """Return a buffer keyed by name or id as one keyed by `id(parameter)`; see `buffers.by_name` for refusals."""
         return buffers.by_id(buf, self.model, strict=strict, logger=self.logger)
 
     def dot_param_buffers(self, a: Buffer, b: Buffer) -> float:
-        """Return ⟨a, b⟩ in float64; both hold every trainable leaf, by name or by id.
-
-        Raises:
-            InputError: If one of them does not.
-        """
+        """Return ⟨a, b⟩ in float64; both have to hold every trainable leaf, by name or by id."""
         left, right = (buffers.by_name(x, self.model, logger=self.logger) for x in (a, b))
         return float(tree.dot(left, {name: x.to(left[name].device) for name, x in right.items()}))
 
@@ -126,75 +119,89 @@ class ProbeComponents:
         Raises:
             InputError: If the buffer does not hold every leaf that has a gradient.
         """
-        graded = {id(p): (n, p.grad) for n, p in buffers.leaves(self.model).items() if p.grad is not None}
-        if missing := [name for i, (name, _) in graded.items() if i not in buf]:
+        graded = {name: p for name, p in buffers.leaves(self.model).items() if p.grad is not None}
+        if missing := [name for name, p in graded.items() if id(p) not in buf]:
             raise InputError(f"The buffer has no entry for '{missing[0]}'; take it from zeros_like_params().")
-        for i, (_, grad) in graded.items():
-            buf[i].add_(grad.detach().to(buf[i]), alpha=scale)
+        for p in graded.values():
+            assert p.grad is not None
+            buf[id(p)].add_(p.grad.detach().to(buf[id(p)]), alpha=scale)
 
-    def _given(self, buffer: Buffer, strict: bool, clock: Clock) -> Params:
-        with clock("phase3_time"):
-            found = buffers.by_name(buffer, self.model, strict=strict, logger=self.logger)
-            known = buffers.leaves(self.model)
-            return {
-                name: found[name].to(p.device) if name in found else torch.zeros_like(p.detach())
-                for name, p in known.items()
-            }
+    def _given(self, buffer: Buffer, strict: bool) -> Params:
+        found = buffers.by_name(buffer, self.model, strict=strict, logger=self.logger)
+        known = {name: p.detach() for name, p in buffers.leaves(self.model).items()}
+        return {name: found[name].to(p.device) if name in found else torch.zeros_like(p) for name, p in known.items()}
 
     def _legacy(
-        self,
-        batch: Batch | None,
-        mb_size_prompts: int,
-        preconditioner: Preconditioner | None,
-        live: torch.optim.Optimizer | None,
-        clock: Clock,
-    ) -> tuple[Params, float]:
-        """Return Ȳ = −P ∇loss(U) and the learning rate.
+        self, batch: Batch | None, mb_size_prompts: int, live: torch.optim.Optimizer | None
+    ) -> tuple[Update, float]:
+        """Return the step on U, with its gradient taken, and the learning rate.
 
         Raises:
             InputError: If U or the optimizer is missing, or the groups have several rates.
         """
         if live is None or batch is None:
             raise InputError("Without param_update_buf, δH₁ needs U_batch and the live optimizer; pass both.")
-        pair, lr = from_training(self.model, live), _one_rate(live)
-        assert pair.optimizer is not None
-        assert pair.opt_state is not None
-        update = DeltaEntropyIS(config=self.config).update_rollouts(batch, self.model)
-        rows = rows_of_prompts(mb_size_prompts, update)
-        step = make_step(pair.policy, settings.objective(self.config), pair.optimizer, microbatch=rows)
-        messages = Messages(quiet=True)
-        with clock("phase2_time"), messages.recording():
-            gradient, _ = step.gradient(pair.params, update)
-        for message in messages.warnings:
-            self.logger.warning(message)
-        with clock("phase3_time"):
-            whole = with_zeros(gradient, pair.params)
-            if preconditioner is None:
-                moved = preconditioned(reached(gradient), pair.optimizer, pair.opt_state)
-                found = {**tree.zeros_like(tree.cast(whole, torch.float64)), **moved}
-            else:
-                found = preconditioner(whole)
-            tree.same_keys(whole, found, what="gradient and what the preconditioner returned")
-            return tree.scale(-1.0, found), lr
+        rates = {float(group["lr"]) for group in live.param_groups if group["params"]}
+        if len(rates) != 1:
+            raise InputError(
+                f"The groups have learning rates {sorted(rates)}, and lr·⟨X̄, Ȳ⟩ has one; pass param_update_buf."
+            )
+        settings = Settings(self.config)
+        rollouts = for_the_loss(batch, configured(batch, settings, self.sequence_processor, self.model))
+        with logged(self.logger):
+            rows = rows_of_prompts(mb_size_prompts, rollouts)
+            update = from_training(self.model, live).update(settings.objective(), rollouts, microbatch=rows)
+            update.gradient()
+        for note in update.warnings:
+            self.logger.warning(note)
+        return update, rates.pop()
 
-    def _slopes(self, batch: Batch, direction: Params, mb_size_prompts: int) -> tuple[float, float]:
+    def _slopes(self, batch: Batch, direction: Params, mb_size_prompts: int) -> dict[str, float]:
         """Return DH(θ)[direction] per sequence and per token, from one forward-mode pass where the model has one."""
-        pair = from_training(self.model)
-        evaluation = DeltaEntropyIS(config=self.config).evaluation_rollouts(batch, self.model)
-        observables = settings.entropies(self.config)
-        rows = rows_of_prompts(mb_size_prompts, evaluation)
-        passes = Passes.over(pair.policy, evaluation, observables, rows, None, Clock())
-        measurement = Measurement(passes, observables, Options(bars=None), Messages(quiet=True), independent=True)
-        first = first_order(measurement, pair.params, direction)
-        evidence = Evidence(passes.evaluation, first.scores, first.scores, first.along)
-        whole, per_token = (first.value(name, o, evidence, direction) for name, o in observables.items())
-        assert whole is not None  # the gradient of every observable that was asked for is there
-        assert per_token is not None
-        return whole, per_token
+        settings = Settings(self.config)
+        evaluation = configured(batch, settings, self.sequence_processor, self.model)
+        with logged(self.logger):
+            pair = from_training(self.model)
+            update = Update.from_delta(pair.policy, pair.params, direction)
+            rows = rows_of_prompts(mb_size_prompts, evaluation)
+            return slope(update, evaluation, settings.entropies(), microbatch=rows)
+
+
+def _preconditioned(update: Update, preconditioner: Preconditioner | None) -> Params:
+    """Return `P g`: by default `g / (√(v / (1 − β₂^t)) + ε)` for Adam and AdamW, and g itself for SGD, in float64.
+
+    v and t are the state's before the step; β₂ and ε are those of each leaf's group. That is the stateful system's
+    stand-in for a step: no momentum, no weight decay, no new moments.
+
+    Raises:
+        InputError: If the optimizer is none of these, or a leaf has no second moment yet.
+    """
+    taken = update.gradient().gradient
+    gradient = with_zeros(taken, update.params)
+    if preconditioner is not None:
+        found = preconditioner(gradient)
+        tree.same_keys(gradient, found, what="gradient and what the preconditioner returned")
+        return found
+    optimizer = None if update.rule is None else update.rule.optimizer
+    if not isinstance(optimizer, PureOptimizer) or update.opt_state is None:
+        raise InputError("The path without a buffer knows SGD, Adam and AdamW; pass param_update_buf for any other.")
+    found = tree.cast(gradient, torch.float64)
+    if optimizer.cls is torch.optim.SGD:
+        return found
+    for group in optimizer.groups:
+        beta2, eps = group.hyperparameters["betas"][1], group.hyperparameters["eps"]
+        for name in (n for n in (found if group.names is None else group.names) if taken[n] is not None):
+            state = update.opt_state[name]
+            if not state:
+                raise InputError(f"'{name}' has never stepped, so it has no second moment; pass param_update_buf.")
+            v, t = state["exp_avg_sq"].double(), float(state["step"])
+            found[name] = found[name] / (torch.sqrt(v / (1 - beta2**t)) + eps)
+    return found
 
 
 def _check(mb_size_prompts: int, weighting_mode: str, preconditioner: object) -> None:
-    settings.whole({"mb_size_prompts": mb_size_prompts}, "mb_size_prompts")
+    if not COUNT.fits(mb_size_prompts):
+        raise InputError(f"mb_size_prompts is {mb_size_prompts!r}; expected {COUNT.expected}.")
     if weighting_mode != "dr_grpo":
         raise InputError(
             f"weighting_mode is {weighting_mode!r}; expected 'dr_grpo'. δH₁ is the derivative of the measured entropy "
@@ -205,12 +212,3 @@ def _check(mb_size_prompts: int, weighting_mode: str, preconditioner: object) ->
             f"adam_preconditioner is a {type(preconditioner).__name__}; expected None, which reads it off the "
             "optimizer, or a function from a gradient by name to P g by name."
         )
-
-
-def _one_rate(optimizer: torch.optim.Optimizer) -> float:
-    rates = {float(group["lr"]) for group in optimizer.param_groups if group["params"]}
-    if len(rates) != 1:
-        raise InputError(
-            f"The groups have learning rates {sorted(rates)}, and lr·⟨X̄, Ȳ⟩ has one; pass param_update_buf."
-        )
-    return rates.pop()

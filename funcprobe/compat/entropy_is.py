@@ -6,28 +6,27 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from funcprobe import tree
 from funcprobe.analysis.probe import probe
-from funcprobe.checkpoints.live import from_training, unwrapped
-from funcprobe.compat import settings
-from funcprobe.compat.batches import Batch, for_the_loss, rows_of_prompts, to_rollouts
-from funcprobe.compat.settings import Importance
+from funcprobe.checkpoints.live import from_training
+from funcprobe.compat.batches import Batch, configured, for_the_loss, rows_of_prompts
+from funcprobe.compat.settings import Settings
+from funcprobe.compat.weights import weight_diagnostics
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.estimators.importance import log_ratios
 from funcprobe.results.probe import ProbeResult
-from funcprobe.training.step import make_step
-from funcprobe.types import Rollouts
 
-log = logging.getLogger(__name__)
-
-#: How many leaves of the largest ‖Δθ‖ are logged.
-SHOWN_LEAVES = 5
+#: Said where E is scored at another temperature than it was sampled at.
+MEASURE_P = (
+    "measure 'p' scores E at temperature 1, and E was sampled at another one: the weights compare θ′ with θ and not "
+    "with the sampler, so H is that of the sampled sequences under p; 'q' is consistent"
+)
 
 
 class DeltaEntropyIS:
@@ -41,9 +40,7 @@ class DeltaEntropyIS:
         logger: logging.Logger | None = None,
         sequence_processor: Any = None,
     ) -> None:
-        self.model = model
-        self.config = config
-        self.logger = logger or log
+        self.model, self.config, self.logger = model, config, logger or logging.getLogger(__name__)
         self.sequence_processor = sequence_processor
 
     def entropy_change_two_batch(
@@ -65,7 +62,7 @@ class DeltaEntropyIS:
             E_batch: What the entropy is measured on, drawn at θ.
             U_batch: What the step is taken on.
             optimizer: The live optimizer of that module.
-            cfg_importance: See `Importance`.
+            cfg_importance: Keys of the section `true_delta_h`; see `settings.KEYS`.
 
         Returns:
             `H_orig`, `H_upd`, `deltaH_true` (and `_tok`, with `report_per_token`), `param_update_buf_named` (CPU,
@@ -80,125 +77,85 @@ class DeltaEntropyIS:
             NumericsError: If scores, gradient or step are not finite.
         """
         start = time.perf_counter()
-        importance = Importance.read(cfg_importance)
+        Settings({"true_delta_h": cfg_importance}).check()
+        settings = Settings({**self.config, "true_delta_h": cfg_importance})
         module = self.model if model is None else model
         if module is None:
             raise InputError("There is no model; pass the live module that the optimizer belongs to.")
-        found = self._probed(module, E_batch, U_batch, optimizer, importance)
-        for message in (*found.warnings, *(note for note in found.notes if "path integral" in note)):
-            self.logger.warning(message)  # of the notes, the one that bears on how good a number is
-        return {**self._numbers(found, importance), "timing": {"total_time": time.perf_counter() - start}}
+        with logged(self.logger):
+            found = self._probed(module, E_batch, U_batch, optimizer, settings)
+        for note in found.notes:
+            if note.kind == "path":  # the one that bears on how good a number is
+                self.logger.warning(note)
+        return {**self._numbers(found, settings), "timing": {"total_time": time.perf_counter() - start}}
 
     #: The name that an older interface has for it.
     entropy_change_two_batch_rl = entropy_change_two_batch
 
     def _probed(
-        self,
-        module: nn.Module,
-        E_batch: Batch,
-        U_batch: Batch,
-        optimizer: torch.optim.Optimizer,
-        importance: Importance,
+        self, module: nn.Module, E_batch: Batch, U_batch: Batch, optimizer: torch.optim.Optimizer, settings: Settings
     ) -> ProbeResult:
         """Return a probe of values that share nothing with the pair but storage that is read."""
-        pair = from_training(module, optimizer)
-        assert pair.optimizer is not None  # one was given
-        assert pair.opt_state is not None
-        evaluation, update = self._evaluation(E_batch, module, importance), self.update_rollouts(U_batch, module)
-        pieces = math.ceil(rows_of_prompts(importance.microbatch, update) / importance.rl_grad_accum)
-        loss, bound = settings.objective(self.config), settings.max_grad_norm(self.config)
-        _check_moves(optimizer, importance.lr_override)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FuncprobeWarning)  # the result holds them, and they are logged
-            return probe(
-                pair.policy,
-                make_step(pair.policy, loss, pair.optimizer, bound, pieces),
-                pair.params,
-                pair.opt_state,
-                evaluation,
-                update,
-                observables=settings.entropies(self.config, importance),
-                lr=importance.lr_override,
-                bars=None,
-                microbatch=rows_of_prompts(importance.microbatch, evaluation),
-                rounding=False,
-                top_k=SHOWN_LEAVES,
-                keep_delta=True,
-                keep_scores=True,
-            )
+        evaluation, batch = (configured(x, settings, self.sequence_processor, module) for x in (E_batch, U_batch))
+        if settings.get("true_delta_h.measure") == "p":
+            if bool((evaluation.temperature != 1.0).any()):
+                self.logger.warning(MEASURE_P)
+            evaluation = evaluation._replace(temperature=torch.ones_like(evaluation.temperature))
+        lr = settings.get("true_delta_h.lr_override")
+        _check_moves(optimizer, lr)
+        size = settings.get("true_delta_h.importance_microbatch_size", 1)
+        prompts = settings.get("true_delta_h.microbatch_size", size)  # as the section calls it
+        return probe(
+            from_training(module, optimizer).update(
+                settings.objective(),
+                for_the_loss(U_batch, batch),
+                lr=lr,
+                max_grad_norm=settings.get("max_grad_norm", 0.0) or None,
+                microbatch=math.ceil(rows_of_prompts(prompts, batch) / settings.get("true_delta_h.rl_grad_accum", 1)),
+            ),
+            evaluation,
+            settings.entropies(settings.clip),
+            bars=None,
+            microbatch=rows_of_prompts(prompts, evaluation),
+            rounding=False,
+            keep_delta=True,
+            keep_scores=True,
+        )
 
-    def _evaluation(self, batch: Batch, module: nn.Module, importance: Importance) -> Rollouts:
-        found = self.evaluation_rollouts(batch, module)
-        if importance.measure != "p":
-            return found
-        if bool((found.temperature != 1.0).any()):
-            self.logger.warning(
-                "measure 'p' scores E at temperature 1, and E was sampled at another one: the weights compare θ′ with "
-                "θ and not with the sampler, so H is that of the sampled sequences under p; 'q' is consistent"
-            )
-        return found._replace(temperature=torch.ones_like(found.temperature))
-
-    def evaluation_rollouts(self, batch: Batch, module: nn.Module) -> Rollouts:
-        """Return E as rollouts, read with the temperature and the end tokens of the configuration.
-
-        Raises:
-            InputError: If the batch cannot be used.
-        """
-        eos = settings.end_tokens(self.config, self.sequence_processor, unwrapped(module))
-        return to_rollouts(batch, settings.temperature_of(self.config, self.sequence_processor), eos)
-
-    def update_rollouts(self, batch: Batch, module: nn.Module) -> Rollouts:
-        """Return U as rollouts, with the base weights of the RL loss.
-
-        Raises:
-            InputError: If the batch cannot be used.
-        """
-        return for_the_loss(batch, self.evaluation_rollouts(batch, module))
-
-    def _numbers(self, found: ProbeResult, importance: Importance) -> dict[str, Any]:
-        whole, per_token = (found.readings[name] for name in ("sequence", "token"))
+    def _numbers(self, found: ProbeResult, settings: Settings) -> dict[str, Any]:
+        whole, per_token = (found.readings[per] for per in ("sequence", "token"))
+        is_wanted = settings.get("true_delta_h.return_param_update_buf", True)
         assert found.delta is not None  # asked for with keep_delta
-        l2 = float(tree.norm(found.delta))
         self.logger.info("[GT] H_orig=%.6f, H_upd=%.6f nats per sequence", whole.before, whole.after)
-        largest = ", ".join(f"{name} {norm:.2e}" for name, norm in found.top)
-        self.logger.debug("[GT] ||Δθ||₂=%.4e, largest: %s", l2, largest)
         tokens = {"H_orig_tok": per_token.before, "H_upd_tok": per_token.after, "deltaH_true_tok": per_token.change}
         return {
             "H_orig": whole.before,
             "H_upd": whole.after,
             "deltaH_true": whole.change,
-            **(tokens if importance.report_per_token else {}),
-            "param_update_buf_named": found.delta if importance.return_param_update_buf else None,
-            "param_update_l2": l2,
+            **(tokens if settings.get("true_delta_h.report_per_token") else {}),
+            "param_update_buf_named": found.delta if is_wanted else None,
+            "param_update_l2": float(tree.norm(found.delta)),
             "learning_rate_used": found.lr,
             "diagnostics": {
-                "is_mode": importance.is_mode,
+                "is_mode": settings.get("true_delta_h.is_mode", "snis"),
                 "training_loss": "rl",
-                "rl_grad_accum": importance.rl_grad_accum,
-                **weight_diagnostics(found, importance),
+                "rl_grad_accum": settings.get("true_delta_h.rl_grad_accum", 1),
+                **weight_diagnostics(found, settings.clip),
             },
         }
 
 
-def weight_diagnostics(found: ProbeResult, importance: Importance) -> dict[str, float | int]:
-    """Return the health of the sequence weights that were used; float64 throughout."""
-    evidence = found.evidence
-    assert evidence is not None  # asked for with keep_scores
-    log_weight = log_ratios(evidence.after, evidence.anchor, evidence.rollouts).sum(-1)
-    used = log_weight.clamp(max=math.log(importance.clip_c)) if importance.is_mode == "clip" else log_weight
-    w: Tensor = torch.exp(used - used.max())
-    ess = float(w.sum() ** 2 / (w * w).sum())
-    return {
-        "ESS": ess,
-        "ESS_fraction": ess / len(w),
-        "N_total": len(w),
-        "logw_max_global": float(log_weight.max()),
-        "logw_mean": float(log_weight.mean()),
-        "logw_std": float(log_weight.std(correction=0)),
-        "w_max": float(w.max()),
-        "w_min": float(w.min()),
-        "w_sum_global": float(w.sum()),
-    }
+@contextmanager
+def logged(logger: logging.Logger) -> Iterator[None]:
+    """Log what funcprobe warns of in a block, in place of the warning; other warnings pass through."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FuncprobeWarning)
+        yield
+    for w in caught:
+        if issubclass(w.category, FuncprobeWarning):
+            logger.warning(str(w.message))
+        else:
+            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
 
 
 def _check_moves(optimizer: torch.optim.Optimizer, lr: float | None) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
@@ -18,14 +17,14 @@ from funcprobe.checkpoints.adapters import load_adapter
 from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
 from funcprobe.checkpoints.models import load_full, load_tokenizer
 from funcprobe.compat import buffers
-from funcprobe.compat.batches import Batch
 from funcprobe.compat.components import Preconditioner, ProbeComponents
 from funcprobe.compat.entropy_is import DeltaEntropyIS
 from funcprobe.compat.sampling import Source
-from funcprobe.compat.sections import Sections
+from funcprobe.compat.settings import Settings
 from funcprobe.errors import CheckpointError, ConfigError
 from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.state import state_to_torch
+from funcprobe.policy.devices import device_of
 from funcprobe.policy.module import from_module
 from funcprobe.types import Rollouts
 
@@ -36,13 +35,12 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "flo
 class OfflineEntropyProbe:
     """ΔH of one RL step and δH₁ from that very step, for a checkpoint and its optimizer state."""
 
-    def __init__(self, config: Mapping[str, Any] | Sections) -> None:
-        self.sections = config if isinstance(config, Sections) else Sections(config)
-        self.config = self.sections.config
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config, self.settings = config, Settings(config)
+        self.settings.check()
         self.logger = logging.getLogger("funcprobe.compat.offline")
-        level = self.sections.section("output").get("log_level")
-        if level is not None:
-            self.logger.setLevel(_level(level))
+        if level := self.settings.get("output.log_level"):
+            self.logger.setLevel(str(level).upper())
         self.model: nn.Module | None = None
         self.optimizer: torch.optim.Optimizer | None = None
         self.tokenizer: Any = None
@@ -57,7 +55,7 @@ class OfflineEntropyProbe:
         Raises:
             ConfigError: If the file cannot be read, or a key is unknown or can do nothing.
         """
-        return cls(Sections.read(path))
+        return cls(Settings.read(path).config)
 
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], optimizer_path: str | os.PathLike[str] | None = None
@@ -70,34 +68,25 @@ class OfflineEntropyProbe:
             CheckpointError: If weights or optimizer state cannot be read faithfully, or there is no optimizer state.
             ConfigError: If a key of section `checkpoint` cannot be used.
         """
-        from funcprobe.cli.prepare import device_of
-
-        options, folder = self.sections.section("checkpoint"), Path(checkpoint_path)
-        dtype = DTYPES.get(options.get("dtype", "float32"), options.get("dtype", "float32"))
-        device = device_of(options.get("device_map") or "auto")
+        settings, folder = self.settings, Path(checkpoint_path)
+        named = settings.get("checkpoint.dtype", "float32")
+        into = torch_dtype(DTYPES.get(named, named)), device_of(settings.get("checkpoint.device_map", "auto"))
+        base_model, base = settings.get("checkpoint.model_config_path"), None
         state = _state_file(folder, optimizer_path)
-        base_model, base = options.get("model_config_path"), None
         if (folder / "adapter_config.json").is_file():
-            self.model, base = load_adapter(folder, base_model, torch_dtype(dtype), device)
+            self.model, base = load_adapter(folder, base_model, *into)
         elif base_model is not None:
             raise ConfigError(f"checkpoint.model_config_path is the base of an adapter, and {folder} holds none.")
         else:
-            self.model = load_full(folder, torch_dtype(dtype), device)
+            self.model = load_full(folder, *into)
         self.tokenizer = load_tokenizer(folder, base)
-        self.optimizer = _live(self.model, state, self.sections.learning_rate)
-        self.delta_entropy_is = DeltaEntropyIS(
-            model=self.model, config=self.config, logger=self.logger, sequence_processor=self
-        )
-        self.probe_components = ProbeComponents(self.model, self.config, self.logger)
+        # without a rate of its own the override stands in for the saved one, which may be 0
+        rates = (settings.get(key) for key in ("learning_rate", "true_delta_h.lr_override"))
+        self.optimizer = _live(self.model, state, next((lr for lr in rates if lr is not None), None))
+        shared: dict[str, Any] = {"config": self.config, "logger": self.logger, "sequence_processor": self}
+        self.delta_entropy_is = DeltaEntropyIS(model=self.model, **shared)
+        self.probe_components = ProbeComponents(self.model, **shared)
         self.logger.info("Loaded %s with %s", folder, state)
-
-    def run_offline_analysis(self, checkpoint_path: str | os.PathLike[str]) -> dict[str, Any]:
-        """Load the checkpoint, with `checkpoint.optimizer_path`, and run the probe; see `run_mixed_probe`.
-
-        Raises:
-            InputError: If anything that is configured cannot be used.
-        """
-        return self.run_mixed_probe(checkpoint_path)
 
     def run_mixed_probe(self, checkpoint_path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
         """Sample E and U, take one step on U to measure ΔH on E, and predict δH₁ on E from that very step.
@@ -116,52 +105,46 @@ class OfflineEntropyProbe:
             InputError: If anything that is configured cannot be used.
             RuntimeError: If `return_param_update_buf` is off: there is no Δθ to predict from.
         """
-        start = time.perf_counter()
-        self._ready(checkpoint_path)
+        settings, start = self.settings, time.perf_counter()
+        if checkpoint_path is not None or self.model is None:
+            place = checkpoint_path or settings.needed("checkpoint.checkpoint_path", "the folder of the checkpoint")
+            self.load_checkpoint(place, settings.get("checkpoint.optimizer_path"))
         assert self.model is not None
         assert self.probe_components is not None
-        importance = dict(self.sections.section("true_delta_h"))
-        enabled = bool(importance.pop("enabled", True))
-
         self.logger.info("Phase 0: sampling E and U")
-        source = Source(self.sections, *from_module(self.model), self.tokenizer)
-        E_batch, U_batch = source.evaluation(), source.update()
-        sampled = time.perf_counter()
-        truth = self._ground_truth(E_batch, U_batch, importance) if enabled else {}
+        source = Source(settings, *from_module(self.model), self.tokenizer)
+        E_batch, U_batch = source.batch("E"), source.batch("U")
+        sampled, enabled = time.perf_counter(), settings.get("true_delta_h.enabled", True)
+        truth = self._ground_truth(E_batch, U_batch) if enabled else {}
         measured = time.perf_counter()
-
         self.logger.info("Phase 2: δH₁ from X on E and %s", "the same Δθ" if enabled else "the preconditioned gradient")
-        measurement = {
-            "mb_size_prompts": self.sections.section("computation_options").get("mb_size_prompts", 2),
-            "weighting_mode": self.sections.weighting_mode,
-        }
+        size = settings.get("computation_options.mb_size_prompts", 2)
+        chosen = {"mb_size_prompts": size, "weighting_mode": settings.weighting_mode}
         predicted = self.probe_components.compute_delta_h1_from_batches(
             E_batch=E_batch,
             U_batch=U_batch,
             adam_preconditioner=self.adam_preconditioner,
             optimizer=self.optimizer,
             param_update_buf=truth.get("param_update_buf_named"),
-            **measurement,
+            **chosen,
         )
         self.logger.info(
             f"[δH1] bars_dot={predicted['bars_dot']:.10f}, deltaH1={predicted['deltaH1']:.10f}"
             + (" (uses same Δθ)" if enabled else "")
         )
-        if not self.sections.section("probe_reuse").get("log_param_update_buf", False):
+        if not settings.get("probe_reuse.log_param_update_buf"):
             truth.pop("param_update_buf_named", None)
+        drawn = {"B_E": len(E_batch.ids)} if isinstance(E_batch, Rollouts) else {}  # with replacement
         times = {"phase0_sampling": sampled - start, "phase5_importance": measured - sampled, **predicted["timing"]}
-        found = {
-            **truth,
-            **predicted,
-            **measurement,
-            "B_E": len(E_batch.ids) if isinstance(E_batch, Rollouts) else predicted["B_E"],  # drawn with replacement
-            "importance_enabled": enabled,
-            "timing": {"total_time": time.perf_counter() - start, **times},
-        }
+        times["total_time"] = time.perf_counter() - start
+        found = {**truth, **predicted, **chosen, **drawn, "importance_enabled": enabled, "timing": times}
         self._save(found)
         return found
 
-    def _ground_truth(self, E_batch: Batch, U_batch: Batch, importance: Mapping[str, Any]) -> dict[str, Any]:
+    #: The name for a folder, read with `checkpoint.optimizer_path`.
+    run_offline_analysis = run_mixed_probe
+
+    def _ground_truth(self, E_batch: Any, U_batch: Any) -> dict[str, Any]:
         """Return what the one step on U does to H on E, and the step itself.
 
         Raises:
@@ -170,7 +153,9 @@ class OfflineEntropyProbe:
         assert self.optimizer is not None
         assert self.delta_entropy_is is not None
         self.logger.info("Phase 1: ground truth ΔH on E, and Δθ, from one step on U")
-        found = self.delta_entropy_is.entropy_change_two_batch(self.model, E_batch, U_batch, self.optimizer, importance)
+        found = self.delta_entropy_is.entropy_change_two_batch(
+            self.model, E_batch, U_batch, self.optimizer, self.config.get("true_delta_h")
+        )
         self.logger.info(
             f"[GT] deltaH_true = {found['deltaH_true']:.10f} (||Δθ||₂={found['param_update_l2']:.4e}, "
             f"lr_used={found['learning_rate_used']})"
@@ -181,22 +166,13 @@ class OfflineEntropyProbe:
             )
         return found
 
-    def _ready(self, checkpoint_path: str | os.PathLike[str] | None) -> None:
-        if checkpoint_path is None and self.model is not None:
-            return
-        options = self.sections.section("checkpoint")
-        place = checkpoint_path or options.get("checkpoint_path")
-        if place is None:
-            raise ConfigError("checkpoint.checkpoint_path is missing; name the folder, or pass checkpoint_path.")
-        self.load_checkpoint(place, options.get("optimizer_path"))
-
     def _save(self, found: Mapping[str, Any]) -> None:
-        place = self.sections.section("output").get("results_path")
+        place = self.settings.get("output.results_path")
         if place is None:
             return
         plain = {key: value for key, value in found.items() if key != "param_update_buf_named"}
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_text(json.dumps(_json_safe(plain), indent=2, allow_nan=False) + "\n")
+        Path(place).write_text(json.dumps(plain, indent=2) + "\n")
         if found.get("param_update_buf_named") is not None:
             torch.save(found["param_update_buf_named"], Path(place).with_suffix(".update.pt"))
 
@@ -220,25 +196,11 @@ def _live(module: nn.Module, state: Path, lr: float | None) -> torch.optim.Optim
     pure, opt_state = load_optimizer(state, params, lr)
     assert isinstance(pure, PureOptimizer)  # load_optimizer reads SGD, Adam and AdamW
     named = buffers.leaves(module)
-    groups = [{**g.hyperparameters, "params": [named[n] for n in g.names or params]} for g in pure.groups]
+    members = [params if group.names is None else group.names for group in pure.groups]
+    groups = [
+        {**group.hyperparameters, "params": [named[name] for name in names]}
+        for group, names in zip(pure.groups, members, strict=True)
+    ]
     live = pure.cls(groups, lr=pure.lr)  # type: ignore[call-arg]
     live.load_state_dict(state_to_torch(pure, opt_state, list(params)))
     return live
-
-
-def _level(name: Any) -> int:
-    found = logging.getLevelNamesMapping().get(str(name).upper())
-    if found is None:
-        raise ConfigError(f"output.log_level is {name!r}; expected {', '.join(logging.getLevelNamesMapping())}.")
-    return found
-
-
-def _json_safe(value: Any) -> Any:
-    """Return plain JSON: tuples become lists, and numbers that are not finite become null."""
-    if isinstance(value, dict):
-        return {str(key): _json_safe(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_safe(x) for x in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

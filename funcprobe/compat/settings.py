@@ -1,22 +1,51 @@
-"""What the stateful system is told: `cfg_importance` of one call, and the sections that training and probe share.
+"""A configuration of the stateful system: every key that there is, the values that it takes, and their meaning.
 
-Every key does what it says. One that could do nothing is an error, unless it stands at the value that asks for
-nothing: `snapshot_device: cpu` is accepted, since nothing is snapshotted, and `snapshot_device: cuda` is not.
+A key does what it says, or is an error. One that can do nothing is accepted only at the values that ask for nothing:
+`snapshot_device: cpu`, since nothing is snapshotted, and not `snapshot_device: cuda`. None is the default of every key.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from funcprobe.compat.clipping import Clipped
+from funcprobe.cli.yaml_values import read_mapping
+from funcprobe.compat.weights import Clipped
 from funcprobe.errors import ConfigError
-from funcprobe.estimators.observables import Integrand, entropy
+from funcprobe.estimators.observables import Entropy, Integrand, entropy
 from funcprobe.objectives.by_name import PolicyGradient, dr_grpo
-from funcprobe.optimizers.groups import check_lr
-from funcprobe.types import Observable
+
+
+class Kind(NamedTuple):
+    """The values that a key takes."""
+
+    expected: str  #: in words or, of a key that does nothing, why
+    fits: Callable[[Any], bool]
+    idle: bool = False  #: whether the key can do nothing, and these values ask for nothing
+
+
+def _whole(found: Any) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool)
+
+
+def _one_of(*choices: str) -> Kind:
+    return Kind(f"one of {', '.join(choices)}", lambda found: found in choices)
+
+
+def _idle(why: str, *nothing: Any) -> Kind:
+    return Kind(why, lambda found: found in nothing, idle=True)
+
+
+NUMBER = Kind("a number", lambda found: (_whole(found) or isinstance(found, float)) and math.isfinite(found))
+COUNT = Kind("a whole number of at least 1", lambda found: _whole(found) and found >= 1)
+TRUTH = Kind("true or false", lambda found: isinstance(found, bool))
+TEXT, PATH = (Kind(words, lambda found: isinstance(found, str)) for words in ("text", "a path, or a name"))
+LEVEL = Kind("a level of logging", lambda found: str(found).upper() in logging.getLevelNamesMapping())
+TOKENS = Kind("a token id, or several", lambda found: all(map(_whole, found if isinstance(found, list) else [found])))
 
 #: `estimator.x_estimator_mode`, and the integrand of the entropy that it means.
 INTEGRANDS: dict[str, Integrand] = {"rb_residual": "rao_blackwell", "rb": "rao_blackwell", "naive": "surprisal"}
@@ -24,185 +53,195 @@ INTEGRANDS: dict[str, Integrand] = {"rb_residual": "rao_blackwell", "rb": "rao_b
 #: The clip constant that callers of old pass along whatever the mode is.
 CLIP_C = 10.0
 
-_KEYS = (
-    "importance_microbatch_size",
-    "report_per_token",
-    "snapshot_device",
-    "return_param_update_buf",
-    "measure",
-    "lr_override",
-    "rl_grad_accum",
-    "training_loss",
-    "is_mode",
-    "clip_c",
-)
+
+def _keys(kind: Kind, section: str, names: str) -> dict[str, Kind]:
+    return {f"{section}.{name}" if section else name: kind for name in names.split()}
 
 
-@dataclass(frozen=True)
-class Importance:
-    """`cfg_importance`, read and checked."""
+#: What every key takes. Section `true_delta_h` is `cfg_importance`, which says importance_microbatch_size.
+KEYS: dict[str, Kind] = {
+    **_keys(NUMBER, "", "learning_rate clip_eps clip_+ kl_beta max_grad_norm"),
+    **_keys(PATH, "checkpoint", "checkpoint_path optimizer_path model_config_path"),
+    **_keys(TEXT, "checkpoint", "dtype device_map"),
+    "checkpoint.use_qlora": _idle("quantised weights are not read", False),
+    **_keys(PATH, "batch_config", "dataset_name"),
+    **_keys(TEXT, "batch_config", "reward split E_split U_split"),
+    **_keys(COUNT, "batch_config", "B_E B_U G"),
+    "batch_config.B_E_values": Kind("sizes", lambda found: True),  # one of them, in place of B_E
+    **_keys(COUNT, "computation_options", "mb_size_prompts"),
+    **_keys(TEXT, "computation_options", "weighting_mode"),
+    **_keys(NUMBER, "computation_options", "master_seed"),
+    "computation_options.compute_delta_h1": _idle("δH₁ is what a probe is for", True),
+    "computation_options.rl_grad_accum": _idle("it belongs to true_delta_h", 1),
+    **_keys(TEXT, "estimator", "weighting_mode"),
+    "estimator.x_estimator_mode": _one_of(*INTEGRANDS),
+    **_keys(TRUTH, "true_delta_h", "enabled report_per_token return_param_update_buf"),
+    **_keys(COUNT, "true_delta_h", "importance_microbatch_size microbatch_size rl_grad_accum"),
+    **_keys(NUMBER, "true_delta_h", "lr_override clip_c"),
+    "true_delta_h.measure": _one_of("p", "q"),  # at temperature 1, or (the default) at that of sampling
+    "true_delta_h.is_mode": _one_of("snis", "clip"),  # clip: no weight above clip_c times that of an unmoved sequence
+    "true_delta_h.snapshot_device": _idle("nothing is snapshotted, because nothing is stepped in place", "cpu"),
+    "true_delta_h.training_loss": _idle("the step is taken on the RL loss", "rl"),
+    **_keys(TRUTH, "probe_reuse", "reuse_E reuse_U log_param_update_buf"),
+    **_keys(PATH, "probe_reuse", "e_batch_cache_path u_batch_cache_path"),
+    **_keys(NUMBER, "generation", "temperature"),
+    **_keys(COUNT, "generation", "max_new_tokens gen_batch_size"),
+    "generation.eos_token_id": TOKENS,
+    "generation.top_p": _idle("rows are drawn from the whole distribution, which is what is scored", 1),
+    "generation.do_sample": _idle("greedy completions have no distribution", True),
+    "generation.rb_requires_grad": TRUTH,  # either asks for nothing
+    "memory_config.amp": _idle("scores are taken in the model's own dtype; load it in checkpoint.dtype", False),
+    "memory_config.dtype": _idle("load the model in checkpoint.dtype", "float32", "fp32"),
+    "memory_config.microbatch_size": _idle("set computation_options.mb_size_prompts", 1),
+    **_keys(PATH, "output", "results_path"),
+    **_keys(LEVEL, "output", "log_level"),
+    "distributed.find_unused_parameters": TRUTH,  # either asks for nothing
+    "detailed_logging.enabled": _idle("results_path holds everything", False),
+}
+SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 
-    microbatch: int = 1  #: importance_microbatch_size: prompts that the model sees at a time, with all completions
-    report_per_token: bool = False
-    return_param_update_buf: bool = True
-    measure: str | None = None  #: "q": at the sampling temperature (also None), "p": at temperature 1
-    lr_override: float | None = None  #: of every group, for this step
-    rl_grad_accum: int = 1  #: into how many pieces more the microbatches of U are cut
-    is_mode: str = "snis"  #: or "clip": no weight above clip_c times that of an unmoved sequence
-    clip_c: float = CLIP_C
+#: Keys whose value is a name, where there is no such file.
+NAMES = ("checkpoint.model_config_path", "batch_config.dataset_name")
+
+
+class Settings:
+    """A configuration, read key by key and checked as it is read: `settings.get("generation.temperature", 1.0)`."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
 
     @classmethod
-    def read(cls, cfg: Mapping[str, Any] | None) -> Importance:
-        """Return the typed values of a `cfg_importance`, or of the section `true_delta_h` as it stands.
+    def read(cls, path: str | os.PathLike[str]) -> Settings:
+        """Return the configuration in a YAML file, checked; relative paths are taken from its folder.
 
         Raises:
-            ConfigError: If a key is unknown, has a wrong value, or can do nothing.
+            ConfigError: If the file cannot be read, or a key is unknown, has a wrong value or can do nothing.
         """
-        given = {key: value for key, value in (cfg or {}).items() if key != "enabled"}
-        if "microbatch_size" in given:  # what the section calls it
-            given["importance_microbatch_size"] = given.pop("microbatch_size")
-        if unknown := [key for key in given if key not in _KEYS]:
-            raise ConfigError(f"cfg_importance has no key '{unknown[0]}'; its keys are {', '.join(_KEYS)}.")
-        _only(given, "snapshot_device", "cpu", "nothing is snapshotted, because nothing is stepped in place")
-        _only(given, "training_loss", "rl", "the step is taken on the RL loss")
-        found = cls(
-            whole(given, "importance_microbatch_size", 1),
-            _truth(given, "report_per_token", False),
-            _truth(given, "return_param_update_buf", True),
-            _one_of(given, "measure", ("p", "q", None), None),
-            None if given.get("lr_override") is None else check_lr(given["lr_override"]),
-            whole(given, "rl_grad_accum", 1),
-            _one_of(given, "is_mode", ("snis", "clip"), "snis"),
-            number(given, "clip_c", CLIP_C),
-        )
-        if found.is_mode == "snis" and found.clip_c != CLIP_C:
-            raise ConfigError(f"clip_c is {found.clip_c}, and is_mode 'snis' clips nothing; set is_mode to 'clip'.")
-        if found.is_mode == "clip" and not found.clip_c > 1:
-            raise ConfigError(f"clip_c is {found.clip_c}; expected more than 1, the weight where nothing has moved.")
+        folder, found = Path(path).parent, cls(read_mapping(Path(path)))
+        found.check()
+        for key, value in list(found._entries()):
+            if value and KEYS[key] is PATH and (key not in NAMES or (folder / value).exists()):
+                section, _, name = key.partition(".")
+                found.config[section][name] = str(folder / value)
         return found
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, the default where it is absent or none.
 
-def entropies(config: Mapping[str, Any], importance: Importance | None = None) -> dict[str, Observable]:
-    """Return the entropy per sequence and per token, as deltaH_true and deltaH1 both mean it: under sequence weights.
+        Raises:
+            ConfigError: If it is no value that the key takes.
+        """
+        section, _, name = key.rpartition(".")
+        found = self._section(section).get(name)
+        if problem := _problem(key, found):
+            raise ConfigError(f"{problem}.")
+        return default if found is None else found
 
-    Raises:
-        ConfigError: If `estimator.x_estimator_mode` is unknown.
-    """
-    mode = section(config, "estimator").get("x_estimator_mode", "rb_residual")
-    if mode not in INTEGRANDS:
-        raise ConfigError(f"estimator.x_estimator_mode is {mode!r}; expected one of {', '.join(INTEGRANDS)}.")
-    found: dict[str, Observable] = {
-        "sequence": entropy(INTEGRANDS[mode], "sequence", "sequence"),
-        "token": entropy(INTEGRANDS[mode], "sequence", "token"),
-    }
-    if importance is None or importance.is_mode != "clip":
+    def needed(self, key: str, what: str) -> Any:
+        """Return the value of a key that has no default.
+
+        Raises:
+            ConfigError: If it is missing, or no value that the key takes.
+        """
+        found = self.get(key)
+        if found is None:
+            raise ConfigError(f"{key} is missing; name {what}.")
         return found
-    return {name: Clipped(o, importance.clip_c) for name, o in found.items()}
+
+    def check(self) -> None:
+        """Check every key that there is, whether or not anything asks for it.
+
+        Raises:
+            ConfigError: If one is unknown, has a wrong value, or can do nothing.
+        """
+        if problems := [problem for key, value in self._entries() if (problem := _problem(key, value))]:
+            raise ConfigError(f"The configuration asks for what is not done: {'; '.join(problems)}.")
+        bound, is_clip = self.get("true_delta_h.clip_c", CLIP_C), self.get("true_delta_h.is_mode") == "clip"
+        if not is_clip and bound != CLIP_C:
+            raise ConfigError(f"clip_c is {bound}, and is_mode 'snis' clips nothing; set is_mode to 'clip'.")
+        if is_clip and not bound > 1:
+            raise ConfigError(f"clip_c is {bound}; expected more than 1, the weight where nothing has moved.")
+
+    @property
+    def weighting_mode(self) -> str:
+        """The one weighting mode; two sections may name it, and have to agree.
+
+        Raises:
+            ConfigError: If they do not.
+        """
+        named = (self.get(f"{section}.weighting_mode") for section in ("estimator", "computation_options"))
+        found = {mode: None for mode in named if mode is not None}
+        if len(found) > 1:
+            raise ConfigError(f"weighting_mode is {' and '.join(found)} in two sections; write it once.")
+        return next(iter(found), "dr_grpo")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(B_E, B_U, G): prompts of E, with one completion each, prompts of U, and completions of each of these.
+
+        Raises:
+            ConfigError: If one is missing, or there are several of E.
+        """
+        several = self.get("batch_config.B_E_values")
+        one = several[0] if isinstance(several, list) and len(several) == 1 else several
+        instead = {"B_E": one, "B_U": None, "G": None}
+        found = {name: self.get(f"batch_config.{name}", other) for name, other in instead.items()}
+        for name, size in found.items():
+            if not COUNT.fits(size):
+                raise ConfigError(f"batch_config.{name} is {size!r}; expected {COUNT.expected}.")
+        return found["B_E"], found["B_U"], found["G"]
+
+    @property
+    def clip(self) -> float:
+        """The largest importance weight: infinite unless `is_mode` is clip."""
+        is_clip = self.get("true_delta_h.is_mode") == "clip"
+        return float(self.get("true_delta_h.clip_c", CLIP_C)) if is_clip else math.inf
+
+    def entropies(self, largest: float = math.inf) -> dict[str, Entropy]:
+        """Return the entropy per sequence and per token under sequence weights, none of them above `largest`."""
+        integrand = INTEGRANDS[self.get("estimator.x_estimator_mode", "rb_residual")]
+        found = {per: entropy(integrand, "sequence", per) for per in ("sequence", "token")}
+        return dict(found) if largest == math.inf else {per: Clipped(**vars(o), c=largest) for per, o in found.items()}
+
+    def objective(self) -> PolicyGradient:
+        """Return the RL loss `Σ_i a_i Σ_t −min(r A, clip(r) A)`: Dr. GRPO over the base weights of `for_the_loss`.
+
+        A = r − mean_g r where the batch brings rewards alone; `clip_eps` and `clip_+` bound the ratio below and above.
+        """
+        clip = {"epsilon": self.get("clip_eps", 0.2), "epsilon_high": self.get("clip_+")}
+        return dr_grpo(**clip, beta=self.get("kl_beta", 0.0), use_bias_correction_kl=False, normaliser=1.0)
+
+    def temperature(self, sequence_processor: Any = None) -> float:
+        """Return the temperature that rows were sampled at: of section `generation`, of the processor, or 1."""
+        of_processor = getattr(getattr(sequence_processor, "config", None), "temperature", None)
+        return float(self.get("generation.temperature", 1.0 if of_processor is None else of_processor))
+
+    def end_tokens(self, sequence_processor: Any, model: Any = None) -> list[int]:
+        """Return the ids of end-of-sequence tokens: of section `generation`, of the tokenizer, or of the model."""
+        of_tokenizer = getattr(getattr(sequence_processor, "tokenizer", None), "eos_token_id", None)
+        of_model = getattr(getattr(model, "config", None), "eos_token_id", None)
+        found = self.get("generation.eos_token_id", of_model if of_tokenizer is None else of_tokenizer)
+        return [found] if isinstance(found, int) else list(found or [])
+
+    def _entries(self) -> Iterator[tuple[str, Any]]:
+        for name, value in self.config.items():
+            inner = self._section(name).items() if name in SECTIONS else None
+            yield from [(name, value)] if inner is None else ((f"{name}.{key}", each) for key, each in inner)
+
+    def _section(self, name: str) -> Mapping[str, Any]:
+        found = self.config.get(name) if name else self.config
+        if found is not None and not isinstance(found, Mapping):
+            raise ConfigError(f"{name} is {found!r}; expected keys of its own.")
+        return found or {}
 
 
-def objective(config: Mapping[str, Any]) -> PolicyGradient:
-    """Return the RL loss `Σ_i a_i Σ_t −min(r A, clip(r) A)`: Dr. GRPO over the base weights of `for_the_loss`.
-
-    A = r − mean_g r where the batch brings rewards alone; `clip_eps` and `clip_+` bound the ratio below and above.
-
-    Raises:
-        ConfigError: If a value is no number.
-    """
-    upper = None if config.get("clip_+") is None else number(config, "clip_+", 0.0)
-    return dr_grpo(
-        epsilon=number(config, "clip_eps", 0.2),
-        epsilon_high=upper,
-        beta=number(config, "kl_beta", 0.0),
-        use_bias_correction_kl=False,
-        normaliser=1.0,
-    )
-
-
-def max_grad_norm(config: Mapping[str, Any]) -> float | None:
-    """Return the bound on the gradient's norm; 0 and none both leave it as it is.
-
-    Raises:
-        ConfigError: If it is no number.
-    """
-    return number(config, "max_grad_norm", 0.0) or None
-
-
-def temperature_of(config: Mapping[str, Any], sequence_processor: Any = None) -> float:
-    """Return the temperature that rows were sampled at: of section `generation`, of the processor, or 1.
-
-    Raises:
-        ConfigError: If it is no number.
-    """
-    of_processor = getattr(getattr(sequence_processor, "config", None), "temperature", None)
-    return number(section(config, "generation"), "temperature", 1.0 if of_processor is None else float(of_processor))
-
-
-def end_tokens(config: Mapping[str, Any], sequence_processor: Any, model: Any) -> frozenset[int]:
-    """Return the ids of end-of-sequence tokens: of section `generation`, of the tokenizer, or of the model."""
-    for found in (
-        section(config, "generation").get("eos_token_id"),
-        getattr(getattr(sequence_processor, "tokenizer", None), "eos_token_id", None),
-        getattr(getattr(model, "config", None), "eos_token_id", None),
-    ):
-        if found is not None:
-            return frozenset([found] if isinstance(found, int) else found)
-    return frozenset()
-
-
-def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a section of the configuration; an absent one is empty.
-
-    Raises:
-        ConfigError: If it is no mapping.
-    """
-    found = config.get(name)
-    if found is None:
-        return {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{name} is {found!r}; expected keys of its own.")
-    return found
-
-
-def number(values: Mapping[str, Any], key: str, default: float) -> float:
-    """Return a finite number; an absent one and none are the default.
-
-    Raises:
-        ConfigError: If it is anything else; a number in quotes is text.
-    """
-    found = values.get(key)
-    if found is None:
-        return default
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
-        raise ConfigError(f"{key} is {found!r}, a {type(found).__name__}; expected a number.")
-    return float(found)
-
-
-def whole(values: Mapping[str, Any], key: str, default: int | None = None, section: str = "") -> int:
-    """Return a whole number of at least 1; an absent one and none are the default, if there is one.
-
-    Raises:
-        ConfigError: If it is anything else.
-    """
-    found = default if values.get(key) is None else values[key]
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ConfigError(f"{section}{key} is {found!r}; expected a whole number of at least 1.")
-    return found
-
-
-def _truth(values: Mapping[str, Any], key: str, default: bool) -> bool:
-    found = values.get(key, default)
-    if not isinstance(found, bool):
-        raise ConfigError(f"{key} is {found!r}; expected true or false.")
-    return found
-
-
-def _one_of(values: Mapping[str, Any], key: str, choices: tuple[Any, ...], default: Any) -> Any:
-    found = values.get(key, default)
-    if found not in choices:
-        raise ConfigError(f"{key} is {found!r}; expected one of {', '.join(map(str, choices))}.")
-    return found
-
-
-def _only(values: Mapping[str, Any], key: str, value: str, why: str) -> None:
-    if values.get(key, value) != value:
-        raise ConfigError(f"{key} is {values[key]!r}, which can do nothing: {why}. Leave it out, or at '{value}'.")
+def _problem(key: str, found: Any) -> str | None:
+    """Return what is wrong with the value of a key, None where it is fine."""
+    if key not in KEYS:
+        return f"{key} is unknown"
+    kind = KEYS[key]
+    if found is None or kind.fits(found):
+        return None
+    if kind.idle:
+        return f"{key}: {found!r} can do nothing ({kind.expected})"
+    return f"{key} is {found!r}, a {type(found).__name__}; expected {kind.expected}"

@@ -7,6 +7,7 @@ terminal in `report/`. Text of tokens, prompts and names is made safe by the ren
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
@@ -116,18 +117,29 @@ def _line(block: Sentence | Remark) -> str:
 
 
 def _table_lines(table: Table) -> list[str]:
-    rows = [tuple(map(visible, row.cells)) for row in table.rows]
-    headings = [tuple(column.heading for column in table.columns)] if table.has_headings else []
-    every = [row + ("",) * (len(table.columns) - len(row)) for row in (*headings, *rows)]
-    widths = [max(map(len, cells)) for cells in zip(*every, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column.side == "right" else cell.ljust(width)
-            for cell, width, column in zip(row, widths, table.columns, strict=True)
-        ).rstrip()
-        for row in every
-    ]
+    headings = [Row(tuple(column.heading for column in table.columns))] if table.has_headings else []
+    rows = [_cells(table, row) for row in (*headings, *table.rows)]
+    widths = [max(map(_width, cells)) for cells in zip(*rows, strict=True)]
+    lines = ["  ".join(map(_set, row, widths, table.columns)).rstrip() for row in rows]
     return [*([visible(table.caption)] if table.caption else []), *lines]
+
+
+def _cells(table: Table, row: Row) -> list[str]:
+    """Return a cell for every column, of which nothing moves what stands around it."""
+    return [visible(cell) for cell in row.cells] + [""] * (len(table.columns) - len(row.cells))
+
+
+def _set(cell: str, width: int, column: Column) -> str:
+    room = " " * (width - _width(cell))
+    return room + cell if column.side == "right" else cell + room
+
+
+def _width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: a mark on a letter takes none, a wide letter two."""
+    return sum(
+        0 if unicodedata.category(c) in ("Mn", "Me", "Cf") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def _html_line(block: Sentence | Remark) -> str:
@@ -145,9 +157,8 @@ def _html_table(table: Table) -> str:
 
 
 def _html_row(table: Table, row: Row) -> str:
-    cells = row.cells + ("",) * (len(table.columns) - len(row.cells))
     found = []
-    for cell, column in zip(cells, table.columns, strict=True):
+    for cell, column in zip(_cells(table, row), table.columns, strict=True):
         text = f"<b>{_escaped(cell)}</b>" if row.tone == "strong" else _escaped(cell)
         style = " style='text-align:right'" if column.side == "right" else ""
         found.append(f"<td{style}>{text}</td>")

@@ -41,6 +41,16 @@ class Parts:
     vocabulary: dict[int, str] | None = None  #: the text of token ids; None where no tokenizer was given
     bars: PartBars = field(default_factory=dict)  #: error bars of parts, by table and row, of those asked for
 
+    def __post_init__(self) -> None:
+        """Check that the observable is among the probe's.
+
+        Raises:
+            InputError: If it is not.
+        """
+        if self.observable not in self.probe.readings:
+            known = ", ".join(self.probe.readings)
+            raise InputError(f"The probe has no reading of the observable '{self.observable}'; it has {known}.")
+
     @property
     def reading(self) -> Reading:
         """The reading of the observable that is attributed."""

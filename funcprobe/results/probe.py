@@ -12,6 +12,7 @@ from funcprobe.estimators.uncertainty import Bar
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
+from funcprobe.measurement.routing import Routing
 from funcprobe.results.blocks import Block
 from funcprobe.results.codec import NOT_KEPT
 from funcprobe.results.probe_words import blocks_of
@@ -58,6 +59,36 @@ class ProbeResult(Measured):
     def lr(self) -> float | None:
         """The learning rate that was used; None for an update that was given as Δθ."""
         return self.outcome.lr
+
+    @property
+    def delta_norm(self) -> float:
+        """‖Δθ‖₂."""
+        return self.outcome.delta_norm
+
+    @property
+    def rounding(self) -> float | None:
+        """⟨∇F, (θ′ − θ) − Δθ⟩; None where negligible, or not computed."""
+        return self.outcome.rounding
+
+    @property
+    def rounding_ratio(self) -> float:
+        """‖(θ′ − θ) − Δθ‖₂ / ‖Δθ‖₂."""
+        return self.outcome.rounding_ratio
+
+    @property
+    def unmoved(self) -> float:
+        """Fraction of entries that Δθ would move and the storage dtype does not."""
+        return self.outcome.unmoved
+
+    @property
+    def info(self) -> Mapping[str, float]:
+        """Loss, grad_norm, clip_coefficient and what the objective reported."""
+        return self.outcome.info
+
+    @property
+    def routing(self) -> Routing | None:
+        """Tokens that change experts on the way; None for a model that has none."""
+        return self.outcome.routing
 
     @property
     def warnings(self) -> tuple[Note, ...]:

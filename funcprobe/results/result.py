@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from funcprobe.results import storage
 from funcprobe.results.blocks import Block, as_html, as_text
+from funcprobe.results.codec import Inline
 from funcprobe.results.provenance import BatchCounts, Provenance
 from funcprobe.types import Json
 
@@ -31,6 +32,10 @@ class Result:
 
     def _repr_html_(self) -> str:
         return as_html(self.blocks())
+
+    def to_dict(self) -> Json:
+        """Return it as values that JSON can carry, arrays as lists; `save` keeps those in a file of their own."""
+        return storage.plain_of(self, Inline())
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write the folder `path`, whole or not at all: `result.json`, and `result.safetensors` where there are arrays.

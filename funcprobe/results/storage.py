@@ -20,7 +20,8 @@ from torch import Tensor
 
 from funcprobe.data.atomic import fresh_directory, write_arrays
 from funcprobe.errors import InputError
-from funcprobe.results.codec import DamagedError, decode, encode
+from funcprobe.results.codec import Arrays, DamagedError, decode, encode
+from funcprobe.types import Json
 
 #: Raised when a field changes its meaning.
 SCHEMA_VERSION = 3
@@ -88,14 +89,23 @@ def save(result: Kept, path: str | os.PathLike[str], *, overwrite: bool = False)
 
 def write_into(result: Kept, folder: Path) -> None:
     """Write the files of a result into an existing folder."""
-    arrays, digest = Beside(), None
-    plain = encode(result, type(result), arrays)
+    arrays = Beside()
+    plain = plain_of(result, arrays)
     if arrays.stored:
         write_arrays(arrays.stored, folder / ARRAYS)
-        digest = _digest(folder / ARRAYS)
-    head = dict(zip(_HEAD, (SCHEMA_VERSION, result.kind, digest), strict=True))
-    text = json.dumps({**head, **plain}, indent=1, allow_nan=False, ensure_ascii=False)
+        plain["arrays"] = _digest(folder / ARRAYS)
+    text = json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False)
     (folder / NUMBERS).write_text(text + "\n", encoding="utf-8")
+
+
+def plain_of(result: Kept, arrays: Arrays) -> Json:
+    """Return a result as JSON-safe values, its arrays put away."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kind": result.kind,
+        "arrays": None,
+        **encode(result, type(result), arrays),
+    }
 
 
 def load(cls: type[R], path: str | os.PathLike[str]) -> R:
@@ -139,10 +149,10 @@ def decoded(cls: type[R], plain: Mapping[str, Any], folder: Path) -> R:
     Raises:
         InputError: If either file is damaged, or they are not of one result.
     """
+    arrays = Beside(_stored(folder, plain.get("arrays")))
     try:
-        arrays = Beside(_stored(folder, plain.get("arrays")))
         return decode({name: x for name, x in plain.items() if name not in _HEAD}, cls, arrays)
-    except (DamagedError, SafetensorError, RecursionError) as error:
+    except (DamagedError, InputError, RecursionError) as error:  # an InputError is one of the result's own
         raise InputError(f"{folder} holds no whole {cls.kind} ({error}); its files are damaged.") from error
 
 
@@ -159,7 +169,10 @@ def _stored(folder: Path, digest: str | None) -> dict[str, Tensor]:
         raise InputError(f"{folder} holds no {ARRAYS}, and {NUMBERS} in it refers to one; the result is not whole.")
     if _digest(file) != digest:
         raise InputError(f"{file} is not the file that {NUMBERS} was saved with; it is damaged, or another result's.")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} holds no arrays ({error}); it is damaged.") from error
 
 
 def _digest(file: Path) -> str:

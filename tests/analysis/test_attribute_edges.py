@@ -40,12 +40,7 @@ def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> Non
 
 def wide(seed: int) -> Any:
     """Return a GPT-2 whose vocabulary makes a scoring pass cut its readout."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    size = {"vocab_size": 50_000, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.3}
-    with models.seeded(seed):
-        still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        return GPT2LMHeadModel(GPT2Config(**size, **still, bos_token_id=0, eos_token_id=0))
+    return models.gpt2(torch.float32, vocabulary=50_000, seed=seed, n_positions=16, n_layer=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -19,29 +19,16 @@ from funcprobe.policy.module import from_module
 from funcprobe.policy.sampling import sample
 from funcprobe.training.step import make_step
 from funcprobe.types import Rollouts
+from tests.cases import models
 from tests.cases.world import Demo, World
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A one-layer Qwen2 after two GRPO steps, 24 + 24 rollouts of it, saved as TRL and `funcprobe sample` would."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     folder = tmp_path_factory.mktemp("world")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=len(SYMBOLS),
-                hidden_size=16,
-                intermediate_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=32,
-                initializer_range=0.3,
-            )
-        )
+    size = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    module = models.qwen2(tied=False, seed=0, vocab_size=len(SYMBOLS), **size)
     tokenizer, generator = build_tokenizer(), torch.Generator().manual_seed(1)
     policy, params = from_module(module)
     prompts = draw_prompts(18, 2, 3, generator)

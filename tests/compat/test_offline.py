@@ -62,12 +62,13 @@ def test_equals_the_pure_core_on_the_same_batches(configured: Configured, folder
     probe = OfflineEntropyProbe.from_config_file(configured(more="kl_beta: 0"))
     found = probe.run_offline_analysis(folder / "checkpoint")
     before = fingerprint(probe.model, probe.optimizer)
-    source = Source(probe.sections, *from_module(probe.model), probe.tokenizer)
-    E, U = source.evaluation(), source.update()
+    source = Source(probe.settings, *from_module(probe.model), probe.tokenizer)
+    E, U = source.batch("E"), source.batch("U")
     at = fp.load_checkpoint(folder / "checkpoint", lr=2e-4)
     longest = U.completion_mask.sum(1).reshape(3, 4).amax(1).repeat_interleave(4)
-    step = fp.make_step(at.policy, fp.dr_grpo(normaliser=1.0), at.optimizer, max_grad_norm=1.0)
-    result = fp.probe(fp.Update.from_step(step, at.params, at.opt_state, U._replace(weight=1 / (12.0 * longest.double()))), E, fp.entropy("rao_blackwell", "sequence", "sequence"), bars=None)  # fmt: skip
+    weighed = U._replace(weight=1 / (12.0 * longest.double()))
+    update = at.update(fp.dr_grpo(normaliser=1.0), weighed, max_grad_norm=1.0)
+    result = fp.probe(update, E, fp.entropy("rao_blackwell", "sequence", "sequence"), bars=None)
     # one model, cut into other microbatches: float32 rounding of scores, relative to H
     assert found["H_orig"] == pytest.approx(result.before, rel=1e-5)
     assert found["param_update_l2"] == pytest.approx(result.outcome.delta_norm, rel=1e-4)
@@ -134,8 +135,8 @@ def test_a_batch_that_the_stateful_system_left_is_read(configured: Configured, t
 def test_e_gets_no_prompt_of_u(configured: Configured, folder: Path) -> None:
     probe = OfflineEntropyProbe.from_config_file(configured(("B_U: 3", "B_U: 12"), ("B_E: 6", "B_E: 40")))
     probe.load_checkpoint(folder / "checkpoint")
-    source = Source(probe.sections, *from_module(probe.model), probe.tokenizer)
-    E, U = source.evaluation(), source.update()
+    source = Source(probe.settings, *from_module(probe.model), probe.tokenizer)
+    E, U = source.batch("E"), source.batch("U")
     assert fp.data.rollouts.overlap(E, U).prompts == 0
     assert len(E.group_ids) == 40
     assert len(E.group_ids.unique()) <= 12

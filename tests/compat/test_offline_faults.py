@@ -26,14 +26,12 @@ def test_fault_04_numbers_and_none_in_yaml_read_as_text(configured: Configured) 
     probe = OfflineEntropyProbe.from_config_file(
         configured(("learning_rate: 2e-4", "learning_rate: 2e-8"), ("clip_eps: 0.2", "clip_eps: none"))
     )
-    assert probe.sections.learning_rate == 2e-8
+    assert probe.settings.get("learning_rate") == 2e-8
     assert isinstance(probe.config["learning_rate"], float)
     assert probe.config["true_delta_h"]["lr_override"] is None
     assert probe.config["clip_eps"] is None
     with pytest.raises(ConfigError, match="'2e-8', a str"):
-        OfflineEntropyProbe.from_config_file(
-            configured(("learning_rate: 2e-4", 'learning_rate: "2e-8"'))
-        ).sections.learning_rate
+        OfflineEntropyProbe.from_config_file(configured(("learning_rate: 2e-4", 'learning_rate: "2e-8"')))
 
 
 @pytest.mark.parametrize(
@@ -65,11 +63,11 @@ def test_fault_11_each_rank_sampled_its_own_batch(configured: Configured, monkey
         with models.seeded(int(rank)):
             probe = OfflineEntropyProbe.from_config_file(configured())
             probe.load_checkpoint(probe.config["checkpoint"]["checkpoint_path"])
-            source = Source(probe.sections, *from_module(probe.model), probe.tokenizer)
-            drawn.append([source.evaluation()._asdict(), source.update()._asdict()])
+            source = Source(probe.settings, *from_module(probe.model), probe.tokenizer)
+            drawn.append([source.batch(which)._asdict() for which in ("E", "U")])
     assert_same(*drawn)
     other = OfflineEntropyProbe.from_config_file(configured(("master_seed: 7", "master_seed: 8")))
-    again = Source(other.sections, *from_module(probe.model), probe.tokenizer).update()
+    again = Source(other.settings, *from_module(probe.model), probe.tokenizer).batch("U")
     assert again.ids.tolist() != drawn[0][1]["ids"].tolist()
 
 

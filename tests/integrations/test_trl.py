@@ -18,6 +18,7 @@ from funcprobe import ProbeResult
 from funcprobe.errors import FuncprobeWarning
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
 from funcprobe.policy.training_only import training_cautions, training_terms
+from tests.cases import models
 from tests.cases.third_party import third_party
 from tests.cases.trees import assert_same
 from tests.cases.trl_runs import VOCABULARY, arguments, distance, leaves, our_step, prompts, qwen2, train, trainables
@@ -252,14 +253,9 @@ def test_a_mixture_is_trained_on_its_routers_loss_as_well(folder: Path) -> None:
 
 
 def test_positions_that_count_the_padding_are_told(folder: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     def gpt2() -> nn.Module:
-        torch.manual_seed(0)
-        still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        size = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
         special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
-        return GPT2LMHeadModel(GPT2Config(**size, **special, **still, initializer_range=0.3))
+        return models.gpt2(torch.float32, VOCABULARY, seed=0, n_head=4, **special)
 
     def look(*given: Any) -> Any:
         batch = rollouts_from_trl(given[3], temperature=1.0)

@@ -14,7 +14,7 @@ import funcprobe as fp
 from funcprobe import tree
 from funcprobe.checkpoints.live import from_training
 from funcprobe.compat import DeltaEntropyIS, ProbeComponents, buffers
-from funcprobe.compat.batches import to_rollouts
+from funcprobe.compat.batches import for_the_loss, to_rollouts
 from funcprobe.errors import ConfigError, InputError
 from tests.cases import models
 from tests.cases import stateful as cases
@@ -290,18 +290,15 @@ def test_fault_17_standard_errors_too_small_by_the_number_of_microbatches() -> N
     live = cases.pair()
     found = cases.probe(live)
     assert not [key for key in {**found, **found["diagnostics"]} if "se" in key.lower().split("_")]
-    at, U = from_training(*live), DeltaEntropyIS(model=live[0], config={}).update_rollouts(cases.update(), live[0])
-    step = fp.make_step(at.policy, fp.dr_grpo(normaliser=1.0), at.optimizer)
+    U = for_the_loss(cases.update(), to_rollouts(cases.update()))
+    update = from_training(*live).update(fp.dr_grpo(normaliser=1.0), U)
     E = cases.evaluation()
     errors = []
     for microbatch in (1, 4, None):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            asked = fp.entropy("rao_blackwell", "sequence", "sequence")
-            batches = to_rollouts(E), U, asked
-            result = fp.probe(
-                at.policy, step, at.params, at.opt_state, *batches, bars="jackknife", microbatch=microbatch
-            )
+            entropy = fp.entropy("rao_blackwell", "sequence", "sequence")
+            result = fp.probe(update, to_rollouts(E), entropy, bars="jackknife", microbatch=microbatch)
         errors.append(result.main.bars["change"].error)
     kept = [torch.arange(9) != b for b in range(9)]
     names = ("sequences", "attention_masks")
@@ -354,8 +351,8 @@ def test_fault_20_hyperparameters_read_from_defaults() -> None:
     assert torch.allclose(buffer.double(), real, rtol=2e-7, atol=1e-12)
 
     at = from_training(*live)
-    U = DeltaEntropyIS(model=module, config={}).update_rollouts(cases.update(), module)
-    gradient, _ = fp.make_step(at.policy, fp.dr_grpo(normaliser=1.0), at.optimizer).gradient(at.params, U)
+    U = for_the_loss(cases.update(), to_rollouts(cases.update()))
+    gradient = at.update(fp.dr_grpo(normaliser=1.0), U).gradient().gradient
     v, t = (at.opt_state["logits.weight"][key] for key in ("exp_avg_sq", "step"))
     y = -gradient["logits.weight"] / (torch.sqrt(v / (1 - 0.95 ** float(t))) + 1e-6)
     legacy = cases.predicted(live, optimizer=live[1])
@@ -363,3 +360,5 @@ def test_fault_20_hyperparameters_read_from_defaults() -> None:
     assert legacy["learning_rate"] == 2e-3
     assert legacy["deltaH1"] == pytest.approx(along["deltaH1"], rel=1e-9)
     assert buffers.leaves(module).keys() == {"logits.weight"}
+    live[1].param_groups.append({**live[1].param_groups[0], "params": []})  # a group without leaves preconditions none
+    assert cases.predicted(live, optimizer=live[1])["deltaH1"] == legacy["deltaH1"]

@@ -14,6 +14,7 @@ from funcprobe import tree
 from funcprobe.measurement.move import WORTH_TELLING, Move
 from funcprobe.optimizers.stored import stored
 from funcprobe.report.figures import plot_sweep
+from funcprobe.report.terminal import text_of
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.sweep import SweepResult
 from funcprobe.results.sweep_numbers import remarks_of, table_of
@@ -33,8 +34,8 @@ class Low:
         self.state = self.optimizer.init(self.params)
         self.step = fp.make_step(self.policy, fp.grpo(), self.optimizer)
 
-    def probe(self, **options: Any) -> ProbeResult:
-        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, U), E, **options)
+    def probe(self, lr: float | None = None, **options: Any) -> ProbeResult:
+        return fp.probe(fp.Update.from_step(self.step, self.params, self.state, U, lr), E, **options)
 
     def sweep(self, lrs: list[float], **options: Any) -> SweepResult:
         return fp.sweep(fp.Update.from_step(self.step, self.params, self.state, U), E, lrs, **options)

@@ -113,7 +113,7 @@ def test_rounding_is_its_own_row_in_float32() -> None:
     policy, params = fp.from_module(models.gpt2(torch.float32))
     optimizer = fp.adamw(1e-7)
     step = fp.make_step(policy, fp.grpo(), optimizer)
-    run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
+    run = functools.partial(fp.probe, fp.Update.from_step(step, params, optimizer.init(params), U), E)
     forward, reverse, skipped = run(), run(mode="reverse"), run(rounding=False)
     # at lr 1e-7 on weights of order .3, half an ulp is 1e-8: several per cent of the update
     assert forward.outcome.rounding_ratio > 0.01
@@ -289,6 +289,7 @@ def test_an_observable_of_ones_own() -> None:
 
     class Surprise:
         name, unit, stats = "squared surprisal", "nats²", {}
+        weighting, proposal, inclusive = "none", "anchor", False
 
         def __call__(self, scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts) -> torch.Tensor:
             return (scores.logp**2).mean()

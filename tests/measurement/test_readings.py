@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
-from funcprobe.measurement.readings import Reading, Sampled, bar_from_dict
+from funcprobe.measurement.readings import Reading
 from funcprobe.types import Observable
 from tests.cases import tables
 from tests.cases.probes import Case, E, U, prompted
@@ -293,25 +292,9 @@ def test_what_follows_from_the_numbers() -> None:
     assert still._replace(second_order=None).crossover is None
 
 
-def test_readings_and_replicates_survive_json() -> None:
-    for reading in probed().readings.values():
-        assert Reading.from_dict(json.loads(json.dumps(reading.to_dict()))) == reading
-    assert bar_from_dict({"value": None, "error": None, "low": None, "high": None, "level": 0.9})[1:4] == (
-        math.inf,
-        -math.inf,
-        math.inf,
-    )
-    sampled = case().sweep([LR], observables=OBSERVABLES).points[0].sampled
-    assert sampled is not None
-    again = Sampled.from_dict(json.loads(json.dumps(sampled.to_dict())))
-    assert again.columns == sampled.columns
-    assert torch.equal(again.replicates.values, sampled.replicates.values)
-    assert again.bar("reward", "ratio") == sampled.bar("reward", "ratio")
-
-
 def test_what_is_no_observable_is_refused_in_words() -> None:
     for wrong in (fp.entropy, "entropy", [fp.entropy()], lambda scores, anchor, rollouts: scores.logp.sum()):
-        with pytest.raises(InputError, match="is no observable: it needs name, unit and stats"):
+        with pytest.raises(InputError, match="is no observable: it needs name, unit, stats, weighting"):
             case().probe(LR, observables=wrong)
     with pytest.raises(InputError, match="is no observable"):
         case().probe(LR, observables={"a": fp.entropy})

@@ -229,8 +229,8 @@ def test_auto_takes_the_path_where_subtraction_fails() -> None:
     policy, params = fp.from_module(models.gpt2(torch.float32))
     optimizer = fp.adamw(1e-3)
     step = fp.make_step(policy, fp.grpo(), optimizer)
-    run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
-    large, small = run(), run(lr=1e-8)
+    update = fp.Update.from_step(step, params, optimizer.init(params), U)
+    large, small = (fp.probe(update.at(lr), E) for lr in (None, 1e-8))
     assert (large.main.method, small.main.method) == ("difference", "path")
     assert large.main.nodes == 0
     assert small.main.nodes >= 1
@@ -338,7 +338,7 @@ def test_half_precision_takes_no_path_it_could_not_walk() -> None:
     optimizer = fp.adamw(1e-4)
     step = fp.make_step(policy, fp.grpo(), optimizer)
     seen: list[str] = []
-    run = functools.partial(fp.probe, policy, step, params, optimizer.init(params), E, U)
+    run = functools.partial(fp.probe, fp.Update.from_step(step, params, optimizer.init(params), U), E)
     found = run(progress=lambda what, done, total: seen.append(what))
     assert found.main.method == "difference"
     assert "E along the path" not in seen

@@ -175,7 +175,7 @@ def test_parts_of_the_step_sum_to_the_exact_update(optimizer: Any) -> None:
     whole = float(tree.dot(covector, update))
     size = float(tree.norm(covector)) * float(tree.norm(update))
     assert parts == pytest.approx(whole, abs=1e-6 * size)  # u and Δθ are kept in float32, 6e-8 of each entry
-    for what, of in offsets_of(step, params, state, gradient).items():
+    for what, of in offsets_of(step.rule, params, state, gradient).items():
         wanted = sum(response.offsets[what].values())
         assert float(tree.dot(covector, of)) == pytest.approx(wanted, abs=1e-6 * size)
 

@@ -142,7 +142,7 @@ def test_shares_and_offsets_sum_to_the_whole(name: str, clip: float | None) -> N
     assert not any(bool(found.direction[n].any()) for n in ALONE)
     if found.form == "jacobian":
         return
-    trees = offsets_of(step, params, state, gradient)
+    trees = offsets_of(step.rule, params, state, gradient)
     for n, g in gradient.items():
         shares = [0.0 if g is None else float(tree.dot({n: found.direction[n]}, {n: g}))]
         shares += [offset[n] for offset in found.offsets.values()]

@@ -14,8 +14,6 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     FalconForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -47,10 +45,7 @@ def mixture(kind: str = "qwen3_moe", **options: Any) -> nn.Module:
 
 
 def gpt2(**options: Any) -> nn.Module:
-    sizes = {"vocab_size": 12, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
-    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    with models.seeded(2):
-        return GPT2LMHeadModel(GPT2Config(**{**sizes, **still, **options}, bos_token_id=0, eos_token_id=0))
+    return models.gpt2(torch.float32, vocabulary=12, seed=2, n_positions=32, **options)
 
 
 def brief(terms: tuple[TrainingTerm, ...]) -> list[tuple[str, str, float]]:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import html
 import re
 from typing import Any
 
 import pytest
-import torch
 
 import funcprobe as fp
-from funcprobe.results.attribution_words import SHOWN, html_of, ledger_rows, mover_rows, sections, share, ways_rows
-from funcprobe.results.probe_words import with_error
+from funcprobe.errors import Note
+from funcprobe.results.attribution_words import SHOWN, ledger_rows, movers_table, share, ways_rows
+from funcprobe.results.blocks import Remark, Table
+from funcprobe.results.words import with_error
 from tests.cases.attributions import Stepped
-from tests.cases.probes import U
 from tests.cases.tokenizers import tokenizer
 
 
@@ -31,7 +32,7 @@ def number(row: str) -> float:
 
 def test_the_ledger_reads_as_shares_of_the_whole() -> None:
     rows = dict(ledger_rows(found()))
-    reading = found().result.readings[found().observable]
+    reading = found().probe.readings[found().observable]
     assert rows["measured   ΔF"] == with_error(reading.change, reading.bars["change"])
     assert rows["predicted  δF₁"] == with_error(reading.first_order, reading.bars["first_order"])
     parts = {name.strip().removeprefix("by "): text for name, text in rows.items() if name.strip().startswith("by ")}
@@ -55,54 +56,53 @@ def test_the_two_ways_of_tokens_sum_to_the_whole() -> None:
     assert list(dict(ways_rows(reward))) == ["through the states visited"]
 
 
-def test_the_summary_names_who_moved_most() -> None:
-    text = found().summary()
-    lines = text.splitlines()
-    assert lines[0] == "rao_blackwell/per_decision/token, nats per token (additive form)"
-    assert lines[1] == "E: 10 sequences, 45 tokens   U: 12 sequences, 45 tokens"
-    for heading, rows in sections(found()):
-        at = lines.index(heading)
-        assert lines[at + 1 : at + 1 + len(rows)] == [f"  {value:+.3e}  {label}" for label, value in rows]
+def test_the_answer_comes_first_and_then_what_it_is_of() -> None:
+    lines = found().summary().splitlines()
+    assert lines[0] == found().probe.summary().splitlines()[0]
+    assert lines[1].startswith("Of δF₁: ")
+    assert lines[2] == "E: 10 sequences, 45 tokens, 5 prompts"
+    assert lines[3] == "U: 12 sequences, 45 tokens, 3 prompts"
+    assert lines[4] == "nats per token, additive form; shares are of δF₁"
+    assert lines[6] == "rao_blackwell/per_decision/token, nats per token"
+
+
+def test_the_tables_name_who_moved_most() -> None:
     frame = found().to_frame("tokens").sort_values("contribution")
     lowest, highest = frame.iloc[0], frame.iloc[-1]
-    moved = dict(sections(found()))["tokens of U"]
-    place = "{0!r} at {1.position} of sequence {1.sequence}"
-    assert moved[0] == (place.format(lowest["text"], lowest), lowest["contribution"])
-    assert moved[SHOWN] == (place.format(highest["text"], highest), highest["contribution"])
-    assert len(moved) == 2 * SHOWN
-    values = [value for _, value in moved]
+    rows = movers_table(found(), "tokens").rows
+    place = "at {0.position} of sequence {0.sequence}: “{0.text}”"
+    assert (rows[0].cells[0], rows[0].cells[-1]) == (f"{lowest['contribution']:+.3e}", place.format(lowest))
+    assert (rows[SHOWN].cells[0], rows[SHOWN].cells[-1]) == (f"{highest['contribution']:+.3e}", place.format(highest))
+    assert len(rows) == 2 * SHOWN
+    values = [float(row.cells[0]) for row in rows]
     assert values[:SHOWN] == sorted(values[:SHOWN])
     assert values[SHOWN:] == sorted(values[SHOWN:], reverse=True)
 
 
-def test_prompts_stand_there_with_their_text_where_there_are_several() -> None:
-    prompts = dict(sections(found(spoken=True)))["prompts of U"]
+def test_prompts_stand_there_with_their_text() -> None:
     texts = found(spoken=True).to_frame("prompts")
-    expected = {f"prompt {row.prompt}: {row.text}": row.contribution for row in texts.itertuples()}
-    assert dict(prompts) == expected
+    expected = {f"prompt {row.prompt}: {row.text}": f"{row.contribution:+.3e}" for row in texts.itertuples()}
+    assert {row.cells[-1]: row.cells[0] for row in movers_table(found(spoken=True), "prompts").rows} == expected
     assert " the" in "".join(expected)
-    one = U._replace(group_ids=torch.zeros(len(U.ids), dtype=torch.int64))
-    assert [heading for heading, _ in sections(Stepped("gpt2").attribute(batch=one))] == ["layers", "tokens of U"]
 
 
 def test_fewer_rows_than_shown_are_each_shown_once() -> None:
-    layers = mover_rows(found().columns("layers"), "layer", 10)
-    assert sorted(label for label, _ in layers) == sorted(found().columns("layers")["layer"])
+    prompts = [row.cells[-1].split(":")[0] for row in movers_table(found(), "prompts").rows]
+    assert sorted(prompts) == [f"prompt {p}" for p in sorted(found().columns("prompts")["prompt"])]
+    assert len(prompts) < 2 * SHOWN
 
 
 def test_warnings_are_said_last() -> None:
-    warned = dataclasses.replace(found(), result=dataclasses.replace(found().result, warnings=("Beware.",)))
-    assert warned.summary().endswith("\n\nWarning: Beware.")
-    assert "Warning" not in found().summary()
+    outcome = dataclasses.replace(found().probe.outcome, warnings=(Note("test", "Beware."),))
+    warned = dataclasses.replace(found(), probe=dataclasses.replace(found().probe, outcome=outcome))
+    assert warned.summary().endswith("\nWarning: Beware.")
+    assert "warning" not in [block.kind for block in found().blocks() if isinstance(block, Remark)]
 
 
 def test_html_holds_the_same_rows_and_is_escaped() -> None:
     page = found()._repr_html_()
-    assert page == html_of(found())
-    for name, value in [*ledger_rows(found()), *ways_rows(found())]:
-        assert f"<td>{name}</td>" in page
-        assert value in page
-    named = {"a<b & c": fp.entropy()}
-    odd = Stepped("two lines").attribute(observables=named)
-    assert "a&lt;b &amp; c" in odd._repr_html_()
-    assert "<b" not in odd._repr_html_()
+    for block in found().blocks():
+        for row in block.rows if isinstance(block, Table) else ():
+            assert all(html.escape(cell) in page for cell in row.cells)
+    odd = Stepped("two lines").attribute({"a<b & c": fp.entropy(per="sequence")})
+    assert "<b &" not in odd._repr_html_()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import funcprobe as fp
-from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.measurement import identity
-from funcprobe.measurement.identity import identity_of
-from funcprobe.measurement.options import Options
 from funcprobe.results.sweep import SweepResult
-from funcprobe.types import Observable
 from tests.cases import models
+from tests.cases.identities import case, identity_with, nudged
 from tests.cases.probes import Case, E, Offset, U, prompted
 
 LRS = [1e-5, 1e-4, 1e-3, 1e-2]
@@ -34,11 +27,6 @@ LRS = [1e-5, 1e-4, 1e-3, 1e-2]
 
 class KilledError(Exception):
     """What a test stops a sweep with."""
-
-
-@functools.cache
-def case() -> Case:
-    return Case()
 
 
 def killed(after: int) -> Callable[[str, int, int], None]:
@@ -56,7 +44,8 @@ def killed(after: int) -> Callable[[str, int, int], None]:
 
 def content(result: SweepResult) -> dict[str, Any]:
     """Return all of a result but how long it took."""
-    return {name: value for name, value in result.to_dict().items() if name != "timings"}
+    provenance = dataclasses.replace(result.provenance, timings={})
+    return dataclasses.replace(result, provenance=provenance).to_dict()
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -154,13 +143,6 @@ def test_microbatches_and_chunks_may_change(tmp_path: Path) -> None:
     assert seen.count("E") == 1 + 1
 
 
-def nudged(tree_: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Return the tree with one entry of one leaf moved."""
-    leaf = tree_[name].clone()
-    leaf.view(-1)[1] += 1e-9  # between two samples, where there are few
-    return {**tree_, name: leaf}
-
-
 def others() -> dict[str, dict[str, Any]]:
     """Return, by name, what another sweep may have that this one has not."""
     c = case()
@@ -176,8 +158,8 @@ def others() -> dict[str, dict[str, Any]]:
         "evaluation": {"evaluation": prompted(5, 2, seed=3)},
         "a reward": {"evaluation": E._replace(rewards=E.rewards + 1e-9)},
         "weights": {"evaluation": E._replace(weight=2 * E.weight)},
-        "update": {"update": prompted(3, 4, seed=3, first=50)},
-        "observable": {"observable": fp.entropy(per="sequence")},
+        "batch": {"batch": prompted(3, 4, seed=3, first=50)},
+        "observable": {"observables": fp.entropy(per="sequence")},
         "a second observable": {"observables": {"entropy": fp.entropy(), "kl": fp.kl()}},
         "another name": {"observables": {"joy": fp.entropy()}},
         "objective": {"step": step(fp.dapo())},
@@ -249,92 +231,8 @@ def test_frozen_weights_are_part_of_the_model(tmp_path: Path) -> None:
 
     run(1.0)
     assert len(run(1.0).points) == 2
-    with pytest.raises(InputError, match=r"belongs to a sweep of another model: its gradient on the update batch has"):
+    with pytest.raises(InputError, match=r"belongs to a sweep of another model: its gradient on the batch has"):
         run(1.5)
-
-
-def identity_with(observable: Observable, optimizer: Any = None) -> str:
-    c = case()
-    step = fp.make_step(c.policy, fp.grpo(), optimizer or c.optimizer, 1.0)
-    state = c.state if optimizer is None else optimizer.init(c.params)
-    return identity_of(step, c.params, state, E, U, {"mine": observable}, Options())
-
-
-def share_above(threshold: float, **options: Any) -> Observable:
-    """Return an observable that is a closure, as users write them."""
-
-    @fp.observable("share", "of completions", **options)
-    def share(scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts) -> Tensor:
-        w = torch.softmax((scores.logp - anchor.logp).sum(-1), 0) * rollouts.weight
-        values = sum(scores.extra.values(), torch.zeros(()))
-        return (w * (rollouts.rewards > threshold)).sum() / w.sum() + values.sum()
-
-    return share
-
-
-def power(exponent: float) -> dict[str, Any]:
-    return {"power": lambda log_probs, token: (log_probs.exp() ** exponent).sum(-1)}
-
-
-class WithoutRepr:
-    """An observable that prints as an address."""
-
-    name, unit, stats = "sum", "nats", {}
-
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
-
-    def __call__(self, scores: fp.TokenScores, anchor: fp.TokenScores, rollouts: fp.Rollouts) -> Tensor:
-        return self.scale * scores.logp.sum()
-
-
-def test_identity_is_what_things_do_and_not_where_they_are() -> None:
-    pairs = [
-        (share_above, 0.0, 0.5),
-        (lambda exponent: share_above(0.0, stats=power(exponent)), 2, 3),
-        (WithoutRepr, 1.0, 1.001),
-    ]
-    kept: list[Any] = []  # nothing is freed, so that no address comes again
-    for make, one, two in pairs:
-        kept += [make(one), make(one), make(two)]
-        same, again, other = (identity_with(observable) for observable in kept[-3:])
-        assert same == again
-        assert same != other
-    optimizers = [Offset(1e-3), Offset(1e-3), Offset(2e-3)]
-    same, again, other = (identity_with(fp.entropy(), optimizer) for optimizer in optimizers)
-    assert same == again
-    assert same != other
-
-
-def test_identity_is_the_same_in_another_process() -> None:
-    code = """
-        import torch
-        torch.set_num_threads(1)
-        from tests.results import test_journal as t
-        print(t.identity_with(t.share_above(0.0, stats=t.power(2)), t.Offset()))
-    """
-    environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    root = Path(__file__).parents[2]
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=root,
-        check=True,
-    )
-    assert run.stdout.split()[-1] == identity_with(share_above(0.0, stats=power(2)), Offset())
-
-
-def test_an_entry_between_the_samples_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(identity, "SAMPLED_ENTRIES", 2)
-    c = case()
-    leaf = next(iter(c.params))
-    before = identity_with(fp.entropy())
-    moved = nudged(c.params, leaf)
-    assert before != identity_of(c.step, moved, c.state, E, U, {"mine": fp.entropy()}, Options())
-    copies = {name: p.clone() for name, p in tree.scale(1.0, c.params).items()}
-    assert before == identity_of(c.step, copies, c.state, E, U, {"mine": fp.entropy()}, Options())
 
 
 def test_identity_leaves_what_it_reads_alone() -> None:

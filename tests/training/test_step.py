@@ -223,7 +223,7 @@ def test_numbers_that_are_not_finite_name_the_leaf() -> None:
     with pytest.raises(NumericsError, match=r"The gradient is not finite at 'mix\.bias' \(float32\); check"):
         step.apply(params, state, {**good, "mix.bias": torch.full((5,), torch.nan)})
     bad_state = {**state, "head.bias": {**state["head.bias"], "exp_avg": torch.full((V,), torch.inf)}}
-    with pytest.raises(NumericsError, match=r"The update is not finite at 'head\.bias'"):
+    with pytest.raises(NumericsError, match=r"The step Δθ is not finite at 'head\.bias'"):
         step.apply(params, bad_state, good)
     huge = rollouts(advantages=[1e300, -1e300, 1e300, -1e300, 1e300, -1e300])  # beyond float32
     with pytest.raises(
