@@ -179,6 +179,13 @@ def described(options: Sequence[Option]) -> str:
 
 
 def usage_of(name: str, options: Sequence[Option]) -> str:
-    """Return the usage line of a command that has a configuration."""
+    """Return the usage of a command that has a configuration, with what does not fit on a line on the next one."""
     own = [f"--{o.name} {o.placeholder}" if o.required else f"[--{o.name} {o.placeholder}]" for o in options]
-    return " ".join(["funcprobe", name, "CONFIG.yaml", *own, "[--key value ...]"])
+    lines = [f"funcprobe {name} CONFIG.yaml"]
+    indent = " " * len(f"usage: funcprobe {name} ")
+    for part in (*own, "[--key value ...]"):
+        if len(lines[-1]) + len(part) < WIDTH - len("usage: "):
+            lines[-1] += f" {part}"
+        else:
+            lines.append(indent + part)
+    return "\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -49,12 +48,13 @@ def test_it_writes_everything_that_it_says(done: Path) -> None:
 
 
 def test_every_table_sums_to_the_first_order_of_the_result(done: Path) -> None:
-    whole = json.loads((done / "result.json").read_text())["readings"]["entropy"]["first_order"]
-    assert whole == ProbeResult.load(done).first_order != 0
+    found = Attribution.load(done)
+    whole = found.probe.first_order
+    assert whole == found.reading.first_order != 0
     for name in ("parameters", "layers", "kinds", *(f"evaluation-{t}" for t in TOKENS)):
         parts = columns(done, name)["contribution"]
         assert math.fsum(parts) == pytest.approx(whole, abs=1e-5 * math.fsum(map(abs, parts))), name
-    ledger = json.loads((done / "attribution.json").read_text())["ledger"]
+    ledger = found.ledger
     assert sum(ledger.values()) == pytest.approx(whole, rel=1e-4)
     for table in TOKENS:
         parts = columns(done, f"batch-{table}")["contribution"]
@@ -89,7 +89,7 @@ def test_pages_and_pictures_are_of_this_step(done: Path) -> None:
 
 def test_it_attributes_the_step_that_run_measures(done: Path, world: World, tmp_path: Path) -> None:
     assert main(["run", str(world.config(tmp_path, also=["reward"]))]) == 0
-    one, other = ProbeResult.load(tmp_path / "results"), ProbeResult.load(done)
+    one, other = ProbeResult.load(tmp_path / "results"), Attribution.load(done).probe
     assert other.first_order == pytest.approx(one.first_order, rel=1e-6)
     assert other.change == pytest.approx(one.change, rel=1e-6)
     assert list(other.readings) == ["entropy", "reward"]
@@ -107,7 +107,7 @@ def test_the_summary_is_printed_and_the_last_line_says_where_it_is(
     assert max(len(line) for line in out.splitlines()[:-1]) <= 80
     assert err == ""
     assert Attribution.load(output).form == "jacobian"
-    assert (output / "update.safetensors").exists()
+    assert Attribution.load(output).probe.delta is not None
     assert not (output / "influence.parquet").exists()
     as_run = yaml.safe_load((output / "config.yaml").read_text())
     assert (as_run["lr"], as_run["output"]) == (2e-5, str(output))

@@ -180,7 +180,8 @@ def test_force_replaces_the_results_of_an_earlier_run(world: World, tmp_path: Pa
     assert main(["run", str(config), "--keep-delta"]) == 0
     assert main(["run", str(config), "--lr", "2e-8", "--force"]) == 0
     assert ProbeResult.load(tmp_path / "results").lr == 2e-8
-    assert {p.name for p in (tmp_path / "results").iterdir()} == COMMAND.written - {"result.safetensors"}
+    assert ProbeResult.load(tmp_path / "results").delta is None
+    assert {p.name for p in (tmp_path / "results").iterdir()} == COMMAND.written
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "results"]
 
 

@@ -56,7 +56,7 @@ def test_they_are_told_with_their_defaults() -> None:
         "  --rows a,b            which",
     ]
     assert usage_of("go", OPTIONS) == (
-        "funcprobe go CONFIG.yaml --rate X [--the-way slow|fast] [--rows a,b] [--key value ...]"
+        "funcprobe go CONFIG.yaml --rate X [--the-way slow|fast] [--rows a,b]\n                    [--key value ...]"
     )
     long = Option("long", "N", "words " * 40)
     assert max(map(len, described([long]).splitlines())) <= 88

@@ -34,6 +34,7 @@ def test_a_sweep_writes_everything_that_it_says(swept: Path) -> None:
     names = {p.name for p in folder.iterdir()}
     assert names == {
         "result.json",
+        "result.safetensors",
         "sweep.csv",
         "config.yaml",
         "summary.txt",
