@@ -56,7 +56,7 @@ def test_nothing_is_touched(model: str, optimizer: Any, form: str) -> None:
 def test_one_attribution_is_another() -> None:
     case = Stepped("gpt2")
     one, two = case.attribute(), case.attribute()
-    for of in ("update", "evaluation"):
+    for of in ("batch", "evaluation"):
         assert torch.equal(getattr(one, of).total, getattr(two, of).total)
     assert one.leaves == two.leaves
     taken = case.step(case.params, case.state, case.batch)
@@ -297,5 +297,5 @@ def test_a_state_that_is_not_finite_is_named_by_the_step() -> None:
     case = Stepped("two lines")
     case.state = clone(case.state)
     case.state["embed.weight"]["exp_avg_sq"][4] = float("nan")
-    with pytest.raises(NumericsError, match=r"update is not finite at 'embed\.weight'.*the optimizer state"):
+    with pytest.raises(NumericsError, match=r"step Δθ is not finite at 'embed\.weight'.*the optimizer state"):
         case.attribute()

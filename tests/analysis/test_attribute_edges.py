@@ -35,7 +35,7 @@ def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> Non
         found = fp.attribute(
             fp.Update.from_step(step, params, step.optimizer.init(params), tied), models.rollouts(6), bars=None
         )
-        assert found.completeness["update tokens"] < 1e-5, seed  # float32 passes; another token picked leaves 1e-3
+        assert found.completeness["batch tokens"] < 1e-5, seed  # float32 passes; another token picked leaves 1e-3
 
 
 def wide(seed: int) -> Any:
@@ -91,7 +91,7 @@ def test_what_does_not_move_has_bars_of_nothing() -> None:
     case = Case("two lines")
     flat = attributed(case, bars_of=["ledger"], observables=fp.kl())
     with pytest.warns(FuncprobeWarning, match="The step is zero"):
-        still = attributed(case, bars_of=["ledger"], lr=0.0)
+        still = fp.attribute(case.update(0.0), E, bars_of=["ledger"])
     for found in (flat, still):
         assert [tuple(row[:2]) for row in found.bars["ledger"].values()] == [(0.0, 0.0)] * 3
 
@@ -132,12 +132,12 @@ def test_what_no_pass_could_give_is_refused_before_any() -> None:
         "bars_of needs the additive form": lambda: attributed(lifted, bars_of=["ledger"]),
         "RMSprop has no additive form": lambda: attributed(lifted, form="additive"),
         "tokenizer is 'gpt2', which cannot decode": lambda: attributed(case, tokenizer="gpt2"),
-        "There is no option 'keep_scores' here; the options are mode": lambda: attributed(case, keep_scores=True),
+        "keep_scores can do nothing in an attribution": lambda: attributed(case, keep_scores=True),
         "leaves is the single string 'head.weight'": lambda: attributed(
             case, influence="prompts", leaves="head.weight"
         ),
         "There is no option 'ordr'": lambda: compared(case, {"grpo": case.step}, ordr=2),
-        "There are no steps to compare": lambda: compared(case, [case.step]),
+        "There are no updates to compare": lambda: fp.compare([case.update()], E),
         "rounding can do nothing in a comparison": lambda: compared(case, {"grpo": case.step}, rounding=True),
     }
     for message, call in refused.items():

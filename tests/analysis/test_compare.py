@@ -176,16 +176,18 @@ def test_without_rewards_on_e_there_is_no_reward_to_compare() -> None:
 def test_bad_input_names_the_step() -> None:
     case = Case("two lines")
     sgd = dataclasses.replace(case.step, optimizer=fp.sgd(1e-2, momentum=0.9))
-    with pytest.raises(InputError, match=r"Step 'sgd'.*written by another optimizer.*Give Variant\(step, opt_state="):
+    with pytest.raises(
+        InputError, match=r"Update 'sgd'.*written by another optimizer.*give update\.vary\(.*opt_state="
+    ):
         compared(case, {"adamw": case.step, "sgd": sgd})
-    with pytest.raises(InputError, match="no steps to compare"):
+    with pytest.raises(InputError, match="no updates to compare"):
         compared(case, {})
-    with pytest.raises(InputError, match=r"'lr' is no step; expected what make_step returns"):
-        compared(case, {"lr": 1e-3})
+    with pytest.raises(InputError, match=r"'lr' is a float, no update; expected what Update.from_step"):
+        fp.compare({"lr": 1e-3}, E)  # type: ignore[dict-item]
     with pytest.raises(InputError, match="chunk is 0"):
         compared(case, chunk=0)
     broken = {n: {**s, "exp_avg": s["exp_avg"] * torch.nan} for n, s in case.state.items()}
-    with pytest.raises(NumericsError, match="Step 'broken': The update is not finite"):
+    with pytest.raises(NumericsError, match="Update 'broken': The step Δθ is not finite"):
         compared(case, {"broken": Variant(case.step, opt_state=broken)})
     found = compared(case, {"grpo": case.step})
     with pytest.raises(InputError, match="no step 'dapo' with observable 'entropy'; the steps are grpo"):

@@ -33,7 +33,7 @@ def case() -> Case:
 @functools.cache
 def grid(observable: Observable | None = None) -> tuple[Outcome, ...]:
     """Return what the step does at 61 learning rates, a factor of 1.26 apart."""
-    options: dict[str, Any] = {"bars": None, "order": 1, "ess_threshold": 0.0, "observable": observable}
+    options: dict[str, Any] = {"bars": None, "order": 1, "ess_threshold": 0.0, "observables": observable}
     return case().sweep(np.geomspace(*BETWEEN, 61), **options).points
 
 

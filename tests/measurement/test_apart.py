@@ -146,7 +146,7 @@ def test_a_model_that_computes_in_bfloat16_says_that_it_holds_no_exact_update() 
 def test_results_are_saved_with_both(tmp_path: Path) -> None:
     result = Low(torch.float32).probe(lr=1e-5)
     result.save(tmp_path / "r")
-    plain = json.loads((tmp_path / "r" / "result.json").read_text())["readings"]
+    plain = json.loads((tmp_path / "r" / "result.json").read_text())["outcome"]["readings"]
     (reading,) = plain.values()
     assert (reading["exact"], reading["stored"], reading["of_delta"]) == (result.main.exact, result.main.stored, True)
     assert ProbeResult.load(tmp_path / "r").main == result.main

@@ -120,7 +120,7 @@ def test_rounding_is_its_own_row_in_float32() -> None:
     assert forward.outcome.rounding is not None
     assert reverse.outcome.rounding == pytest.approx(forward.outcome.rounding, rel=1e-3)
     assert skipped.outcome.rounding is None
-    assert any("rounding row was not computed" in note for note in skipped.notes)
+    assert not any(note.kind == "no rounding row" for note in skipped.notes)  # nobody wanted it
     assert 0 < forward.outcome.unmoved < 1
     # the measured change moves with what was stored: first order plus the rounding row explains it
     after = step(params, optimizer.init(params), U)

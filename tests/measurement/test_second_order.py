@@ -238,12 +238,12 @@ def test_auto_takes_the_path_where_subtraction_fails() -> None:
     assert small.main.subtraction is not None
     assert small.main.float_error is not None
     assert small.main.float_error < 1e-3 * abs(small.change)
-    forced = run(lr=1e-8, method="difference")
+    forced = fp.probe(update.at(1e-8), E, method="difference")
     assert forced.change == small.main.subtraction
     assert forced.main.float_error > 1e-3 * abs(forced.change)
     # how far off one subtraction happens to be is a matter of kernels; that it is within its estimate is not
     assert abs(forced.change - small.change) <= 1.05 * forced.main.float_error
-    by_path = run(method="path")
+    by_path = fp.probe(update, E, method="path")
     assert by_path.main.subtraction == large.main.subtraction  # a path is held against two evaluations
     assert by_path.change == pytest.approx(large.change, rel=1e-3)
     assert by_path.main.nodes > small.main.nodes  # a longer step bends more
