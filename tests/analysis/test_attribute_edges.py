@@ -17,7 +17,7 @@ from funcprobe.optimizers.groups import Group
 from funcprobe.training.response import respond
 from tests.cases import models
 from tests.cases.comparing import compared
-from tests.cases.probes import Case, U, Variant, attributed
+from tests.cases.probes import Case, E, U, Variant, attributed
 
 
 def test_a_loss_that_ranks_tokens_is_asked_at_the_scores_that_it_ranked() -> None:

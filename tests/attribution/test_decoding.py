@@ -70,7 +70,7 @@ def test_padding_is_no_text_and_every_batch_is_read() -> None:
 def test_tables_have_texts_with_a_tokenizer_and_ids_without() -> None:
     case = Stepped("two lines")
     spoken, mute = case.attribute(tokenizer=tokenizer("words", True)), case.attribute()
-    for of, rollouts in (("update", U), ("evaluation", E)):
+    for of, rollouts in (("batch", U), ("evaluation", E)):
         tokens = spoken.to_frame("tokens", of)
         names = dict(enumerate([" <unk>", *(f" {w}" for w in WORDS)]))
         assert tokens["text"].tolist() == [names[i] for i in tokens["token"]]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import funcprobe as fp
-from funcprobe import tree
+from funcprobe import engine, tree
 from funcprobe.attribution.influence import Influence
 from funcprobe.data.rollouts import take
 from funcprobe.errors import InputError, NumericsError
@@ -82,7 +82,7 @@ def test_entries_are_products_of_gradients_taken_one_at_a_time(model: str) -> No
 @pytest.mark.parametrize("form", ["additive", "jacobian"])
 @pytest.mark.parametrize("model", ["two lines", "gpt2", "padding row", "qwen2, tied, float32", "qwen2, lora, float32"])
 def test_columns_sum_to_what_the_update_sequences_contribute(model: str, form: str) -> None:
-    options: dict[str, Any] = {"form": form, "evaluation": weighted(holed(E)), "update": holed(case(model).batch)}
+    options: dict[str, Any] = {"form": form, "evaluation": weighted(holed(E)), "batch": holed(case(model).batch)}
     found = case(model).attribute(influence="sequences", **options)
     assert found.influence is not None
     expected = found.batch.total.sum(1)
@@ -135,7 +135,7 @@ def test_chosen_leaves_are_a_direction_that_is_zero_elsewhere(form: str, monkeyp
     assert off(named.influence.matrix, free) > 1e-3
     # the attribution beside it is that of all leaves
     assert torch.equal(named.batch.total, stepped.attribute(form=form).batch.total)
-    plain = fp.analysis.influence.engine.directional_of_many
+    plain = engine.directional_of_many
 
     def held(policy: Any, params: Params, directions: list[Params], *arguments: Any, **options: Any) -> Any:
         zeroed = [{n: v if n in chosen else torch.zeros_like(v) for n, v in d.items()} for d in directions]

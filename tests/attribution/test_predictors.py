@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe import engine
-from funcprobe.attribution.predictors import PREDICTORS, STATS, Predictions, predict, predictions
+from funcprobe.attribution.predictors import PREDICTORS, STATS, Predictions, predictions
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
 from funcprobe.types import Rollouts, TokenScores
 from tests.cases import models, tables
@@ -19,6 +19,14 @@ from tests.cases.probes import Case, U
 
 CLOSE = {"rtol": 1e-11, "atol": 1e-13}
 ADVANTAGES = [1.7, -0.4, 0.0, -2.2, 0.6, 3.1, -0.9, 0.2, -1.3]
+
+
+def predict(
+    policy: fp.Policy, params: Any, batch: Rollouts, *, objective: Any = None, lr: float = 1.0, **options: Any
+) -> Predictions:
+    """Return the predictions for an update that a step on the batch makes; only its learning rate is read of SGD."""
+    step = fp.make_step(policy, objective or fp.grpo(), fp.sgd(1.0))
+    return fp.predict(fp.Update.from_step(step, params, step.optimizer.init(params), batch, lr), **options)
 
 
 # The slow reference: one forward pass a token, explicit sums over the vocabulary, explicit means over tokens.

@@ -112,7 +112,7 @@ def found() -> fp.Attribution:
     return Stepped("gpt2", "grpo, kl", "adamw", batch=holed(U)).attribute(evaluation=holed(E), influence="prompts")
 
 
-@pytest.mark.parametrize("of", ["update", "evaluation"])
+@pytest.mark.parametrize("of", ["batch", "evaluation"])
 @pytest.mark.parametrize("table", TOKEN_TABLES)
 def test_every_table_sums_to_the_whole(table: str, of: Any) -> None:
     parts = getattr(found(), of)
@@ -129,7 +129,7 @@ def test_every_table_sums_to_the_whole(table: str, of: Any) -> None:
     assert abs(frame["contribution"].sum() - whole) <= 1e-12 * parts.magnitude()
 
 
-@pytest.mark.parametrize("of", ["update", "evaluation"])
+@pytest.mark.parametrize("of", ["batch", "evaluation"])
 def test_tokens_roll_up_to_every_other_table(of: Any) -> None:
     tokens = found().to_frame("tokens", of)
     for table, key in (("sequences", "sequence"), ("prompts", "prompt"), ("positions", "position")):
@@ -143,11 +143,11 @@ def test_tokens_roll_up_to_every_other_table(of: Any) -> None:
         found().to_frame("prompts", of)["contribution"], sequences.groupby("prompt")["contribution"].sum(), rtol=1e-12
     )
     assert np.allclose(sequences["mean_logp"], tokens.groupby("sequence")["logp"].mean(), rtol=1e-12)
-    if of == "update":  # advantages are those that the objective made of the rewards
+    if of == "batch":  # advantages are those that the objective made of the rewards
         case = Stepped("gpt2", batch=holed(U))
         prepared = fp.grpo(beta=0.3).prepare(case.batch)
         assert sequences["advantage"].tolist() == prepared.advantages.tolist()
-        predicted = fp.predict(case.policy, case.params, prepared, lr=1e-2)
+        predicted = fp.predict(fp.Update.from_step(case.step, case.params, case.state, prepared, 1e-2))
         for name, x in predicted.tokens.items():
             assert np.allclose(tokens[name], x[prepared.completion_mask], rtol=1e-9, atol=1e-12)
     else:
@@ -163,7 +163,7 @@ def test_the_ledger_table_and_tables_that_are_not() -> None:
         assert len(found().to_frame(table)) or table == "pairs"
     with pytest.raises(InputError, match=r"no table 'words'; the tables are tokens, sequences, .*, influence"):
         found().to_frame("words")
-    with pytest.raises(InputError, match=r"Unknown batch 'both'; expected 'update' \(U\) or 'evaluation' \(E\)"):
+    with pytest.raises(InputError, match=r"Unknown batch 'both'; expected 'batch' \(U\) or 'evaluation' \(E\)"):
         found().columns("tokens", "both")  # type: ignore[arg-type]
 
 
@@ -193,13 +193,13 @@ def test_movers_of_an_attribution() -> None:
         found().movers(table="influence")
 
 
-@pytest.mark.parametrize("of", ["update", "evaluation"])
+@pytest.mark.parametrize("of", ["batch", "evaluation"])
 @pytest.mark.parametrize("table", ["tokens", "sequences"])
 def test_correlations_are_those_of_scipy_on_the_frame(table: str, of: Any) -> None:
     frame, correlated = found().to_frame(table, of), found().correlations(table, of).set_index("with")
     wanted = {"tokens": {"logp", "entropy", "position"}, "sequences": {"mean_logp", "mean_entropy", "length", "reward"}}
     assert wanted[table] <= set(correlated.index)
-    assert (of == "update") == ({"advantage", "cov_pg", "cov_npg", "discriminant"} <= set(correlated.index))
+    assert (of == "batch") == ({"advantage", "cov_pg", "cov_npg", "discriminant"} <= set(correlated.index))
     for name, row in correlated.iterrows():
         for kind, theirs in (("pearson", scipy.stats.pearsonr), ("spearman", scipy.stats.spearmanr)):
             assert row[kind] == pytest.approx(theirs(frame["contribution"], frame[name]).statistic, rel=1e-9), name

@@ -78,7 +78,7 @@ def test_a_probe_says_so_and_measures_the_step_of_training(name: str, mode: Any)
 def test_without_such_a_leaf_nothing_is_said(name: str) -> None:
     warm = Warm(name)
     found = fp.probe(warm.on(models.reaching(list(range(9)), seed=2)), E)
-    assert "leaves_without_gradient" not in found.step
+    assert "leaves_without_gradient" not in found.info
     assert not any("no gradient" in note for note in found.notes)
 
 
