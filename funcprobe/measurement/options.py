@@ -96,6 +96,8 @@ class Options:
             raise InputError(f"level is {self.level}; expected a coverage between 0 and 1, such as 0.95.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InputError(f"seed is {self.seed!r}; expected a whole number.")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k!r}; expected a whole number of at least 0.")
         if self.mode == "reverse" and (self.order == 2 or self.method == "path"):
             wanted = "order=2" if self.order == 2 else "method='path'"
             raise InputError(f"{wanted} is made of forward-mode passes; use mode='auto' or 'forward' with it.")

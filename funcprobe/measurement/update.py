@@ -166,7 +166,10 @@ class Update:
         step = replace(
             self.step, objective=objective or self.step.objective, optimizer=optimizer or self.step.optimizer
         )
-        own = {"opt_state": self.opt_state if opt_state is None else opt_state, "lr": _checked(lr) or self.lr}
+        own = {
+            "opt_state": self.opt_state if opt_state is None else opt_state,
+            "lr": self.lr if lr is None else _checked(lr),
+        }
         held = self._held if objective is None and batch is None else _Held()
         return replace(self, step=step, rule=step.rule, batch=batch or self.batch, _held=held, **own)  # type: ignore[arg-type]
 

@@ -190,7 +190,7 @@ def test_bad_input_names_the_step() -> None:
     with pytest.raises(NumericsError, match="Update 'broken': The step Δθ is not finite"):
         compared(case, {"broken": Variant(case.step, opt_state=broken)})
     found = compared(case, {"grpo": case.step})
-    with pytest.raises(InputError, match="no step 'dapo' with observable 'entropy'; the steps are grpo"):
+    with pytest.raises(InputError, match="no update 'dapo' with observable 'entropy'; the updates are grpo"):
         found.difference("dapo")
     with pytest.raises(InputError, match="Unknown quantity 'size'"):
         found.difference("grpo", quantity="size")  # type: ignore[arg-type]

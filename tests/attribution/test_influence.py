@@ -168,7 +168,7 @@ def test_the_table_has_a_row_for_every_row_and_a_column_for_every_sequence() -> 
         found = case().attribute(influence=by)
         assert found.influence is not None
         frame = found.to_frame("influence")
-        assert list(frame.columns) == [by[:-1], *(f"update {j}" for j in range(len(U.ids)))]
+        assert list(frame.columns) == [by[:-1], *(f"batch {j}" for j in range(len(U.ids)))]
         assert frame[by[:-1]].tolist() == found.influence.rows.tolist()
         assert (frame.iloc[:, 1:].to_numpy() == found.influence.matrix.numpy()).all()
     with pytest.raises(InputError, match=r"no influence matrix; call attribute\(..., influence='prompts'\)"):
