@@ -105,7 +105,7 @@ def default_directory() -> Path:
 
 
 def _build(folder: Path, size: DemoSize, seed: int, progress: Progress | None) -> dict[str, Any]:
-    """Write everything but the marker, and return the trained policy with its rollouts."""
+    """Write everything but the marker, and return the statistics of training by stage."""
     generator = torch.Generator().manual_seed(seed)
     trained = train(size, seed, generator, progress)
     save_checkpoint(
