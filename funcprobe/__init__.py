@@ -10,19 +10,19 @@ Public names are listed in `__init__.pyi` and imported on first use: `import fun
 
 Layers, each importing only from those above it in this table and from `types`, `tree`, `errors`, `plugins`:
 
-    layer         what lives there
+    layer         contents
     data          rollouts: build, validate, slice, read and write
     objectives    advantages and losses, as functions of scores
     policy        nn.Module -> (policy, params); scores of a batch; sampling
     optimizers    pure optimizers, their groups and their states
     engine        values, gradients and directional derivatives of any function of scores
     estimators    importance weights and the observables made of them
-    training      the pure step, and what it answers to a change of its gradient
-    measurement   one update on held-out rollouts: first and second order, measured change, error bars
+    training      the pure step, and its response to a change of its gradient
+    measurement   the Update, and its effect on held-out rollouts: first order, measured change, error bars
     checkpoints   Hugging Face folders, adapters, optimizer states, live training loops
-    attribution   what parameters, prompts and tokens contribute
-    results       what a verb returns: to be read, printed, saved and loaded
-    analysis      the verbs, one a file
+    attribution   contributions of parameters, prompts and tokens to δF₁
+    results       the results of the verbs: to be read, printed, saved and loaded
+    analysis      the verbs (probe, sweep, compare, attribute, ...), one a file
     report        tables, figures and pages
     cli           the command line
     compat        the stateful system's names, thin on top

@@ -1,4 +1,4 @@
-"""The few error classes. Every message says what was found, what was expected, and what to do about it."""
+"""The few error classes. Every message names the value found, the value expected, and the remedy."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ForwardModeError(FuncprobeError):
 
 
 class ReverseModeError(FuncprobeError):
-    """The model has no backward pass that can be run; the message says what torch found."""
+    """The model has no backward pass that can be run; the message holds torch's own."""
 
 
 class EffectiveSampleSizeError(FuncprobeError):
@@ -105,7 +105,7 @@ class Note(str):
         return made
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
-        """Return what a copy is made of."""
+        """Return the arguments that a copy is made of."""
         return self.kind, str(self)
 
 

@@ -72,7 +72,7 @@ class Rollouts(NamedTuple):
 
 
 class TokenScores(NamedTuple):
-    """What a policy says about every completion token. All fields are [B, T] and 0 where the completion mask is 0."""
+    """The scores of a policy on every completion token. All fields are [B, T] and 0 where the completion mask is 0."""
 
     logp: Tensor  #: [B, T] float64, nats: log-probability of the token at the sampling temperature
     entropy: Tensor  #: [B, T] float64, nats: entropy of the distribution that the token was drawn from
@@ -85,11 +85,11 @@ class Estimate(NamedTuple):
     before: float  #: F at the anchor
     after: float  #: F at the updated parameters, importance-sampled
     change: float  #: after - before, from the same differences of scores
-    first_order: float | None  #: <grad F, update>; None where it was not computed
+    first_order: float | None  #: ⟨∇F, Δθ⟩; None where it was not computed
 
 
 class StepResult(NamedTuple):
-    """What one pure optimizer step returns."""
+    """The result of one pure optimizer step."""
 
     params: Params  #: the parameters after the step, bit-identical to what torch.optim would store
     delta: Params  #: the step as a value: the optimizer's arithmetic in float64, kept in float32 or wider
@@ -100,7 +100,7 @@ class StepResult(NamedTuple):
 
 
 class OptimizerResult(NamedTuple):
-    """What the optimizer alone returns: the new leaves, the step as a value, the new state."""
+    """The result of the optimizer alone: the new leaves, the step as a value, the new state."""
 
     params: Params  #: bit-identical to torch.optim
     delta: Params  #: float64 arithmetic, kept in float32 or wider
@@ -113,7 +113,7 @@ class Observable(Protocol):
 
     @property
     def name(self) -> str:
-        """What a table calls it."""
+        """The observable's name in tables."""
         ...
 
     @property
@@ -166,7 +166,7 @@ class Objective(Protocol):
         ...
 
     def prepare(self, rollouts: Rollouts) -> Rollouts:
-        """Fill in what depends on the whole batch but on no score: advantages and token weights."""
+        """Fill in the quantities that depend on the whole batch but on no score: advantages and token weights."""
         ...
 
     def __call__(self, scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, dict[str, Tensor]]:

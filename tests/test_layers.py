@@ -15,7 +15,7 @@ FREE = {"types", "tree", "errors", "plugins"}
 
 def layers() -> list[str]:
     """Return the layers in the order of the package docstring's table."""
-    table = funcprobe.__doc__.split("layer         what lives there")[1]
+    table = funcprobe.__doc__.split("layer         contents")[1]
     return [line.split()[0] for line in table.splitlines() if line.strip()]
 
 

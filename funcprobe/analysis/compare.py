@@ -1,4 +1,4 @@
-"""What if: several updates of one θ, measured on one E, with the differences between them paired.
+"""Comparison of several updates of one θ, measured on one E, with the differences between them paired by prompt.
 
 Objectives, clip ranges, token masks, entropy bonuses, optimizers and learning rates are all just updates. Their common
 work is done once: gradients of one objective on one U, ∇F in reverse mode, and in forward mode the scores of E at θ,
@@ -41,7 +41,7 @@ def compare(
     progress: Progress | None = None,
     **options: Unpack[Given],
 ) -> Comparison:
-    """Return what each of several updates does to observables on `evaluation`, and how far it differs from the first.
+    """Return the changes of observables on `evaluation` under several updates, and their differences from the first.
 
     Estimands: ΔF and δF₁ of every update, as in `probe`, each with its error bar over prompts; and their differences
     between updates. All are measured on the same rollouts, so most of the sampling error is common to them: the error

@@ -140,7 +140,7 @@ def _bounds(
 
 
 def _tried(family: LearningRates, lr: float, bounds: Mapping[str, float]) -> Outcome | str:
-    """Return what the step does at a learning rate, or the bound that it breaks."""
+    """Return the outcome of the step at a learning rate, or the bound that it breaks."""
     try:
         point = family.point(lr, family.move(lr))
     except NumericsError:
@@ -149,7 +149,7 @@ def _tried(family: LearningRates, lr: float, bounds: Mapping[str, float]) -> Out
 
 
 def _broken(point: Outcome, observable: Observable, bounds: Mapping[str, float]) -> str | None:
-    """Return the first bound that a point breaks, with what was found; NaN keeps none."""
+    """Return the first bound that a point breaks, with the measured number; NaN keeps none."""
     found = {"min_ess": ess_fraction(point.health, observable), **_found(point.main)}
     for name, bound in bounds.items():
         kept = found[name] >= bound if name == "min_ess" else found[name] <= bound
@@ -159,7 +159,7 @@ def _broken(point: Outcome, observable: Observable, bounds: Mapping[str, float])
 
 
 def _found(reading: Reading) -> dict[str, float]:
-    """Return what the bounds on ΔF are held against: where ΔF is lost, the least that its float error leaves."""
+    """Return the |ΔF| that bounds are held against: where ΔF is lost, the least that its float error leaves."""
     change, remainder = abs(reading.change), abs(reading.remainder)
     if not reading.is_lost:
         return {"max_abs_delta": change, "max_nonlinearity": reading.nonlinearity}

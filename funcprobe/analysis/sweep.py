@@ -36,7 +36,7 @@ def sweep(
     progress: Progress | None = None,
     **options: Unpack[Given],
 ) -> SweepResult:
-    """Return what an update does to observables on `evaluation` at each of several learning rates.
+    """Return the changes of observables on `evaluation` under an update at each of several learning rates.
 
     One gradient on U and one derivative on E (of second order by default) serve all of them: sgd, adam and adamw move
     in proportion to the learning rate, so `δF₁(η) = (η/η₀) δF₁(η₀)` and `δF₂` goes with the square; an optimizer that

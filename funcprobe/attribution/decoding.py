@@ -30,7 +30,7 @@ def vocabulary_of(tokenizer: Any, batches: Iterable[Rollouts]) -> dict[int, str]
 
 
 def shown(token: int, vocabulary: Mapping[int, str] | None) -> str:
-    """Return what stands for a token: its text, or its id in brackets where it has none.
+    """Return the text of a token, or its id in brackets where it has none.
 
     Example:
         >>> shown(7, {7: " the"}), shown(7, None)

@@ -1,4 +1,4 @@
-"""What every update sequence does to every evaluation sequence, or prompt: `⟨∇F_i, scale ⊙ g_j⟩`.
+"""The influence of every sequence of U on every sequence, or prompt, of E: `⟨∇F_i, scale ⊙ g_j⟩`, `[I, B_U]`.
 
 ∇F_i is the pulled-back cotangents of row i of E, so that the rows of the matrix sum to ∇F's own attribution: the column
 of an update sequence sums to what its tokens contribute. It takes a backward pass over row i and a forward-mode pass
@@ -25,7 +25,7 @@ Chosen = Collection[str] | Callable[[str], bool] | None
 
 
 class Influence(NamedTuple):
-    """The influence of update sequences on evaluation sequences or prompts."""
+    """The influence of sequences of U on sequences or prompts of E, in the unit of the observable."""
 
     matrix: Tensor  #: [I, B_U] float64: what update sequence j contributes through evaluation row i
     by: str  #: what the rows are: "sequences" (rows of E) or "prompts" (group ids of E)
@@ -33,12 +33,12 @@ class Influence(NamedTuple):
     leaves: tuple[str, ...] | None = None  #: the leaves that were looked at; None for all
 
     def of_batch(self) -> Tensor:
-        """Return the column sums `[B_U]`: what every update sequence contributes, through the leaves looked at."""
+        """Return the column sums `[B_U]`: the contribution of every sequence of U through the leaves looked at."""
         return self.matrix.sum(0)
 
 
 def check_influence(by: str | None, chunk: int, leaves: Chosen, params: Params) -> None:
-    """Refuse early what the matrix cannot be made of.
+    """Refuse, before any pass, observables and options that an influence matrix cannot be made of.
 
     Raises:
         InputError: If an option is unknown or out of range.

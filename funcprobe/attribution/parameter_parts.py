@@ -1,4 +1,4 @@
-"""What every parameter leaf contributes to δF₁, `⟨∇F_n, Δθ_n⟩`, and what kind of leaf it is by its name."""
+"""The contribution `⟨∇F_n, Δθ_n⟩` of every parameter leaf to δF₁, and the kind of leaf that its name tells of."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class LeafPart(NamedTuple):
 
     @property
     def rest(self) -> float:
-        """What of the contribution is none of these: 0 to rounding in the additive form."""
+        """The contribution that is none of these: 0 to rounding in the additive form."""
         return self.contribution - self.gradient - self.momentum - self.decay
 
 
 class LeafName(NamedTuple):
-    """What a leaf's name says."""
+    """The parts of a leaf's name: its layer and its kind."""
 
     module: str  #: the module that it belongs to; for LoRA the adapted one
     layer: int | None  #: the number of its block; None outside of blocks
@@ -56,7 +56,7 @@ _WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+")
 
 
 def read_name(name: str) -> LeafName:
-    """Return what a leaf's name says of it, for the naming of transformers, peft and plain modules.
+    """Return the layer and the kind in a leaf's name, for the naming of transformers, peft and plain modules.
 
     Example:
         >>> read_name("base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight")
@@ -79,21 +79,21 @@ def read_name(name: str) -> LeafName:
 
 def leaf_parts(
     covector: Params,
-    update: Params,
+    delta: Params,
     gradient: Gradients,
     direction: Params,
     offsets: Mapping[str, Mapping[str, float]],
 ) -> tuple[LeafPart, ...]:
     """Return every leaf's contribution: ∇F against Δθ, and ∇F carried back through the step against the gradient."""
-    whole, drawn = _dots(covector, update), _dots(direction, with_zeros(gradient, update))
-    norms = tree.leaf_norms(update)
-    none: dict[str, float] = dict.fromkeys(update, 0.0)
+    whole, drawn = _dots(covector, delta), _dots(direction, with_zeros(gradient, delta))
+    norms = tree.leaf_norms(delta)
+    none: dict[str, float] = dict.fromkeys(delta, 0.0)
     momentum, decay = offsets.get("momentum", none), offsets.get("weight decay", none)
-    return tuple(LeafPart(n, whole[n], drawn[n], momentum[n], decay[n], norms[n], u.numel()) for n, u in update.items())
+    return tuple(LeafPart(n, whole[n], drawn[n], momentum[n], decay[n], norms[n], d.numel()) for n, d in delta.items())
 
 
 def rolled_up(parts: Iterable[LeafPart], by: Callable[[LeafName], str | None]) -> dict[str, LeafPart]:
-    """Return the leaves summed into rows by what their names say, in order of appearance; None leaves a leaf out."""
+    """Return the leaves summed into rows by label, in order of appearance; a label of None leaves a leaf out."""
     found: dict[str, LeafPart] = {}
     for part in parts:
         label = by(read_name(part.name))

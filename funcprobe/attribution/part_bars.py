@@ -1,4 +1,4 @@
-"""Error bars of parts: what a part of the step moved is a direction, and its contribution is δF along that direction.
+"""Error bars of parts: the Δθ of a part of the step is a direction, and its contribution is δF along that direction.
 
 In the additive form every part has a piece of Δθ of its own: the leaves of a layer, the momentum, `scale ⊙ g_j` for the
 gradient of a part of U. Forward mode along that piece gives tangents of E's scores, hence the same jackknife over the

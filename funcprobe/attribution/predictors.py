@@ -1,6 +1,6 @@
 """Published predictors of the entropy change, as baselines: covariances and the discriminant, from one pass over U.
 
-They see the update batch alone: no evaluation rollouts, no gradient, no optimizer. Each is the exact first order of a
+They see batch U alone: no evaluation rollouts, no gradient, no optimizer. Each is the exact first order of a
 *tabular* softmax policy, in which every context has logits z of its own, p = softmax(z), and a step moves the logits of
 the contexts in U and no others. With `dH/dz_v = −S_v` and `S_v = p_v (h + log p_v)`, a step Δz of one context gives
 

@@ -1,4 +1,4 @@
-"""What every completion token of a batch contributes to a derivative: cotangents ⊙ tangents of its scores.
+"""The contribution of every completion token of a batch to a derivative: cotangents ⊙ tangents of its scores.
 
 For E the tangents run along Δθ and the parts sum to δF₁ (or the part of it that one asks about); for U they run along
 ∇F carried back through the step, and the parts sum to what the gradient on U did. No part is ever made by subtraction.

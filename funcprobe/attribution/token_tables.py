@@ -28,7 +28,7 @@ def completion_ids(parts: TokenParts) -> Tensor:
 
 
 def token_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
-    """Return a row for every completion token: where it stands, what it is, what it did and by which way."""
+    """Return a row for every completion token: place, text, contribution, and the scores that it went through."""
     r = parts.rollouts
     row, position = parts.mask.nonzero(as_tuple=True)
     token = completion_ids(parts)[row, position].tolist()
@@ -48,7 +48,7 @@ def token_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
 
 
 def sequence_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
-    """Return a row for every sequence: what it did, its length, advantage (the mean of its tokens') and text."""
+    """Return a row for every sequence: contribution, length, advantage (the mean of its tokens') and text."""
     r, mask = parts.rollouts, parts.mask
     length = mask.sum(1)
     cells = _contributions(parts)
@@ -74,7 +74,7 @@ def _of_rows(advantages: Tensor | None, mask: Tensor) -> Tensor | None:
 
 
 def prompt_columns(parts: TokenParts, vocabulary: Vocabulary = None) -> Columns:
-    """Return a row for every prompt (group): what its sequences did together."""
+    """Return a row for every prompt (group): the sums over its sequences."""
     r = parts.rollouts
     groups, member = torch.unique(r.group_ids, return_inverse=True)
     first = [int((member == g).nonzero()[0]) for g in range(len(groups))]

@@ -1,4 +1,4 @@
-"""Adapters of peft over a base model, held against what their file holds.
+"""Adapters of peft over a base model, checked against the contents of their file.
 
 peft fills what a file lacks with fresh weights, without a word. Here that is an error.
 """
@@ -80,7 +80,7 @@ def _adapted(base: nn.Module, path: Path, *, prompt: bool) -> nn.Module:
 
 
 def _refuse_lost_encoder(path: Path, config: Any) -> None:
-    """Refuse an adapter whose file holds what its trained parameters came to, and not them.
+    """Refuse an adapter whose file holds the product of its trained parameters, and not the parameters themselves.
 
     Raises:
         CheckpointError: If it is one.

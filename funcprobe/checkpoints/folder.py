@@ -109,7 +109,7 @@ def load_optimizer(path: str | Path, params: Params, lr: float | None = None) ->
 
 
 def _read_optimizer(path: Path, params: Params, lr: float | None) -> tuple[Optimizer, OptState, dict[str, torch.dtype]]:
-    """Return what `load_optimizer` returns, and the dtype that each leaf's moments are saved in."""
+    """Return the optimizer and its state as `load_optimizer` does, and the dtype of each leaf's saved moments."""
     saved = _unpickled(path)
     cls = optimizer_class(saved, path.name)
     groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
@@ -173,7 +173,7 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
-    """Find out before a model is loaded what would make it useless.
+    """Check, before a model is loaded, for requests that would make it useless.
 
     Raises:
         CheckpointError: If an argument is wrong, or `optimizer.pt` is wanted and missing.
@@ -258,7 +258,7 @@ def _refuse_pickled_weights(path: Path) -> None:
 
 
 def _refuse_shards(path: Path, what: str) -> None:
-    """Name the framework whose shards stand where `what` should be.
+    """Name the framework whose shards stand where the file `what` should be.
 
     Raises:
         CheckpointError: If there are such shards.

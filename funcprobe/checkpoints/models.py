@@ -1,4 +1,4 @@
-"""Models and tokenizers from local folders through transformers, held against what the files hold.
+"""Models and tokenizers from local folders through transformers, checked against the contents of the files.
 
 transformers fills what a file lacks with random weights and a log line. Here that is an error.
 """
@@ -186,7 +186,7 @@ def ready(module: nn.Module, device: str | torch.device) -> nn.Module:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says, or its class."""
+    """Return the first line of an error's message, or its class."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
 

@@ -30,7 +30,7 @@ _FORMATS = {
 
 
 class StoredDtype:
-    """What a pickle says of a dtype: its name and its byte order.
+    """A dtype as a pickle describes it: its name and its byte order.
 
     Raises:
         ValueError: If it is no dtype of numbers.

@@ -40,7 +40,7 @@ def fitting(param_groups: Sequence[Mapping[str, Any]], state_keys: set[str]) -> 
 
 
 def _classes(options: set[str]) -> list[Class]:
-    """Return the classes that are looked at; transformers is asked only for what no other has."""
+    """Return the optimizer classes that are looked at; transformers is imported only where no other class fits."""
     found = [cls for cls in vars(torch.optim).values() if _steps(cls)]
     if {"scale_parameter", "relative_step", "clip_threshold"} <= options:
         from transformers.optimization import Adafactor

@@ -91,7 +91,7 @@ def with_lr(state_dict: Mapping[str, Any], lr: float | None, what: str = "optimi
 
 
 def bitsandbytes_optimizer(state_keys: set[str]) -> str | None:
-    """Return what kind of bitsandbytes optimizer keeps state under these keys, or None.
+    """Return the kind of bitsandbytes optimizer that keeps state under these keys, or None.
 
     Example:
         >>> bitsandbytes_optimizer({"step", "state1", "qmap1"})

@@ -86,7 +86,7 @@ def map_ids_to_names(
 
 
 def without_wrappers(name: str) -> str:
-    """Return a parameter's name without what DDP, FSDP, torch.compile and checkpointing wrappers put into it.
+    """Return a parameter's name without the parts that wrappers (DDP, FSDP, torch.compile, checkpointing) put into it.
 
     Example:
         >>> without_wrappers("module._orig_mod.layers.0._checkpoint_wrapped_module.weight")

@@ -1,4 +1,4 @@
-"""In which dtype a run keeps its weights and moments, read off what it saved."""
+"""The dtypes in which a run keeps its weights and moments, read off its saved files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from funcprobe.types import OptState, Params
 
 
 class _Decision(NamedTuple):
-    """What was decided for one leaf, and why it has to be said."""
+    """The storage dtype decided for one leaf, and the reason where a user has to know it."""
 
     dtype: torch.dtype
     reason: str | None = None

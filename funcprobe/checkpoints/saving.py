@@ -68,7 +68,7 @@ def save_checkpoint(
 def trainer_state_dict(
     module: nn.Module, params: Params, optimizer: PureOptimizer | LiftedOptimizer, opt_state: OptState
 ) -> dict[str, Any]:
-    """Return `optimizer.pt` in the Trainer's order of ids, held against what loading will make of it.
+    """Return `optimizer.pt` in the Trainer's order of ids, checked against the state that loading will make of it.
 
     Raises:
         CheckpointError: If loading could not tell its groups apart.

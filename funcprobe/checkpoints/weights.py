@@ -1,4 +1,4 @@
-"""What the headers of safetensors files say of a checkpoint's weights, before any of them is loaded.
+"""Names, shapes and dtypes of a checkpoint's weights from the headers of safetensors files, before any is loaded.
 
 A wrapper that stood round the model when it was saved leaves its name in every key: torch.compile `_orig_mod.`, DDP
 `module.`, activation checkpointing `_checkpoint_wrapped_module.`, FSDP `_fsdp_wrapped_module.`, peft

@@ -49,7 +49,7 @@ TABLES = frozenset(
 
 
 def _check(config: Config, options: Namespace) -> None:
-    """Refuse what cannot be done, before the passes and not after them.
+    """Refuse impossible options before the passes and not after them.
 
     Raises:
         ConfigError: If mode or error bars are not those of contributions.

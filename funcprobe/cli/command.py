@@ -1,4 +1,4 @@
-"""What a command is, and the one way in which all of them go: parse, load, do, write, show.
+"""A command, and the one way in which all of them go: parse, load, do, write, show.
 
 A command is a record in a module of its own, registered by one line in `main`.
 """
@@ -105,7 +105,7 @@ class Command(Generic[R]):
 
 
 def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) -> R:
-    """Do what a configuration file and overrides ask for, show the result, and say last where it is.
+    """Run a command on a configuration file and overrides, show the result, and say last where it is.
 
     Raises:
         FuncprobeError: If anything about the input is not usable; then nothing was written.

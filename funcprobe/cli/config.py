@@ -44,7 +44,7 @@ ObservableConfig = observable_model()
 
 
 class Inputs(Strict):
-    """What is loaded, how the step is taken, and what is read of it."""
+    """The keys of a configuration that every command shares: inputs, the step, and the observables."""
 
     checkpoint: FilePath = key(..., "the path of a checkpoint folder", "Hugging Face or TRL folder")
     base_model: str | None = key(
@@ -123,7 +123,7 @@ class Config(_Measuring, Inputs):
 
     @property
     def observables(self) -> dict[str, Observable]:
-        """What is measured, by name: the entropy first."""
+        """The observables to measure, by name: the entropy first."""
         return {
             "entropy": entropy(**self.observable.model_dump()),
             **{name: observable_named(name) for name in self.also},
@@ -171,7 +171,7 @@ def dump(config: Config) -> str:
 
 
 def describe_keys() -> str:
-    """Return a line a key: its name, its default, what it means."""
+    """Return a line a key: its name, its default, its meaning."""
     listed = {"also": observable_names(), "trackers": plugins.names("tracker", {})}
     lines = []
     for name, field in Config.model_fields.items():
@@ -195,7 +195,7 @@ def _lines(name: str, default: object, meaning: str | None, width: int = 76) -> 
 
 
 def _objective(values: dict[str, Any], problems: list[str]) -> ObjectiveConfig | None:
-    """Return the objective, or say in `problems` what is wrong with it."""
+    """Return the objective, or add to `problems` the reason why there is none."""
     name = values.get("name", "grpo")
     try:
         model = objective_model(name if isinstance(name, str) else show(name))
@@ -221,7 +221,7 @@ def _validated(
 
 
 def _idle_keys(config: Config) -> list[str]:
-    """Say which keys could do nothing, or not what they say."""
+    """Say which keys could do nothing, or something else than they say."""
     idle = []
     if config.microbatch is not None and config.microbatch_tokens is not None:
         idle.append("microbatch and microbatch_tokens exclude one another; leave one out, or set it to none")

@@ -105,7 +105,7 @@ def default_directory() -> Path:
 
 
 def _build(folder: Path, size: DemoSize, seed: int, progress: Progress | None) -> dict[str, Any]:
-    """Write everything but the marker, and return what training made of the policy."""
+    """Write everything but the marker, and return the statistics of training by stage."""
     generator = torch.Generator().manual_seed(seed)
     trained = train(size, seed, generator, progress)
     save_checkpoint(
@@ -160,7 +160,7 @@ def _is_intact(target: Path, identity: dict[str, Any]) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the relative names of what must not change: the configuration is there to be edited."""
+    """Return the relative names of the files that must not change: the configuration is there to be edited."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in found if name != "config.yaml")
 
@@ -170,7 +170,7 @@ def _digest(path: Path) -> str:
 
 
 def _keep_foreign_files(old: Path, new: Path) -> None:
-    """Bring over what is not the demo's, earlier results too, and an edited configuration under another name."""
+    """Keep files that are not the demo's, earlier results too, and an edited configuration under another name."""
     for path in old.iterdir() if old.is_dir() else ():
         if path.name in OURS:
             continue

@@ -49,7 +49,7 @@ class DemoSize:
 
 
 class Trained(NamedTuple):
-    """The trained policy, and what two stages of training made of it."""
+    """The trained policy, and the results of the two stages of its training."""
 
     module: nn.Module  #: the Hugging Face model as it was initialised; gives configuration and frozen state
     policy: Policy  #: that model as pure functions

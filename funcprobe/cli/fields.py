@@ -1,4 +1,4 @@
-"""The parts that a configuration is made of: strict models whose fields know what they expect and what they mean."""
+"""The parts that a configuration is made of: strict models whose fields know expected values and meanings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ except ImportError as error:
 
 
 def key(default: Any, expected: str, meaning: str, **limits: Any) -> Any:
-    """Return a field that knows what it expects (for messages) and what it means (for `--help`)."""
+    """Return a field that knows its expected values (for messages) and its meaning (for `--help`)."""
     return Field(default, description=meaning, json_schema_extra={"expected": expected}, **limits)
 
 
@@ -199,7 +199,7 @@ def _fields(
 
 
 def _words(hint: Any) -> str | None:
-    """Return what a value of that type is called; None for a type that a configuration cannot hold."""
+    """Return the words for a value of that type; None for a type that a configuration cannot hold."""
     if get_origin(hint) is not Literal:
         return _EXPECTED.get(hint) if isinstance(hint, Hashable) else None
     *others, last = map(str, get_args(hint))

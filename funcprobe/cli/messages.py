@@ -1,4 +1,4 @@
-"""Calm lines about configurations: what was found, what was expected, which key was probably meant."""
+"""Calm lines about configurations: the value found, the value expected, the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ALSO_CALLED = {
 
 
 def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[str]:
-    """Return one line a field for what pydantic found: "lr: found 'abc', expected a number ≥ 0, or none"."""
+    """Return one line for every error of pydantic: "lr: found 'abc', expected a number ≥ 0, or none"."""
     lines: dict[str, str] = {}
     for found in error.errors(include_url=False):
         place = _place(model, found["loc"])

@@ -45,7 +45,7 @@ class Option:
 
     @property
     def told(self) -> str:
-        """What it means, whether it has to be given, and its default."""
+        """The help text of the option: its meaning, whether it has to be given, and its default."""
         default = "" if self.default is None or self.default == () or self.flag else f" (default: {self.default})"
         return f"{'required: ' if self.required else ''}{self.meaning}{default}"
 
@@ -168,7 +168,7 @@ def _taken_out(rest: list[str], option: Option) -> str | None:
 
 
 def described(options: Sequence[Option]) -> str:
-    """Return the lines of a help text about options, each with what it means beside it."""
+    """Return the lines of a help text about options, each with its meaning beside it."""
     heads = [f"  --{option.name} {option.placeholder}" for option in options]
     width = max(map(len, heads), default=0) + 3
     lines = []
@@ -179,7 +179,7 @@ def described(options: Sequence[Option]) -> str:
 
 
 def usage_of(name: str, options: Sequence[Option]) -> str:
-    """Return the usage of a command that has a configuration, with what does not fit on a line on the next one."""
+    """Return the usage of a command that has a configuration, wrapped where it does not fit on a line."""
     own = [f"--{o.name} {o.placeholder}" if o.required else f"[--{o.name} {o.placeholder}]" for o in options]
     lines = [f"funcprobe {name} CONFIG.yaml"]
     indent = " " * len(f"usage: funcprobe {name} ")

@@ -1,4 +1,4 @@
-"""From a configuration to what a command works on: checked output, checkpoint, rollouts and step."""
+"""From a configuration to a command's inputs: checked output, checkpoint, rollouts and step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from funcprobe.types import Rollouts
 
 
 class Prepared(NamedTuple):
-    """What a configuration names, loaded and checked."""
+    """The inputs that a configuration names, loaded and checked."""
 
     update: Update  #: the step on U that is about to be taken
     evaluation: Rollouts  #: E
@@ -33,7 +33,7 @@ class Prepared(NamedTuple):
 
 
 def prepared(config: Config, bars: Bars) -> Prepared:
-    """Load what a configuration names.
+    """Return the inputs that a configuration names, loaded and checked.
 
     Raises:
         ConfigError: If a field asks for what cannot be done.
@@ -78,7 +78,7 @@ def check_output(output: Path, written: Collection[str], *, force: bool) -> None
 
 
 def resolved(config: Config) -> Config:
-    """Return the configuration with the device that is really used; settle what needs no model.
+    """Return the configuration with the device that is really used, having settled all that needs no model.
 
     Raises:
         ConfigError: If there is no step to take, or no such device.
@@ -120,7 +120,7 @@ def _check_fields(config: Config, evaluation: Rollouts) -> None:
 
 @contextmanager
 def memory_advice(config: Config) -> Iterator[None]:
-    """Say what to do where the device runs out of memory.
+    """Return advice for a device that runs out of memory.
 
     Raises:
         InputError: In that case.

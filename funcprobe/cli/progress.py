@@ -1,4 +1,4 @@
-"""Progress bars on standard error, for what takes longer than two seconds, on a terminal only."""
+"""Progress bars on standard error, for work that takes longer than two seconds, on a terminal only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATIENCE = 2.0
 
 
 class Bars:
-    """A context in which `bars(what, done, total)` moves a bar; it is what funcprobe calls `progress`.
+    """A context in which `bars(what, done, total)` moves a bar: the `progress` of funcprobe's functions.
 
     Between two calls of different names a pulse shows that something is under way. Nothing is drawn before a task has
     lasted `patience` seconds, and nothing at all where standard error is not a terminal.

@@ -82,7 +82,7 @@ def _line(drawn: Rollouts, output: Path) -> str:
 
 
 def _check_numbers(options: Namespace) -> None:
-    """Find out before anything is loaded what `sample` would refuse after it.
+    """Check, before anything is loaded, the numbers that `sample` would refuse after it.
 
     Raises:
         InputError: If a number is out of range.

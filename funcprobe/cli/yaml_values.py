@@ -1,4 +1,4 @@
-"""YAML without its traps: what a person writes is what arrives.
+"""YAML without its traps: values arrive as a person wrote them.
 
 YAML 1.1 reads `2e-8` as text, `010` as eight, `1:30` as ninety and `2026-01-01` as a date, and takes the later of two
 equal keys in silence. Here numbers are decimal numbers, dates are text, `none` is none, and an equal key is an error.
@@ -45,7 +45,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def scalar(text: str) -> Any:
-    """Return what one plain value means: a number, a truth value, none, or the text itself.
+    """Return the value of one plain scalar: a number, a truth value, none, or the text itself.
 
     Example:
         >>> scalar("2e-8"), scalar("none"), scalar("off"), scalar("dapo")

@@ -36,7 +36,7 @@ def leaves(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def canonical(name: str) -> str:
-    """Return a leaf's name without what wrappers and adapters add to it.
+    """Return a leaf's name without the prefixes that wrappers and adapters add to it.
 
     Example:
         >>> canonical("module.base_model.model.h.0.lora_A.default.weight")
@@ -86,7 +86,7 @@ def by_id(buffer: Buffer, module: nn.Module, *, strict: bool = True, logger: log
 
 
 def _matched(buffer: Buffer, known: Mapping[str, nn.Parameter]) -> tuple[Params, list[str]]:
-    """Return what matches a leaf, by its name, and the keys of what does not.
+    """Return the entries that match a leaf, by its name, and the keys of those that do not.
 
     Raises:
         InputError: If a leaf is given twice, or a name could stand for two.

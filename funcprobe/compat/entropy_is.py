@@ -156,7 +156,7 @@ class DeltaEntropyIS:
 
 @contextmanager
 def logged(logger: logging.Logger) -> Iterator[None]:
-    """Log what funcprobe warns of in a block, in place of the warning; other warnings pass through."""
+    """Log the warnings of funcprobe in a block instead of issuing them; other warnings pass through."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FuncprobeWarning)
         yield

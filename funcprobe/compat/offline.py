@@ -145,7 +145,7 @@ class OfflineEntropyProbe:
     run_offline_analysis = run_mixed_probe
 
     def _ground_truth(self, E_batch: Any, U_batch: Any) -> dict[str, Any]:
-        """Return what the one step on U does to H on E, and the step itself.
+        """Return the measured change of H on E under the one step on U, and the step itself.
 
         Raises:
             RuntimeError: If the configuration leaves out Δθ.

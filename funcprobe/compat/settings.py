@@ -130,7 +130,7 @@ class Settings:
         return found
 
     def get(self, key: str, default: Any = None, *, named: str | None = None) -> Any:
-        """Return the value of a key, the default where it is absent or none; if it has to be there, `named` says what.
+        """Return the value of a key, the default where it is absent or none; `named` names a key that has to be there.
 
         Raises:
             ConfigError: If it is missing, or no value that the key takes.
@@ -221,7 +221,7 @@ class Settings:
 
 
 def _problem(key: str, found: Any) -> str | None:
-    """Return what is wrong with the value of a key, None where it is fine."""
+    """Return the fault of a key's value, None where it is fine."""
     if key not in KEYS:
         return f"{key} is unknown"
     kind = KEYS[key]

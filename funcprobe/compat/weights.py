@@ -30,7 +30,7 @@ class Clipped(Entropy):
         return f"{super().name}/clip {self.c:g}"
 
     def __call__(self, scores: TokenScores, anchor: TokenScores, rollouts: Rollouts) -> Tensor:
-        """Return the estimate: the base weight of a row takes back what its importance weight has above c."""
+        """Return the estimate: the base weight of a row takes back the excess of its importance weight over c."""
         excess = torch.relu(log_ratios(scores, anchor, rollouts).sum(-1) - math.log(self.c))
         return super().__call__(scores, anchor, rollouts._replace(weight=rollouts.weight * torch.exp(-excess)))
 

@@ -58,7 +58,7 @@ def numbered(keys: Sequence[Hashable]) -> Array:
 
 
 def two_prompts(names: Sequence[Hashable], prompts: Sequence[Hashable]) -> str | None:
-    """Return what to warn of where one group id carries two prompts, naming the id and both rows; None elsewhere.
+    """Return a warning where one group id carries two prompts, naming the id and both rows; None elsewhere.
 
     Example:
         >>> two_prompts([5, 5], ["p", "q"])[:52]

@@ -1,4 +1,4 @@
-"""Lists of rows of different lengths as one flat array and the lengths: what lists, parquet and padded arrays share."""
+"""Lists of rows of different lengths as one flat array and the lengths: common to lists, parquet and padded arrays."""
 
 from __future__ import annotations
 

@@ -323,7 +323,7 @@ def _compact(value: Any, name: str, in_completion: Array) -> Ragged:
 
 
 def _unrestricted_top_k(rollouts: Rollouts) -> Rollouts:
-    """Some samplers write -1 for no restriction; here that is 0."""
+    """Return top_k with 0 for no restriction, which some samplers write as -1."""
     top_k = rollouts.top_k
     return rollouts if top_k is None else rollouts._replace(top_k=torch.where(top_k == -1, 0, top_k))
 

@@ -1,4 +1,4 @@
-"""The columns of a rollout file, one row per sequence, and what every reader must say about them.
+"""The columns of a rollout file, one row per sequence, and the errors that every reader raises about them.
 
 column              type          field            when absent
 prompt_ids          list of int   ids              an error
@@ -56,7 +56,7 @@ Columns = dict[str, Ragged | Array]
 
 
 class Table(NamedTuple):
-    """What a file holds."""
+    """The contents of a rollout file, column by column."""
 
     columns: Columns  #: the known columns that are there and not empty
     unknown: list[str]  #: names of the columns that funcprobe does not know
@@ -92,7 +92,7 @@ def metadata_of(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def type_error(name: str, found: object, example: str = "") -> InputError:
-    """Return the error for a column of the wrong type; the example says what stands in which row."""
+    """Return the error for a column of the wrong type; the example names the row and shows its value."""
     kind = {int: "int", float: "float", bool: "0/1"}[LIST_COLUMNS.get(name) or ROW_COLUMNS[name]]
     expected = f"list of {kind}" if name in LIST_COLUMNS else "int or text" if name == "group_id" else kind
     return InputError(f"the column '{name}' has type {found}; expected {expected}{example}.")

@@ -1,4 +1,4 @@
-"""Cut and join batches: rows, microbatches, prompts, and what two batches have in common."""
+"""Cut and join batches: rows, microbatches, prompts; and the overlap of two batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from funcprobe.types import Microbatch, Rollouts, TokenBudget
 
 
 class Overlap(NamedTuple):
-    """What an evaluation batch shares with an update batch."""
+    """The rows and prompts of evaluation rollouts E that also occur in the batch U of the step."""
 
-    sequences: int  #: evaluation rows whose prompt and completion occur token for token in the update batch
+    sequences: int  #: evaluation rows whose prompt and completion occur token for token in batch U
     prompts: int  #: distinct evaluation prompts that occur there
 
 
@@ -135,13 +135,13 @@ def microbatches(rollouts: Rollouts, microbatch: Microbatch) -> list[Tensor]:
     return list(torch.split(order, size))
 
 
-def overlap(evaluation: Rollouts, update: Rollouts) -> Overlap:
-    """Return how many evaluation sequences, and how many evaluation prompts, occur token for token in `update`.
+def overlap(evaluation: Rollouts, batch: Rollouts) -> Overlap:
+    """Return how many evaluation sequences, and how many evaluation prompts, occur token for token in `batch`.
 
-    An evaluation batch drawn independently of the update keeps the error bars honest; overlap makes them optimistic.
+    An evaluation batch drawn independently of `batch` keeps the error bars honest; overlap makes them optimistic.
     """
-    sequences = set(_keys(update, update.attention_mask.sum(1)))
-    prompts = set(_keys(update, update.prompt_lengths))
+    sequences = set(_keys(batch, batch.attention_mask.sum(1)))
+    prompts = set(_keys(batch, batch.prompt_lengths))
     return Overlap(
         sequences=sum(key in sequences for key in _keys(evaluation, evaluation.attention_mask.sum(1))),
         prompts=len(prompts & set(_keys(evaluation, evaluation.prompt_lengths))),

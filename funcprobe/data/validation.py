@@ -20,7 +20,7 @@ BOOLEAN_FIELDS = ("attention_mask", "completion_mask")
 
 
 def validate(rollouts: Rollouts, vocab_size: int | None = None) -> Rollouts:
-    """Return the rollouts unchanged, or say what is wrong with the first row that cannot be used.
+    """Return the rollouts unchanged, or raise an error that names the fault of the first row that cannot be used.
 
     Checked: shapes and dtypes, right padding, token ids in [0, vocab_size), at least one completion token in the batch
     and none over the prompt or the padding (a row may have none: a completion that is masked out whole counts in

@@ -1,4 +1,4 @@
-"""Forward mode: scores with their tangents, once or twice, and what functions of scores make of them."""
+"""Forward mode: scores with their tangents, once or twice, and derivatives of functions of scores made from them."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def directional_of_many(
     progress: Progress | None = None,
     what: str = "forward-mode derivatives",
 ) -> list[Directional]:
-    """Return what `directional` returns for each of K directions, from one pass: vmap over the tangents.
+    """Return the result of `directional` for each of K directions, from one pass: vmap over the tangents.
 
     The scores at θ are computed once, and the weights read once, for all of them: 1 + 2K forward passes in place of 3K.
     Tangents of activations and directions take K times the memory. A float16 model goes one direction at a time.
@@ -156,7 +156,7 @@ def _moving(
 
 @contextmanager
 def _pushing(policy: Policy, order: Literal[1, 2], as_training: bool) -> Iterator[None]:
-    """Hold a policy to forward mode of that order, with what each order needs of the stack."""
+    """Hold a policy to forward mode of that order, with the settings of the stack that each order needs."""
     once = OnceDifferentiable() if order == 1 else nullcontext()
     trained = TrainedRows() if as_training else whole_derivative(policy)
     with forward_arithmetic(policy, order), once, trained, torch.set_grad_enabled(order == 2), forward_mode_errors():
@@ -207,7 +207,7 @@ def derivative(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
 
 
 def second_derivative(f: Functional, along: Directional) -> Tensor:
-    """Return `d²/dε² f(s(ε))` at 0, that is `f″[ṡ, ṡ] + f′·s̈`, for what `directional(order=2)` returned."""
+    """Return `d²/dε² f(s(ε))` at 0, that is `f″[ṡ, ṡ] + f′·s̈`, from the result of `directional(order=2)`."""
     zero = torch.zeros_like(along.scores.logp[0, 0])
     one = torch.ones_like(zero)
 

@@ -1,4 +1,4 @@
-"""What forward mode needs of the stack: kernels that have forward derivatives, and words for those that have none."""
+"""The needs of forward mode in the stack: kernels that have forward derivatives, and words for those that have none."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Undetached(TorchFunctionMode):
 
 
 def whole_derivative(policy: Policy) -> AbstractContextManager[Any]:
-    """Return the context in which the derivative is that of what the policy computes, detached parts included."""
+    """Return the context in which the derivative is that of the computed function, detached parts included."""
     return Undetached() if policy.checks is not None and policy.checks.undetached else nullcontext()
 
 
@@ -159,7 +159,7 @@ def _by_query_blocks(
 
 
 class Arithmetic(NamedTuple):
-    """What a policy's forward pass is made of."""
+    """The arithmetic of a policy's forward pass: dtypes, autocast and kernels."""
 
     eps: float  #: of the coarsest dtype in which anything that depends on the leaves is computed
     fused_attention: bool  #: whether attention runs in fused kernels, which have no forward derivative
@@ -167,7 +167,7 @@ class Arithmetic(NamedTuple):
 
 
 def arithmetic(policy: Policy, params: Params) -> Arithmetic:
-    """Return what a forward pass over two tokens shows of a policy's arithmetic, autocast and casts inside included."""
+    """Return the arithmetic that a policy's forward pass over two tokens shows, autocast and casts inside included."""
     ids = torch.zeros((1, 2), dtype=torch.int64, device=policy.device)
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad(), Watch() as watch:
@@ -230,7 +230,7 @@ class TwiceDifferentiable(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call `func`, or what stands in for it."""
+        """Call `func`, or its substitute."""
         if func is torch.nn.functional.layer_norm:
             return _layer_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -258,7 +258,7 @@ def forward_arithmetic(policy: Policy, order: Literal[1, 2] = 1) -> Iterator[Non
 
 
 def transform_errors() -> AbstractContextManager[None]:
-    """Return a context in which torch's words for what function transforms cannot see through become a sentence."""
+    """Return a context that turns torch's errors about code opaque to function transforms into one sentence."""
     return _in_our_words(
         "an operation that function transforms do not see through",
         "so torch.func cannot differentiate it",
@@ -273,7 +273,7 @@ def forward_mode_errors() -> AbstractContextManager[None]:
 
 @contextmanager
 def _in_our_words(what: str, so: str | None, hint: str) -> Iterator[None]:
-    """Say what the module that was running has, what torch said of it, what follows, and what to do.
+    """Return torch's error in our words: the module that was running, the message, its consequence, and the remedy.
 
     Raises:
         ForwardModeError: In place of what torch says of such operations.

@@ -14,7 +14,7 @@ from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts, 
 
 
 class Passes(NamedTuple):
-    """A policy on its evaluation rollouts: what a pass needs beside parameters."""
+    """A policy on its evaluation rollouts: the inputs of a pass beside parameters."""
 
     policy: Policy
     evaluation: Rollouts

@@ -158,7 +158,7 @@ def _pass(
 def _score(
     policy: Policy, params: Params, rollouts: Rollouts, options: _Options, constant_entropy: bool
 ) -> TokenScores:
-    """Return the scores with a graph: of what training derives, or of all that the policy computes."""
+    """Return the scores with a graph: of the part that training derives, or of all that the policy computes."""
     run = partial(score, policy, params, rollouts, options.stats, rematerialise=True, constant_entropy=constant_entropy)
     if options.as_training:
         return run()
@@ -225,7 +225,7 @@ def _pulled_back(
 
 
 def _accumulate(total: Params, more: Params, ours: set[str]) -> None:
-    """Add `more` to `total`; in place once an entry is a sum of ours: what autograd returns may alias."""
+    """Add `more` to `total`; in place once an entry is a sum of ours, for results of autograd may alias."""
     for name, g in more.items():
         if name not in total:
             total[name] = g
@@ -247,7 +247,7 @@ def _dense(gradient: Tensor) -> Tensor:
 
 @contextmanager
 def _backward_errors() -> Iterator[None]:
-    """Turn what torch says of a backward pass that cannot be made into one sentence of ours.
+    """Turn torch's errors about a backward pass that cannot be made into one sentence of ours.
 
     Raises:
         ReverseModeError: In its place.

@@ -154,7 +154,7 @@ def few(policy: Policy) -> Rollouts:
 
 
 def _holds(mode: str, checks: Checks, held: Difference, found: Sequence[Tensor]) -> bool:
-    """Return whether a derivative holds, as training takes it or, where there are two, with what the module detaches.
+    """Return whether a derivative holds, as training takes it or, where there are two, with the detached part included.
 
     The two are told apart by which is nearer, however small their distance: what is detached may be a per cent.
     """

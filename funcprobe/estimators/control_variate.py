@@ -1,4 +1,4 @@
-"""A control variate from the other rollouts of a prompt: what they gave at the anchor is what this one was to give.
+"""A control variate from the other rollouts of a prompt: their mean at the anchor is the expectation of this one.
 
 Importance sampling over several prompts pays for the spread *between* prompts, of which a step changes little: part of
 what a rollout gives is its prompt's, and the prompt's other rollouts say how much. Subtracting it leaves the spread

@@ -95,7 +95,7 @@ class WeightHealth(NamedTuple):
     log_weight_std: float  #: their standard deviation
 
     def fraction(self, weighting: Weighting, *, inclusive: bool = False) -> float:
-        """Return the ESS of the named weights as a fraction of what the base weights alone would give.
+        """Return the ESS of the named weights as a fraction of the ESS of the base weights alone.
 
         `inclusive` asks for per-decision weights over `s ≤ t`, which a surprisal takes, instead of `s < t`.
         """

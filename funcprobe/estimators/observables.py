@@ -52,7 +52,7 @@ class Entropy:
 
     @property
     def name(self) -> str:
-        """The name in tables, such as 'rao_blackwell/per_decision/token'; what is not the default is added."""
+        """The name in tables, such as 'rao_blackwell/per_decision/token'; options other than the default are added."""
         proposal = "" if self.proposal == "anchor" else f"/{self.proposal}"
         variate = "/control_variate" if self.control_variate else ""
         return f"{self.integrand}/{self.weighting}/{self.per}{proposal}{variate}"

@@ -1,4 +1,4 @@
-"""What a completion earns and how long it is: expected reward and mean length, importance-sampled from scores."""
+"""Reward and length of completions: expected reward and mean length, importance-sampled from scores."""
 
 from __future__ import annotations
 

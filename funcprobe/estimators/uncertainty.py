@@ -47,7 +47,7 @@ FEWEST_PROMPTS, LEAST_ESS = 30, 0.9
 
 
 class Replicates(NamedTuple):
-    """What a resampling over prompts leaves."""
+    """The values of quantities on the whole sample and on its resamplings over prompts."""
 
     estimate: Tensor  #: [K] float64: the quantities on the whole sample
     values: Tensor  #: [R, K] float64: with one prompt left out, the same to first order, or on resampled prompts
@@ -59,7 +59,7 @@ class Bar(NamedTuple):
     """A number with its sampling error over prompts."""
 
     value: float  #: on the whole sample
-    error: float  #: standard error; infinite where a replicate is not finite, so that nothing can be said
+    error: float  #: standard error over prompts; infinite where a replicate is not finite, so that nothing can be said
     low: float  #: lower end of the interval
     high: float  #: upper end
     level: float = 0.95  #: nominal coverage of the interval
@@ -196,7 +196,7 @@ def _left_out(weighed: Quantities, share: Tensor, chunk: int) -> Tensor:
 
 
 def _influence(weighed: Quantities, share: Tensor, chunk: int) -> Tensor:
-    """Return [P, K]: what the quantities lose, to first order, without each prompt in turn.
+    """Return [P, K]: the decrease of the quantities, to first order, without each prompt in turn.
 
     When prompt p leaves, its normalised weight goes from s_p to 0 and the others grow by 1/(1 − s_p). The quantities
     have no slope along a common factor, so of that direction −e_p/(1 − s_p) is left.

@@ -133,7 +133,7 @@ def _modifiers(args: Any) -> tuple[Modifier, ...]:
 
 
 def _divisors(args: Any, batches: Sequence[Inputs]) -> tuple[float, ...] | None:
-    """Return what the sum over every micro-batch's tokens is divided by; None where rows are what counts.
+    """Return the divisors of the sum over every micro-batch's tokens; None where rows are counted instead.
 
     A process divides by `num_items_in_batch / processes`, the accumulation by the number of micro-batches, and
     gradients are averaged over processes: the number of processes cancels where the divisor is one of all tokens.
@@ -234,7 +234,7 @@ def _check_bonus(args: Any, alike: bool) -> None:
 
 
 def _field(args: Any, name: str) -> Any:
-    """Return a field of the configuration, or what its absence means.
+    """Return a field of the configuration, or the value that its absence means.
 
     Raises:
         InputError: If it is missing and means nothing.

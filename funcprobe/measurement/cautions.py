@@ -25,7 +25,7 @@ NEARLY_EQUAL = 0.99
 
 
 def step(measurement: Measurement, update: Update) -> tuple[Move, Mapping[str, float]]:
-    """Return the move that an update makes, and what its step reported; its cautions go to the measurement's messages.
+    """Return the move that an update makes, and the info of its step; its cautions go to the measurement's messages.
 
     Raises:
         InputError: If rollouts, state or learning rate do not fit.
@@ -45,7 +45,7 @@ def step(measurement: Measurement, update: Update) -> tuple[Move, Mapping[str, f
 
 
 def before_measuring(measurement: Measurement, update: Update, move: Move, info: Mapping[str, float]) -> Iterator[Note]:
-    """Yield what should be known of the batches and the step before anything is measured."""
+    """Yield the cautions about the batches and the step that are known before anything is measured."""
     if move.size.norm == 0.0:
         at = f" at learning rate {info['lr']:g}" if "lr" in info else ""
         yield Note("zero step", f"The step is zero{at}: no parameter moves, and neither does anything else.")
@@ -65,7 +65,7 @@ def before_measuring(measurement: Measurement, update: Update, move: Move, info:
 
 
 def about_the_copy(update: Update) -> Iterator[str]:
-    """Yield what was found out about the copy of a module, and whether padding in training would be seen by it.
+    """Yield the notes on the copy of a module, and a caution where padding in training would change its scores.
 
     A trainer that pads prompts on the left trains on other scores than those of the rows, where a model counts padding.
     """
@@ -108,7 +108,7 @@ def is_independent(evaluation: Rollouts, update: Update) -> bool:
 
 
 def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[Note]:
-    """Yield what the anchor's scores and the weights reveal about the rollouts."""
+    """Yield the cautions about the rollouts that the anchor's scores and the weights reveal."""
     if health.khat is not None and health.khat > KHAT_LIMIT and health.fraction("sequence") < NEARLY_EQUAL:
         yield Note(
             "khat",

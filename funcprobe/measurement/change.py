@@ -160,7 +160,7 @@ def _left_by(
 
 
 def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
-    """Return what one rounding of every score makes of F, all of a sequence alike: `√Σ_i (Σ_t |c| eps (1 + |s|))²`."""
+    """Return the error in F of one rounding a score, all of a sequence alike: `√Σ_i (Σ_t |c| eps (1 + |s|))²`."""
     c = engine.cotangents(evidence.of(observable), evidence.after)
     parts = engine.each(lambda c, s: (c.abs() * eps * (1 + s.abs())).sum(1), c, evidence.anchor)
     return float(engine.fields(parts).sum(0).norm())
@@ -250,7 +250,7 @@ def _is_rerouted(difference: Measured) -> bool:
 
 
 def _is_fine(measurement: Measurement, difference: Measured) -> bool:
-    """Return whether float error leaves every ΔF alone, and what it has beyond first order where that was asked for."""
+    """Return whether float error leaves every ΔF alone, and with an order of 2 its excess over first order too."""
     evidence, errors, subtractions = difference.evidence, difference.errors, difference.subtractions
     curved = evidence.along is not None and evidence.along.curvatures is not None
     for name, o in measurement.observables.items():

@@ -63,7 +63,7 @@ def is_bent(reading: Reading) -> bool:
 def remarks(
     readings: Mapping[str, Reading], routing: Routing | None, rounding_ratio: float
 ) -> tuple[list[Note], list[Note]]:
-    """Return what to warn of, and what to note, about jumps between θ and θ′.
+    """Return the warnings, and the notes, about jumps between θ and θ′.
 
     `rounding_ratio` is that of storing θ′: what a second order can be held against is a step that was taken.
     """

@@ -1,4 +1,4 @@
-"""What the model passes of one step leave: scores. Every number about any observable is a function of them.
+"""The scores that the model passes of one step leave: every number about any observable is a function of them.
 
 And of the base weights `a [B]` of the rollouts: a jackknife reads the same evidence with other weights.
 """
@@ -18,7 +18,7 @@ NOISE = 64 * torch.finfo(torch.float64).eps
 
 
 class Evidence(NamedTuple):
-    """The scores that one step leaves on the evaluation rollouts, and what observables make of them."""
+    """The scores that one step leaves on the evaluation rollouts, and the values of observables made from them."""
 
     rollouts: Rollouts  #: E
     anchor: TokenScores  #: [B, T] at θ

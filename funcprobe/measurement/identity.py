@@ -71,7 +71,7 @@ def _of_batch(batch: Rollouts) -> Iterator[bytes]:
 
 
 def _of_settings(settings: Iterable[object]) -> Iterator[bytes]:
-    """Yield what each prints as, without addresses in memory."""
+    """Yield the printed form of each setting, without addresses in memory."""
     for setting in settings:
         yield re.sub(r" at 0x[0-9a-fA-F]+", "", repr(setting)).encode()
 

@@ -51,7 +51,7 @@ class LearningRates:
         return first_order(self.measurement._replace(messages=Messages(quiet=True)), self._update.params, move.delta)
 
     def points(self, lrs: Sequence[float], chunk: int = 1) -> Iterator[Outcome]:
-        """Yield what the step does at each learning rate, `chunk` of them scored at a time."""
+        """Yield the outcome of the step at each learning rate, `chunk` of them scored at a time."""
         if chunk > 1 and self.first.choices:
             self.measurement.messages.note("one at a time", ONE_AT_A_TIME)
         for start in range(0, len(lrs), chunk):
@@ -63,7 +63,7 @@ class LearningRates:
                 yield self.point(lr, move, after)
 
     def point(self, lr: float, move: Move, after: TokenScores | None = None) -> Outcome:
-        """Return what the step does at one learning rate."""
+        """Return the outcome of the step at one learning rate."""
         own = self.measurement._replace(messages=Messages(quiet=True))
         with _naming(lr):
             first = self.first_order(move, lr, own.messages)

@@ -1,4 +1,4 @@
-"""What a step does to observables on held-out rollouts: ΔF measured, δF₁ (and δF₂) predicted, with error bars."""
+"""The effect of a step on observables on held-out rollouts: ΔF measured, δF₁ (and δF₂) predicted, with error bars."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class _Both(NamedTuple):
 
 
 def _both(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> _Both:
-    """Return what was measured: one step, or two where storing θ′ sets it apart from θ + Δθ.
+    """Return the measured outcome: of one step, or of two where storing θ′ sets it apart from θ + Δθ.
 
     Where a run stores what it steps in a narrower dtype than the arithmetic's, the main one is θ + Δθ at every learning
     rate, so that ΔF is compared with its own first order, unless a difference was asked for, which sees θ′.

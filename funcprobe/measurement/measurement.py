@@ -25,7 +25,7 @@ DEFAULT_OBSERVABLE: Observable = entropy()
 
 
 class Measurement(NamedTuple):
-    """What is measured, on which rollouts, and how."""
+    """The observables, the rollouts and the options of a measurement."""
 
     passes: Passes  #: over E
     observables: Mapping[str, Observable]  #: the first one is what ESS, rounding and exchange rates refer to

@@ -33,7 +33,7 @@ class Messages:
         self.notes += several
 
     def about_the_copy(self, checks: Checks | None) -> None:
-        """Say what was found out about the copy of a module, once."""
+        """Add the notes on the copy of a module, once."""
         if checks is not None:
             self.warn(*(Note("copy", text) for text in checks.warnings if text not in self.warnings))
             self.add(Note("copy", text) for text in checks.notes if text not in self.notes)

@@ -1,4 +1,4 @@
-"""What one step did to the stored parameters: how far it went, and what storing it in their dtype lost."""
+"""The effect of one step on the stored parameters: how far it went, and how much storing it in their dtype lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Outcome`: what one update did to observables; every result is made of one or of several."""
+"""`Outcome`: the effect of one update on observables; every result is made of one or of several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from funcprobe.measurement.routing import Routing
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one update did to observables on held-out rollouts, measured and predicted."""
+    """The effect of one update on observables on held-out rollouts, measured and predicted."""
 
     readings: Mapping[str, Reading]  #: by the name of the observable; the first one is the main one
     exchange: Mapping[str, Bar]  #: "a per b": ΔF of the main observable per ΔF of another

@@ -1,4 +1,4 @@
-"""From evidence to numbers: what one step does to each observable, with its error bar and what it was measured by."""
+"""From scores to numbers: the effect of one step on each observable, with its error bar and its method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WEIGHTLESS = "the observable does not use rollouts.weight, so it has no error ba
 
 
 class Reading(NamedTuple):
-    """What one step does to one observable."""
+    """The effect of one step on one observable."""
 
     observable: str  #: its name
     unit: str
@@ -37,7 +37,7 @@ class Reading(NamedTuple):
     second_order: float | None = None  #: δF₂ = ½ D²F[Δθ, Δθ], where it was asked for
     method: str = "difference"  #: "difference" of two evaluations, or a "path" integral
     nodes: int = 0  #: of the path
-    float_error: float | None = None  #: estimated arithmetic error of the change; None where nothing could estimate it
+    float_error: float | None = None  #: arithmetic error of the change, not sampling error; None if not estimated
     subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
     bars: Mapping[str, Bar] = {}
     caveats: tuple[str, ...] = ()  #: why the bars are optimistic
@@ -200,7 +200,7 @@ def with_bars(
     evidence: Evidence,
     healths: Mapping[str, WeightHealth],
 ) -> dict[str, Reading]:
-    """Return the readings with their bars, and with what makes these optimistic."""
+    """Return the readings with their bars, and with the reasons why these are optimistic."""
     names = ["change"]
     if evidence.along is not None:
         names += ["first_order", "remainder", "ratio"]

@@ -49,7 +49,7 @@ class _Piece(NamedTuple):
 
 
 class Choices:
-    """What a policy chose in the first pass over all of E, piece by piece."""
+    """The choices of a policy in the first pass over all of E, piece by piece."""
 
     def __init__(self, passes: Passes) -> None:
         self._evaluation = passes.evaluation
@@ -67,7 +67,7 @@ class Choices:
         return any(piece.choices for piece in self._pieces)
 
     def keep(self, mask: Tensor, choices: list[Tensor]) -> None:
-        """Keep what was chosen in a call with that attention mask `[b, L]`."""
+        """Keep the choices of a call with that attention mask `[b, L]`."""
         seen = torch.nn.functional.pad(mask[:, 1:], (0, 1))  # no score depends on the features of a row's last token
         self._pieces.append(_Piece(seen.cpu(), choices))
 
@@ -151,7 +151,7 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _choice_of(func: Any, found: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Choice | None:
-    """Return the choice that a call made; None for one that chose nothing, or sorted what had been chosen before."""
+    """Return the choice that a call made; None for one that chose nothing, or sorted earlier choices."""
     indices = found[1] if isinstance(found, tuple) else found
     scores = args[0] if args else kwargs.get("input")
     if not isinstance(scores, Tensor) or not scores.is_floating_point() or indices.is_floating_point():

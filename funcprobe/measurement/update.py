@@ -29,7 +29,7 @@ _KNOWS = {
 
 @dataclass
 class _Held:
-    """The gradient of a loss, once it was taken: updates that differ in what follows from it share one."""
+    """The gradient of a loss, once it was taken: updates that differ only in later steps share one."""
 
     loss: LossGradient | None = None
     warnings: tuple[Note, ...] = ()
@@ -156,7 +156,7 @@ class Update:
         lr: float | None = None,
         batch: Rollouts | None = None,
     ) -> Update:
-        """Return the update with something else in place of its own, for `compare`; what is None stays.
+        """Return the update with something else in place of its own, for `compare`; None keeps the update's own.
 
         Raises:
             InputError: If it was not made from a batch, or the learning rate is out of range.
@@ -196,11 +196,11 @@ class Update:
 
     @property
     def warnings(self) -> tuple[Note, ...]:
-        """What the gradient on U warned of when it was taken."""
+        """The warnings that were raised when the gradient on U was taken."""
         return self._held.warnings
 
     def take(self, progress: Progress | None = None) -> StepResult:
-        """Return θ′, Δθ, the optimizer's state and what the step reported; made anew at every call, from one gradient.
+        """Return θ′, Δθ, the optimizer's state and the info of the step; made anew at every call, from one gradient.
 
         Raises:
             InputError: If rollouts, state or learning rate do not fit.

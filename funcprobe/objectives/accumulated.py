@@ -1,4 +1,4 @@
-"""One loss over several micro-batches, each averaged by itself: what gradient accumulation trains on.
+"""One loss over several micro-batches, each averaged by itself, as under gradient accumulation.
 
 `loss = Σ_k Σ_(b,t in k) m_bt · token loss_bt / n_k`. Where all n_k are equal this is the loss of the whole batch; where
 a mean is taken over every micro-batch's own tokens it is not, and short micro-batches weigh more a token.

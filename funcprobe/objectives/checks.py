@@ -1,4 +1,4 @@
-"""What an option of an objective may be, said calmly."""
+"""Checks of the options of objectives, with calm messages."""
 
 from __future__ import annotations
 

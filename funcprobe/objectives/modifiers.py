@@ -1,4 +1,4 @@
-"""Changes to the token loss of a policy gradient: which tokens train, and what is added to them.
+"""Changes to the token loss of a policy gradient: the choice of tokens that train, and terms added to them.
 
 `token loss_t = keep_t (−surrogate_t) + Σ penalty_t + beta · kl_t`: a modifier sees the terms of every token and returns
 the factor `keep`, the added `penalty`, or both. Averaging is left as it is, so a token that is kept out still counts in
@@ -21,7 +21,7 @@ from funcprobe.types import Rollouts
 
 
 class TokenTerms(NamedTuple):
-    """What a modifier sees: `[B, T]` each, finite everywhere, of no meaning where `counted` is False."""
+    """The input of a modifier: `[B, T]` each, finite everywhere, of no meaning where `counted` is False."""
 
     logp: Tensor  #: nats, log-probability of the token
     log_ratio: Tensor  #: nats, logp − old log-probability; 0 with its gradient where there is no old one
@@ -33,7 +33,7 @@ class TokenTerms(NamedTuple):
 
 
 class Change(NamedTuple):
-    """What a modifier does to the token losses; None leaves them alone."""
+    """The change that a modifier makes to the token losses; None leaves them alone."""
 
     keep: Tensor | None = None  #: [B, T] factor of the surrogate term, without gradient
     penalty: Tensor | None = None  #: [B, T] added to the token loss
@@ -52,7 +52,7 @@ class Modifier(ABC):
         """Return the change to the token losses."""
 
     def caution(self, rollouts: Rollouts) -> str | None:
-        """Return what should be known before a step on these rollouts, advantages included, if anything."""
+        """Return the caution about a step on these rollouts, advantages included, if there is any."""
         return None
 
 

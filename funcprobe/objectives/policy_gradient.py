@@ -185,7 +185,7 @@ class PolicyGradient:
         return total if self.ratio == "sequence_sum" else total / _lengths(mask)
 
     def _surrogate(self, ratio: Tensor, logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:
-        """Return what the loss maximises, broadcastable to `[B, T]`."""
+        """Return the surrogate that the loss maximises, broadcastable to `[B, T]`."""
         if self.surrogate == "log_prob":
             return advantage * logp
         if self.surrogate == "capped":

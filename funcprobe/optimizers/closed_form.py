@@ -160,7 +160,7 @@ class PureOptimizer:
         *,
         as_stored: bool = True,
     ) -> Iterator[tuple[str, Tensor, Terms]]:
-        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: what `terms` returns, cut.
+        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: the results of `terms`, cut.
 
         Where the gradient of a leaf is None, its pieces are 0, terms and all.
 

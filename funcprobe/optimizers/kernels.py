@@ -55,7 +55,7 @@ def still(leaf: Tensor) -> Terms:
 
 
 class Kernel(NamedTuple):
-    """What a built-in optimizer is made of."""
+    """The functions that a built-in optimizer is made of."""
 
     init: Callable[[Tensor, Hyper], State]  #: the state of a leaf before its first step
     keys: Callable[[Hyper], tuple[str, ...]]  #: the names of the state of a leaf that has stepped

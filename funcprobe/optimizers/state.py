@@ -69,7 +69,7 @@ def state_to_torch(optimizer: HasGroups, opt_state: OptState, names: Sequence[st
 
 
 def check_state(name: str, leaf: Tensor, opt_state: OptState, keys: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Return the state of one leaf after holding its entries and their shapes against what is expected.
+    """Return the state of one leaf after checking its entries and their shapes against the expected ones.
 
     Raises:
         InputError: If the leaf has no entry, an entry is missing or unknown, or one has another shape than the leaf.

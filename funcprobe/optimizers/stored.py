@@ -109,7 +109,7 @@ def is_moment(key: str, value: Tensor, leaf: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class StoredPure(PureOptimizer):
-    """SGD, Adam or AdamW, stored: its closed form is that of what is held, its stored result torch's own."""
+    """SGD, Adam or AdamW, stored: its closed form is that of the held values, its stored result torch's own."""
 
     storage: Storage = field(default_factory=dict)  #: by leaf
 
@@ -132,7 +132,7 @@ class StoredPure(PureOptimizer):
     def terms(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> dict[str, Terms]:
-        """Return for every leaf `(scale, momentum, decay)`, float64, at what is held.
+        """Return for every leaf `(scale, momentum, decay)`, float64, at the held values.
 
         Raises:
             InputError: If names or shapes do not fit.
@@ -148,7 +148,7 @@ class StoredPure(PureOptimizer):
         *,
         as_stored: bool = True,
     ) -> Iterator[tuple[str, Tensor, Terms]]:
-        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: what `terms` returns, cut.
+        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: the results of `terms`, cut.
 
         Raises:
             InputError: If names or shapes do not fit.

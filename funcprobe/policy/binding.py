@@ -30,7 +30,7 @@ class Skeleton:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run in the arithmetic of the original; what parts write to themselves is gone afterwards."""
+        """Run in the arithmetic of the original; attributes that parts write to themselves are gone afterwards."""
         kept = [(part, dict(part.__dict__), dict(part._buffers)) for part in self.stateful]
         low = self.autocast
         # without the cache: it would keep casts of one transform's tensors for another one's
@@ -56,7 +56,7 @@ class Bound:
         self.aliases = {local: skeleton.leaves[id(p)] for local, p in named if id(p) in skeleton.leaves}
 
     def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
-        """Return what the submodule returns."""
+        """Return the result of the submodule."""
         local = {name: params[canonical] for name, canonical in self.aliases.items()}
         with self.skeleton.running():
             return functional_call(self.module, local, args, kwargs, tie_weights=False)

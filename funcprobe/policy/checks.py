@@ -1,4 +1,4 @@
-"""Does the copy of somebody's module say what the module says? Found out once, on a few tokens, when it is made.
+"""A check, on a few tokens, that the copy of somebody's module computes the same as the module, when it is made.
 
 1. its logits are the module's own, in the module's own precision; 2. it reacts to every leaf that the module reacts to;
 3. it writes nothing; 4. a row does not depend on the rows beside it; 5. decoding agrees with scoring; 6. two passes
@@ -43,7 +43,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Checks:
-    """What the copy of a module proved, check by check."""
+    """The proofs of a module's copy, check by check."""
 
     module: str  #: the class of the module
     results: dict[str, str] = field(default_factory=dict)  #: check -> outcome, a few words
@@ -61,12 +61,12 @@ class Checks:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided."""
+        """The decisions that were made about the copy, as notes."""
         return tuple(f.text for f in self.findings if not f.warns)
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What makes the numbers others than the run's."""
+        """The reasons why the numbers may differ from the run's, as warnings."""
         return tuple(f.text for f in self.findings if f.warns)
 
     def __str__(self) -> str:
@@ -77,11 +77,11 @@ class Checks:
 
 
 class Rejected(FuncprobeError):
-    """A way to run the copy that does not say what the module says."""
+    """A way to run the copy that disagrees with the module."""
 
 
 class Trial(NamedTuple):
-    """The rows that a copy is tried on, and what the module itself says of them."""
+    """The rows that a copy is tried on, and the module's own outputs on them."""
 
     rows: tuple[Tensor, ...]  #: [L] of ids each, the shortest first
     seen: Seen
@@ -109,7 +109,7 @@ class Trial(NamedTuple):
 
 
 def prove(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
-    """Return the parts in the way in which they say what the module says, with what was found told to `checks`.
+    """Return the parts in the first way that agrees with the module, with notes of the proof in `checks`.
 
     Raises:
         Rejected: If there is none.
@@ -218,7 +218,7 @@ def _reached(logits: Sequence[Tensor], leaves: Mapping[str, Tensor]) -> frozense
 
 
 def _is_finite(logits: Sequence[Tensor], leaves: Sequence[Tensor]) -> bool:
-    """Return whether what the finite logits' sum of squares pulls back is finite.
+    """Return whether the pullback of the finite logits' sum of squares is finite.
 
     It is pulled back to the first leaf, which stands before all others, and to small ones: what is not finite on the
     way shows there, and gradients of large matrices are never made. No number of a result is made of it.

@@ -1,4 +1,4 @@
-"""A copy of a module's structure that shares its tensors: what a policy runs, so that the module itself is left alone.
+"""A copy of a module's structure that shares its tensors: a policy runs it, so that the module itself is left alone.
 
 Modules, their registries and whatever they hold are copied one by one; tensors are shared. So a module that keeps an
 activation of its last pass, a lock or a file copies as well as any other, which `copy.deepcopy` refuses.
@@ -78,7 +78,7 @@ def without_training_hooks(skeleton: nn.Module) -> nn.Module:
 
 
 def _copied(value: Any, copies: dict[int, Any]) -> Any:
-    """Return what stands for a value in the copy; what cannot be copied is shared."""
+    """Return the copy's stand-in for a value; a value that cannot be copied is shared."""
     if id(value) in copies:
         return copies[id(value)]
     again = functools.partial(_copied, copies=copies)

@@ -31,7 +31,7 @@ class CachedRows:
 
 
 class WholeRows:
-    """Right-padded rows, run from their first token at every step: what any module can do."""
+    """Right-padded rows, run from their first token at every step, as any module can."""
 
     def __init__(self, policy: Policy, params: Params, prompts: list[list[int]], room: int) -> None:
         self.features, self.params = policy.features, params

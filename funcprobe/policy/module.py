@@ -89,7 +89,7 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
 
 
 def _copied(module: nn.Module, params: Params) -> Policy:
-    """Return the first way to run a copy that says what the module says.
+    """Return the first way to run a copy that agrees with the module.
 
     Raises:
         InputError: If there is none.
@@ -114,7 +114,7 @@ def _copied(module: nn.Module, params: Params) -> Policy:
 
 
 def _trial(module: nn.Module) -> Trial:
-    """Return a short and a longer row of small ids, and what the module says of them.
+    """Return a short and a longer row of small ids, and the module's own outputs on them.
 
     Raises:
         InputError: If it cannot be run on them, is not causal, or draws random numbers.
@@ -180,7 +180,7 @@ def _autocasts(skeleton: Skeleton, trial: Trial) -> bool:
 
 
 def _policy(skeleton: Skeleton, parts: Parts, params: Params, trial: Trial, checks: Checks) -> Policy:
-    """Return the policy of parts that were proved; decoding by a cache only where it says what scoring says."""
+    """Return the policy of parts that were proved; decoding by a cache only where it agrees with scoring."""
     frequencies = rows_share_frequencies(skeleton.module)
     if frequencies:
         checks.found(
@@ -219,7 +219,7 @@ def _policy(skeleton: Skeleton, parts: Parts, params: Params, trial: Trial, chec
 
 
 def _tell(module: nn.Module, trial: Trial, checks: Checks, instance_forwards: bool) -> None:
-    """Say what was found out about the module on the way."""
+    """Issue the notes and warnings on the module that came up on the way."""
     owners = [name or type(module).__name__ for name, _ in own_forwards(module)]
     if owners and not instance_forwards:
         checks.results["forward set on an instance"] = f"left out ({len(owners)}); the class's says the same"

@@ -15,7 +15,7 @@ _BY_LENGTH = ("dynamic", "longrope")
 
 
 def refuse_what_cannot_be_copied(module: nn.Module, device: object = None) -> None:
-    """Check what can be seen without running the module.
+    """Check the reasons against a copy that can be seen without running the module.
 
     Raises:
         InputError: If it is scripted, offloaded, an encoder-decoder, made in inference mode, or has a gradient that
@@ -56,7 +56,7 @@ def refuse_what_cannot_be_copied(module: nn.Module, device: object = None) -> No
 
 
 def refuse_autocast(device: torch.device) -> None:
-    """Check that no autocast around the call changes what a forward pass computes.
+    """Check that no autocast around the call changes the result of a forward pass.
 
     Raises:
         InputError: If it is on.
@@ -80,7 +80,7 @@ def positions_of(module: nn.Module) -> int | None:
 
 
 def ids_below(module: nn.Module) -> int:
-    """Return a bound that small token ids stay below: the vocabulary, where a module says what reads its ids."""
+    """Return a bound that small token ids stay below: the vocabulary, where a module names its input embedding."""
     own = next((size for part in module.modules() if (size := _vocabulary(part)) is not None), None)
     # a table that is not the ids' may be of positions, or shorter
     sizes = (

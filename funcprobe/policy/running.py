@@ -1,4 +1,4 @@
-"""Run somebody's module once on a few tokens, and see what it does: its logits, its precision, what it writes.
+"""Run somebody's module once on a few tokens, and observe its logits, its precision, and its writes.
 
 The module is the caller's, so nothing of it may change: a write to one of its tensors is stopped before it is made, and
 flags, attributes and generators are put back.
@@ -23,7 +23,7 @@ from funcprobe.policy.copying import uncompiled
 
 
 class Watch(TorchFunctionMode):
-    """A context that notices the arithmetic of what depends on the leaves, and whether attention is torch's fused one.
+    """A context that notices the arithmetic that depends on the leaves, and whether attention is torch's fused one.
 
     Precision is that of every floating result that carries a graph: constants such as rotary tables are left out, and a
     bfloat16 product inside a float32 module is not.
@@ -126,7 +126,7 @@ def generators_kept(module: nn.Module) -> AbstractContextManager[None]:
 
 
 class Seen(NamedTuple):
-    """What running a module on its own showed."""
+    """The observations of a module run on its own."""
 
     logits: list[Tensor]  #: [L, V] of every row, run alone, with its graph
     leaves: Mapping[str, Tensor]  #: the module's own trainable leaves, at which the graph ends
@@ -136,7 +136,7 @@ class Seen(NamedTuple):
 
 
 def observed(module: nn.Module, rows: Sequence[Tensor], seed: int = 0) -> Seen:
-    """Run the module in eval mode on every row [L] of ids alone, and return what was seen.
+    """Run the module in eval mode on every row [L] of ids alone, and return the observations.
 
     A module that draws random numbers shows it by what another `seed` gives.
 
@@ -182,7 +182,7 @@ def logits_of(found: Any) -> Any:
 
 
 def arguments_of(module: nn.Module, *, whole: bool = False) -> Callable[[Tensor], dict[str, Any]]:
-    """Return what a call is given beside ids, as a function of the mask: what the module's forward has names for.
+    """Return the arguments of a call beside ids, as a function of the mask: those that the module's forward names.
 
     A `whole` row has no padding, and a mask only where the module cannot do without.
     """
@@ -208,7 +208,7 @@ def running_module(traceback: TracebackType | None) -> str:
 
 
 def first_sentence(error: BaseException) -> str:
-    """Return the first sentence of what an error says, or its name."""
+    """Return the first sentence of an error's message, or its name."""
     lines = (line.strip() for line in str(error).splitlines() if line.strip())
     return next(lines, type(error).__name__).split(". ")[0].rstrip(".")
 

@@ -112,7 +112,7 @@ def _fields(
 
 
 def _held(x: Tensor) -> Tensor:
-    """Return x without its derivatives, also where what a *module* detaches is differentiated (`engine.kernels`)."""
+    """Return x without its derivatives, also where values detached by a *module* have some (`engine.kernels`)."""
     held: Tensor = torch.ops.aten.detach(x)
     return held
 

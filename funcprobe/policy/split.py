@@ -83,7 +83,7 @@ def _split(skeleton: Skeleton, lm: nn.Module, path: str) -> Parts:
 
 
 def _backbones(lm: nn.Module) -> Iterator[str]:
-    """Yield the names of what may stand before the head: by its class's own word, by `get_decoder`, by size."""
+    """Yield names of submodules that may precede the head: by its class's own word, by `get_decoder`, by size."""
     head = lm.get_output_embeddings()  # type: ignore[operator]
     names = {id(part): name for name, part in lm.named_modules()}
     own = str(getattr(type(lm), "base_model_prefix", ""))
@@ -101,7 +101,7 @@ def _has_head(module: nn.Module) -> bool:
 
 
 def _with(lm: nn.Module, path: str, given: nn.Module) -> nn.Module:
-    """Return the model with `given` in the place of a submodule; what stands on the way is copied, one object each."""
+    """Return the model with `given` in the place of a submodule; the modules on the way are copied, one object each."""
     first, dot, rest = path.partition(".")
     made = copy.copy(lm)
     child = _with(lm._modules[first], rest, given) if dot else given  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Substitutes(NamedTuple):
-    """What of a copy runs otherwise in forward mode."""
+    """The operations of a copy that run otherwise in forward mode."""
 
     attention: bool = False  #: attention is torch's own `scaled_dot_product_attention`, not a package's or flex
     experts: bool = False  #: experts run one by one, because grouped products have no forward derivative

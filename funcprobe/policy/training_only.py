@@ -1,4 +1,4 @@
-"""What a training run adds to a model's forward pass or to its loss, and a step on its copy does not have.
+"""Terms that a training run adds to a model's forward pass or to its loss, and that a step on its copy does not have.
 
 | kind | in a run | found as |
 |---|---|---|
@@ -50,7 +50,7 @@ class TrainingTerm(NamedTuple):
 def training_terms(
     module: nn.Module, *, router_aux_loss_coef: float | None = None, skeleton: Skeleton | None = None
 ) -> tuple[TrainingTerm, ...]:
-    """Return what training `module` adds that a step on its copy does not have; nothing where the two agree.
+    """Return the terms that training `module` adds and a step on its copy lacks; nothing where the two agree.
 
     The module is read and a copy of its structure is run once on five tokens, with and without padding; the module, its
     mode and the generators stay as they are. `router_aux_loss_coef` is the run's own, where its configuration has one:
@@ -90,7 +90,7 @@ def _random(module: nn.Module) -> Iterator[TrainingTerm]:
 
 
 def _held(where: str, part: nn.Module) -> Iterator[tuple[Kind, str, float]]:
-    """Yield (kind, name, value) of what a module itself keeps."""
+    """Yield (kind, name, value) of the tensors and settings that a module itself keeps."""
     if isinstance(part, DROPOUTS):
         if part.p > 0:
             yield "dropout", next((n for n in reversed(where.split(".")) if "drop" in n), type(part).__name__), part.p
@@ -166,7 +166,7 @@ class _Scored(NamedTuple):
 
 
 def _scored(skeleton: Skeleton, padding: int) -> _Scored:
-    """Run a short row behind `padding` columns of padding, and return what is said of its own tokens."""
+    """Run a short row behind `padding` columns of padding, and return the scores of its own tokens."""
     module, device = skeleton.module, skeleton.device
     vocabulary = min((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=ROW)
     row = torch.arange(ROW, device=device).remainder(vocabulary)

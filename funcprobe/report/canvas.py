@@ -1,4 +1,4 @@
-"""What all figures share: Axes without pyplot, a legend that covers no point, a file."""
+"""The common parts of all figures: Axes without pyplot, a legend that covers no point, a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a sweep: what was measured at every learning rate, and the straight lines that theory draws through it."""
+"""Figures of a sweep: the measured change at every learning rate, and the straight lines of theory through it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NEAR = 30.0
 
 
 def plot_sweep(sweep: Curve, name: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw |ΔF| against the learning rate, both on log scales, with what first and second order predict.
+    """Draw |ΔF| against the learning rate, both on log scales, with first- and second-order predictions.
 
     Triangles are measured, upward where ΔF > 0, dark where by path and light where by difference, with their intervals
     over prompts (dashed where known to be optimistic, down to the lower edge where they hold 0). Rings are the

@@ -1,4 +1,4 @@
-"""Contributions in a few classes of size, with numbers on the borders: what a heat map colours by, and its legend."""
+"""Contributions in a few classes of size, with numbers on the borders: the colours of a heat map, and its legend."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Classes(NamedTuple):
     edges: tuple[float, ...]  #: DEPTH sizes, rising: where class 1, 2, ... begins; empty where nothing contributes
 
     def of(self, values: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return the signed class of every value: −DEPTH to DEPTH, 0 for what is smaller than the first border."""
+        """Return the signed class of every value: −DEPTH to DEPTH, 0 for one that is smaller than the first border."""
         size = np.searchsorted(np.asarray(self.edges), np.abs(values), side="right")
         return (np.sign(values) * size).astype(np.int64)
 
     def legend(self, values: NDArray[np.float64]) -> list[LegendRow]:
-        """Return a row for every class, from what lowers most to what raises most, with what `values` hold of it."""
+        """Return a row for every class, from lowering most to raising most, with the share of `values` in it."""
         found, rows = self.of(values), []
         for k in range(-DEPTH, DEPTH + 1):
             inside = values[found == k]

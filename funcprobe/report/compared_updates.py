@@ -18,7 +18,7 @@ _DARK, _LIGHT = "#1b2a49", "#e08a1e"
 def plot_comparison(
     comparison: Comparison, observable: str | None = None, ax: Axes | None = None, *, differences: bool = False
 ) -> Axes:
-    """Draw what every update does to an observable, by default the main one: ΔF with its interval, and δF₁.
+    """Draw the effect of every update on an observable, by default the main one: ΔF with its interval, and δF₁.
 
     With `differences`, how much more each update changes it than the first one, paired by prompt: intervals that hold 0
     are hollow, because such a difference is not told from none.

@@ -38,7 +38,7 @@ _NAMED = 26
 
 
 def plot_layers(attribution: Parts, ax: Axes | None = None) -> Axes:
-    """Draw what every layer contributed: what gradient, momentum and decay did, stacked, and their sum as a diamond.
+    """Draw the contribution of every layer: gradient, momentum and decay, stacked, and their sum as a diamond.
 
     Parts of opposite sign are stacked on opposite sides of 0. Parameters outside of layers have bars of their own. Sums
     have their intervals where `bars_of` named the table, as in all figures of an attribution.
@@ -60,7 +60,7 @@ def plot_layers(attribution: Parts, ax: Axes | None = None) -> Axes:
 
 
 def plot_kinds(attribution: Parts, ax: Axes | None = None) -> Axes:
-    """Draw what every kind of parameter contributed (attention, MLP, norm, ...), stacked as in `plot_layers`.
+    """Draw the contribution of every kind of parameter (attention, MLP, norm, ...), stacked as in `plot_layers`.
 
     Raises:
         MissingExtraError: If matplotlib is not installed.
@@ -113,7 +113,7 @@ def plot_movers(
 
 
 def _places(names: list[str]) -> list[float]:
-    """Return where bars stand: layers beside one another, what is outside of layers so far apart that names fit."""
+    """Return the places of bars: layers beside one another, parts outside of layers so far apart that names fit."""
     apart = max(1.0, len(names) / 20)
     places, at = [], 0.0
     for name, before in zip(names, [None, *names], strict=False):
@@ -205,7 +205,7 @@ def _shares(ax: Axes, values: Sequence[float], ends: Sequence[tuple[float, float
 
 
 def title(ax: Axes, attribution: Parts, by: str) -> None:
-    """Head a figure of an attribution: the step, its whole, and by what it is split."""
+    """Head a figure of an attribution: the step, its whole, and the parts that it is split into."""
     probe = attribution.probe
     what = named(probe.outcome, probe.family).removeprefix("the ")
     whole = f"δF₁ = {attribution.first_order:+.3e} {attribution.unit}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""A token heat map: one self-contained HTML page on which every completion token is coloured by what it contributed."""
+"""A token heat map: one self-contained HTML page on which every completion token is coloured by its contribution."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def heat_map(attribution: Parts, path: str | os.PathLike[str], of: Batch = "batc
 
 
 def environment() -> Environment:
-    """Return what renders the templates of this package: everything put into them is escaped.
+    """Return the renderer of this package's templates: everything put into them is escaped.
 
     Raises:
         MissingExtraError: If jinja2 is not installed.

@@ -1,4 +1,4 @@
-"""What stands on a token heat map, as values: words, sums, every token with its colour; the template lays out."""
+"""The contents of a token heat map, as values: words, sums, every token with its colour; the template lays out."""
 
 from __future__ import annotations
 
@@ -160,6 +160,7 @@ class _Vocabulary:
         return self._seen[token]
 
     def join(self, tokens: list[int]) -> str:
+        """Return the entries of a sequence, joined."""
         return ("" if self._raw is not None else " ").join(self[t] for t in tokens)
 
 
@@ -213,7 +214,7 @@ def _ways(attribution: Parts, of: Batch) -> list[tuple[str, str]]:
 
 
 def _notes(attribution: Parts, of: Batch) -> list[tuple[str, str]]:
-    """Return what a reader has to know of E, U, the unit and the form."""
+    """Return notes that define E, U, the unit and the form for a reader."""
     e, u = attribution.probe.evaluation, attribution.probe.batch
     what = _what(attribution)
     does = (

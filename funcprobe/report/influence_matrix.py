@@ -1,4 +1,4 @@
-"""The figure of the influence matrix: what every sequence of U did through every sequence or prompt of E."""
+"""The figure of the influence matrix: the effect of every sequence of U through every sequence or prompt of E."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def plot_influence(attribution: Parts, ax: Axes | None = None) -> Axes:
-    """Draw the influence matrix: what every sequence of U did through every sequence or prompt of E.
+    """Draw the influence matrix: the effect of every sequence of U through every sequence or prompt of E.
 
     Light raises and dark lowers, so that it reads in grey. Colours end at the largest hundredth of sizes, so that one
     entry does not pale all others.

@@ -114,7 +114,7 @@ def draw_beside(ax: Axes, values: list[tuple[float, float]], label: str) -> None
 
 
 def draw_crosses(ax: Axes, marks: list[Mark], rings: list[tuple[float, Reading]], more: str = "") -> None:
-    """Cross what float error holds more than a tenth of, and rings that are so far off their number."""
+    """Cross points of which float error holds more than a tenth, and rings that are so far off their number."""
     lost = [(m.lr, m.value) for m in marks if m.lost]
     lost += [(lr, r.subtraction or 0.0) for lr, r in rings if is_lost(r.change, subtraction_error(r))]
     if lost:
@@ -130,5 +130,5 @@ def draw_crosses(ax: Axes, marks: list[Mark], rings: list[tuple[float, Reading]]
 
 
 def _inside(ax: Axes, values: list[float]) -> list[float]:
-    """Return sizes for a log scale; what is below the frame lies on its lower edge."""
+    """Return sizes for a log scale; a size below the frame lies on its lower edge."""
     return [max(abs(value), ax.get_ylim()[0]) for value in values]

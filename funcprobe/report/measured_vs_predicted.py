@@ -101,7 +101,7 @@ def _label(name: str) -> str:
 
 
 def _scale(largest: float) -> tuple[float, str]:
-    """Return what fractions are multiplied by, and how an axis names that unit."""
+    """Return the factor of fractions, and the name of that unit on an axis."""
     if largest == 0 or 1e-4 <= largest < 10:
         return 100.0, "% of"
     exponent = math.floor(math.log10(largest))

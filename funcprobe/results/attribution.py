@@ -80,5 +80,5 @@ class Attribution(Parts, Result):
         return frame_of(correlations(self.columns(table, of), _AGAINST[table]))
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return what it says: the answer, the step in a few rows, who moved it most, what that goes with."""
+        """Return the blocks of an attribution: the answer, the step in rows, the largest parts, correlations."""
         return blocks_of(self)

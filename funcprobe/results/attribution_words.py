@@ -1,4 +1,4 @@
-"""The words of an attribution: the answer, the step in a few rows, who moved it most, what that goes with."""
+"""The words of an attribution: the answer, the step in a few rows, the largest parts, and correlations."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def led_by(parts: Parts) -> str:
 
 
 def ledger_rows(parts: Parts) -> list[tuple[str, str]]:
-    """Return the whole and its parts as (what, value) rows."""
+    """Return the whole and its parts as (name, value) rows."""
     reading, bars = parts.reading, parts.bars.get("ledger", {})
     return [
         (MEASURED, with_error(reading.change, reading.bars.get("change"))),

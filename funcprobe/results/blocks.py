@@ -76,7 +76,7 @@ Block = Sentence | Table | Remark | Figure
 
 
 def pairs(rows: Iterable[tuple[str, str]], strong: Sequence[str] = (), caption: str = "") -> Table:
-    """Return a table of (what, value) without headings, in which some rows are strong."""
+    """Return a table of (name, value) without headings, in which some rows are strong."""
     found = tuple(Row(row, "strong" if row[0] in strong else "plain") for row in rows)
     return Table((Column(), Column(narrow="broken")), found, caption)
 
@@ -125,7 +125,7 @@ def _table_lines(table: Table) -> list[str]:
 
 
 def _cells(table: Table, row: Row) -> list[str]:
-    """Return a cell for every column, of which nothing moves what stands around it."""
+    """Return a cell for every column, of which nothing moves the text around it."""
     return [visible(cell) for cell in row.cells] + [""] * (len(table.columns) - len(row.cells))
 
 

@@ -30,14 +30,14 @@ _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 class DamagedError(ValueError):
-    """Plain values that no value of the type was encoded to; the message names the field and what is wrong with it."""
+    """Plain values that no value of the type was encoded to; the message names the field and its fault."""
 
 
 class Arrays(Protocol):
     """Where tensors are kept."""
 
     def put(self, name: str, x: Tensor) -> Any:
-        """Keep a tensor, and return what JSON holds in its place."""
+        """Keep a tensor, and return its place in JSON."""
         ...
 
     def get(self, plain: Any) -> Tensor:
@@ -177,7 +177,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 @functools.cache
 def _shape(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Return what a hint is, None set aside, and its arguments."""
+    """Return the type in a hint, None set aside, and its arguments."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = [arm for arm in get_args(hint) if arm is not types.NoneType]  # of unions only "or None" is known
     origin = get_origin(hint)

@@ -1,4 +1,4 @@
-"""`Comparison`: what several updates of one θ do to observables on one E, and how they differ, paired by prompt."""
+"""`Comparison`: the effects of several updates of one θ on observables on one E, and their differences by prompt."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Comparison(Measured):
 
     @property
     def warnings(self) -> dict[str, tuple[Note, ...]]:
-        """What should be known of each update before its numbers are used."""
+        """The cautions about each update, to be known before its numbers are used."""
         return {name: outcome.warnings for name, outcome in self.outcomes.items() if outcome.warnings}
 
     def reading(self, update: str, observable: str | None = None) -> Reading:
-        """Return what an update does to an observable, by default the main one.
+        """Return the effect of an update on an observable, by default the main one.
 
         Raises:
             InputError: If there is no such update or observable.
@@ -123,5 +123,5 @@ class Comparison(Measured):
         return frame_of(self.rows())
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return what it says: a row for every update, how it differs from the first, what should be known."""
+        """Return the blocks of a comparison: a row for every update, its difference from the first, and cautions."""
         return blocks_of(self.outcomes, self.provenance, self.level, self.notes)

@@ -1,4 +1,4 @@
-"""The words of a comparison: a row for every update, how it differs from the baseline, what should be known."""
+"""The words of a comparison: a row for every update, its difference from the baseline, and cautions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from funcprobe.results.words import cost_of, sizes_of, with_error
 def blocks_of(
     outcomes: Mapping[str, Outcome], provenance: Provenance, level: float, notes: Sequence[str]
 ) -> tuple[Block, ...]:
-    """Return a comparison in blocks: its table, the paired differences, and what should be known."""
+    """Return a comparison in blocks: its table, the paired differences, and cautions."""
     differences = differences_of(outcomes, provenance, level)
     readings = next(iter(outcomes.values())).readings
     units = ", ".join(f"{name} in {reading.unit}" for name, reading in readings.items())

@@ -1,4 +1,4 @@
-"""`Curve`: one update at many learning rates; what was measured at each, and the laws that it follows."""
+"""`Curve`: one update at many learning rates; the measured change at each, and the laws that it follows."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SAME_MODEL = 0.01
 
 
 class Journal:
-    """Finished points in a file of JSON lines, the first of which says what they belong to. Without a path, nothing.
+    """Finished points in a file of JSON lines, the first of which names their measurement. Without a path, nothing.
 
     Raises:
         InputError: If the file is not such a journal, or that of another sweep.

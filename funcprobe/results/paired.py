@@ -1,4 +1,4 @@
-"""How much more one update changes an observable than another, on the same rollouts: paired by prompt."""
+"""The difference between the changes of an observable under two updates on the same rollouts, paired by prompt."""
 
 from __future__ import annotations
 

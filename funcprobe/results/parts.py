@@ -68,7 +68,7 @@ class Parts:
 
     @cached_property
     def ledger(self) -> dict[str, float]:
-        """What the gradient on U, momentum and weight decay did; in the Jacobian form the gradient and "rest"."""
+        """Contributions of gradient on U, momentum and weight decay; in the Jacobian form the gradient and "rest"."""
         parts = {"gradient on U": self.batch.sum()}
         if self.form == "additive":
             parts["momentum"] = math.fsum(part.momentum for part in self.leaves)

@@ -42,7 +42,7 @@ class ProbeResult(Measured):
 
     @property
     def readings(self) -> Mapping[str, Reading]:
-        """What the update did to each observable; the first one is the main one."""
+        """The effect of the update on each observable; the first one is the main one."""
         return self.outcome.readings
 
     @property
@@ -82,7 +82,7 @@ class ProbeResult(Measured):
 
     @property
     def info(self) -> Mapping[str, float]:
-        """Loss, grad_norm, clip_coefficient and what the objective reported."""
+        """Loss, grad_norm, clip_coefficient and the objective's own statistics."""
         return self.outcome.info
 
     @property
@@ -92,12 +92,12 @@ class ProbeResult(Measured):
 
     @property
     def warnings(self) -> tuple[Note, ...]:
-        """What should be known before the numbers are used."""
+        """The cautions to be known before the numbers are used."""
         return self.outcome.warnings
 
     @property
     def notes(self) -> tuple[Note, ...]:
-        """What was decided on the way."""
+        """The decisions that were made on the way."""
         return self.outcome.notes
 
     @property
@@ -162,5 +162,5 @@ class ProbeResult(Measured):
         return None if self.crossover_lr is None else self.crossover_lr / 20
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return what it says: the answer, the numbers, every estimator side by side, what should be known."""
+        """Return the blocks of a probe: the answer, the numbers, every estimator side by side, and cautions."""
         return blocks_of(self.outcome, self.provenance, self.family, self.top)

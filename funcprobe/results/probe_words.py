@@ -1,4 +1,4 @@
-"""The words of a probe: the answer in a sentence, its numbers, every estimator side by side, what should be known."""
+"""The words of a probe: the answer in a sentence, its numbers, every estimator side by side, and cautions."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def step_of(outcome: Outcome) -> str:
 
 
 def named(outcome: Outcome, family: Mapping[str, Estimate]) -> str:
-    """Return what a sentence calls the main observable."""
+    """Return the name of the main observable within a sentence."""
     return "the entropy" if outcome.main.observable in family else outcome.main.observable
 
 
@@ -80,7 +80,7 @@ def caption_of(reading: Reading) -> str:
 
 
 def rows_of(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
-    """Return the numbers as (what, value) rows, most important first."""
+    """Return the numbers as (name, value) rows, most important first."""
     main, health, n = outcome.main, outcome.health, provenance.evaluation.sequences
     share = f"  ({main.ratio:.2%} of ΔF)" if main.change and not main.is_lost else ""
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
@@ -158,7 +158,7 @@ def _verdict(main: Reading) -> str:
 
 
 def _as_stored(main: Reading, provenance: Provenance) -> str:
-    """Say what the other of the two steps does, where storing θ′ sets it apart from θ + Δθ."""
+    """Describe the other of the two steps, where storing θ′ sets it apart from θ + Δθ."""
     if main.exact is None or main.stored is None or not is_stored_narrower(provenance):
         return ""
     value = main.stored if main.of_delta else main.exact

@@ -1,4 +1,4 @@
-"""`Provenance`: how the numbers of a result were made, and from what."""
+"""`Provenance`: how the numbers of a result were made, and from which inputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BatchCounts(NamedTuple):
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the numbers of a result were made, and from what."""
+    """How the numbers of a result were made, and from which inputs."""
 
     evaluation: BatchCounts  #: size of E
     batch: BatchCounts | None  #: size of U; None for an update that was not made from a batch

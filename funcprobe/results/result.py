@@ -1,4 +1,4 @@
-"""What all results share: they are told in blocks, kept in a folder, and say how their numbers were made."""
+"""The common part of all results: told in blocks, kept in a folder, with the provenance of their numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Result:
     kind: ClassVar[storage.Kind]  #: what its file says that it is
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return what it says, in order: sentences, tables, remarks and figures.
+        """Return the blocks of the result, in order: sentences, tables, remarks and figures.
 
         Raises:
             NotImplementedError: For a result that has nothing to say.
@@ -51,7 +51,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote; no model is needed.
+        """Read a folder that `save` wrote; no model is needed.
 
         Raises:
             InputError: If there is none at `path`, it is damaged, of another kind, or of another schema version.

@@ -39,7 +39,7 @@ class Kept(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """What its file says that it is."""
+        """The kind of result that the folder's file names."""
         ...
 
 

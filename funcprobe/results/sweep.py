@@ -37,5 +37,5 @@ class SweepResult(Curve, Measured):
         return frame_of(self.rows())
 
     def blocks(self) -> tuple[Block, ...]:
-        """Return what it says: a sentence and a table for every observable, then what should be known."""
+        """Return the blocks of a sweep: a sentence and a table for every observable, then cautions."""
         return blocks_of(self, self.notes, self.warnings)

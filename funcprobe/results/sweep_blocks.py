@@ -1,4 +1,4 @@
-"""A sweep in blocks: a sentence and a table for every observable, then what should be known."""
+"""A sweep in blocks: a sentence and a table for every observable, then cautions."""
 
 from __future__ import annotations
 

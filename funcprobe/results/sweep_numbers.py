@@ -1,4 +1,4 @@
-"""The numbers of a sweep: a row for every learning rate, and what should be read below the rows."""
+"""The numbers of a sweep: a row for every learning rate, and remarks below the rows."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def table_of(curve: Curve, name: str | None = None) -> tuple[tuple[str, ...], li
 
 
 def remarks_of(curve: Curve) -> list[str]:
-    """Return what should be read below the tables, about the main observable: one line each."""
+    """Return the remarks below the tables, about the main observable: one line each."""
     return [
         *_errors(curve),
         *_stored_apart(curve),
@@ -43,7 +43,7 @@ def remarks_of(curve: Curve) -> list[str]:
 
 
 def _apart(curve: Curve) -> list[Reading]:
-    """Return the readings whose θ′ as stored is another step than θ + Δθ, where a run stores what it computes wider."""
+    """Return the readings whose θ′ as stored is another step than θ + Δθ, where a run stores wider numbers."""
     if not is_stored_narrower(curve.provenance):
         return []
     return [r for point in curve.points for r in point.readings.values() if r.stored is not None]

@@ -1,4 +1,4 @@
-"""The sentences of a sweep: the answer first; what observables, learning rates and slopes are called."""
+"""The sentences of a sweep: the answer first; the names of observables, learning rates and slopes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def caption_of(curve: Curve, name: str | None = None) -> str:
 
 
 def label_of(curve: Curve, name: str | None = None) -> str:
-    """Return what an observable is called within a sentence: "the entropy", or the name it was given.
+    """Return the name of an observable within a sentence: "the entropy", or the name it was given.
 
     Raises:
         InputError: If there is no such observable.
@@ -100,7 +100,7 @@ def _moves(changes: list[float], law: Law, slope: str) -> str:
 
 
 def _verdict(curve: Curve, name: str | None, law: Law) -> str:
-    """Say how far the leading order reaches: by the second order, or, without one, by what was found."""
+    """Say how far the leading order reaches: by the second order, or, without one, by the measured points."""
     until = curve.linear_until_lr(name) if law.lead == 1 else None
     if until is None:
         return _found_close(curve, name, law)

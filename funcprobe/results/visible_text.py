@@ -1,4 +1,4 @@
-"""Text of tokens and prompts, made safe to look at: nothing in it moves, hides or colours what stands around it."""
+"""Text of tokens and prompts, made safe to look at: nothing in it moves, hides or colours the text around it."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def _additive(
 def offsets_of(
     rule: Rule, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
 ) -> dict[str, Params]:
-    """Return what of Δθ is no multiple of the gradient: the trees "momentum" and "weight decay", in float32 or wider.
+    """Return the parts of Δθ that are no multiple of the gradient: "momentum" and "weight decay", in float32 or wider.
 
     Raises:
         InputError: If the optimizer has no additive form.

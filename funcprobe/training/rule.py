@@ -1,4 +1,4 @@
-"""The update rule: how a gradient becomes a step. Clip it by its global norm, then the optimizer."""
+"""The rule of a step: how a gradient becomes a step. Clip it by its global norm, then the optimizer."""
 
 from __future__ import annotations
 

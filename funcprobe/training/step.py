@@ -53,7 +53,7 @@ def make_step(
 
 
 class LossGradient(NamedTuple):
-    """The gradient of the loss, and what it was taken at."""
+    """The gradient of the loss, and the scores at which it was taken."""
 
     gradient: Gradients  #: unclipped; None at leaves that no score of U depends on
     info: dict[str, float]  #: loss and what the objective reported
@@ -83,7 +83,7 @@ class Step:
     def gradient(
         self, params: Params, rollouts: Rollouts, progress: Progress | None = None
     ) -> tuple[Gradients, dict[str, float]]:
-        """Return the gradient of the loss in the parameters, unclipped, and what the objective reported with `loss`.
+        """Return the gradient of the loss in the parameters, unclipped, and the info of the objective with `loss`.
 
         It is None at a leaf that no score of the rollouts depends on, where a training loop leaves `.grad` None.
 
@@ -99,7 +99,7 @@ class Step:
         return found.gradient, found.info
 
     def loss_gradient(self, params: Params, rollouts: Rollouts, progress: Progress | None = None) -> LossGradient:
-        """Return what `gradient` returns, and the scores `[B, T]` of U at which it was taken.
+        """Return the gradient and info as `gradient` does, and the scores `[B, T]` of U at which it was taken.
 
         Warns with FuncprobeWarning of what training adds to the model and this step does not have: dropout, noise, a
         router's loss, each with its probability or coefficient.
