@@ -89,7 +89,7 @@ def assert_complete(found: fp.Attribution, limit: float) -> None:
     sums = {
         "parameters": [part.contribution for part in found.leaves],
         "evaluation tokens": [x for through in found.evaluation.through.values() for x in through.flatten().tolist()],
-        "update tokens": [
+        "batch tokens": [
             *(x for through in found.batch.through.values() for x in through.flatten().tolist()),
             *offsets.values(),
         ],

@@ -147,7 +147,7 @@ def test_a_comparison_bars_no_difference_that_is_lost() -> None:
     found = fp.compare(updates(steps, c.params, c.state, U), E, mode="reverse", observables={"entropy": fp.entropy()})
     assert math.isinf(found.difference("two", against="one").error)
     assert math.isfinite(found.difference("one").error)  # the base step is far above what was lost
-    assert [row[1].endswith("(lost)") for row in table_of(found)[1]] == [False, True, True]
+    assert [row.cells[1].endswith("(lost)") for row in table_of(found.outcomes).rows] == [False, True, True]
     assert "nothing follows from it" in found.summary()
 
 
