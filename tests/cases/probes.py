@@ -48,11 +48,7 @@ class Case:
         self.state: OptState = self.step(self.params, cold, prompted(3, 3, seed=9, first=80), lr).opt_state
 
     def update(self, lr: float | None = None, **own: Any) -> fp.Update:
-<<<<<<< HEAD
         """Return the update that a step on U makes; `step`, `params`, `state` or `batch` stand in for the case's."""
-=======
-        """Return the update that a step on U makes, `step`, `params`, `state` or `batch` replaced if given."""
->>>>>>> w/words
         given = {"step": self.step, "params": self.params, "state": self.state, "batch": U, **own}
         return fp.Update.from_step(given["step"], given["params"], given["state"], given["batch"], lr)
 
