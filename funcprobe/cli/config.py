@@ -170,25 +170,31 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+<<<<<<< HEAD
 def describe_keys() -> str:
     """Return a line a key: its name, its default, its meaning."""
+=======
+def describe_keys(columns: int = 120) -> str:
+    """Return a line a key, or several where they have to fit into columns: its name, its default, what it means."""
+    width = max(columns - 44, 32)
+>>>>>>> w/docs
     listed = {"also": observable_names(), "trackers": plugins.names("tracker", {})}
     lines = []
     for name, field in Config.model_fields.items():
         if name == "objective":
-            lines += _lines("objective.name", "grpo", ", ".join(objective_names()), 74)
-            lines += _lines("objective.OPTION", "", "an option of it: epsilon, beta, base, scale_rewards, ...")
+            lines += _lines("objective.name", "grpo", ", ".join(objective_names()), width)
+            lines += _lines("objective.OPTION", "", "an option of it: epsilon, beta, base, scale_rewards, ...", width)
         elif name == "observable":
             for inner, f in ObservableConfig.model_fields.items():
-                lines += _lines(f"{name}.{inner}", f.default, f.description)
+                lines += _lines(f"{name}.{inner}", f.default, f.description, width)
         else:
             default = "required" if field.is_required() else "[]" if field.default == () else field.default
             names = f": {', '.join(listed[name])}" if listed.get(name) else ""
-            lines += _lines(name, default, f"{field.description}{names}")
+            lines += _lines(name, default, f"{field.description}{names}", width)
     return "\n".join(lines)
 
 
-def _lines(name: str, default: object, meaning: str | None, width: int = 76) -> list[str]:
+def _lines(name: str, default: object, meaning: str | None, width: int) -> list[str]:
     first, *more = textwrap.wrap(meaning or "", width)
     shown = default if isinstance(default, str | Path) else show(default)
     return [f"  {name:<28}{shown!s:<14}{first}", *(" " * 44 + rest for rest in more)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 
@@ -45,7 +46,7 @@ def _warned(result: ProbeResult, warned: Sequence[Note]) -> ProbeResult:
 COMMAND = Command(
     name="run",
     description=DESCRIPTION,
-    epilog=lambda: EPILOG + describe_keys(),
+    epilog=lambda: EPILOG + describe_keys(min(shutil.get_terminal_size().columns, 120)),
     done="run",
     do=_do,
     warned=_warned,

@@ -59,7 +59,7 @@ def headline_of(outcome: Outcome, provenance: Provenance, family: Mapping[str, E
         moved = f"leaves {what} at {main.before:.6g} {main.unit}"
     else:
         verb = "raises" if main.change > 0 else "lowers"
-        share = f" ({abs(main.change / main.before):.2%})" if main.before else ""
+        share = f" ({_percent(abs(main.change / main.before))})" if main.before else ""
         moved = f"{verb} {what} by {abs(main.change):.3g} {main.unit}{share}"
     return f"{step_of(outcome)} {moved}. {_verdict(main)}{_as_stored(main, provenance)}"
 
@@ -144,6 +144,10 @@ def told_apart(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]
             "not measured" if stored is None else with_error(stored, bars["stored"]),
         ),
     ]
+
+
+def _percent(share: float) -> str:
+    return "below 0.01%" if 0 < share < 0.00005 else f"{share:.2%}"
 
 
 def _verdict(main: Reading) -> str:
