@@ -170,14 +170,9 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-<<<<<<< HEAD
-def describe_keys() -> str:
-    """Return a line a key: its name, its default, its meaning."""
-=======
 def describe_keys(columns: int = 120) -> str:
     """Return a line a key, or several where they have to fit into columns: its name, its default, what it means."""
     width = max(columns - 44, 32)
->>>>>>> w/docs
     listed = {"also": observable_names(), "trackers": plugins.names("tracker", {})}
     lines = []
     for name, field in Config.model_fields.items():
