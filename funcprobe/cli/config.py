@@ -171,7 +171,7 @@ def dump(config: Config) -> str:
 
 
 def describe_keys(columns: int = 120) -> str:
-    """Return a line a key, or several where they have to fit into columns: its name, its default, what it means."""
+    """Return a line a key, or several where they have to fit into columns: its name, default and meaning."""
     width = max(columns - 44, 32)
     listed = {"also": observable_names(), "trackers": plugins.names("tracker", {})}
     lines = []
