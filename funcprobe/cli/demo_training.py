@@ -16,7 +16,7 @@ from funcprobe import engine
 from funcprobe.cli.demo_task import SYMBOLS, answer, build_tokenizer, draw_prompts, reward
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import missing_extra
-from funcprobe.objectives.by_name import grpo, reinforce
+from funcprobe.objectives.losses import grpo, reinforce
 from funcprobe.optimizers.factories import PureOptimizer, adamw
 from funcprobe.policy.module import Policy, from_module
 from funcprobe.policy.sampling import sample

@@ -14,7 +14,9 @@ from funcprobe.errors import ConfigError, InputError, missing_extra
 from funcprobe.estimators.by_name import observable_named, observable_names
 from funcprobe.estimators.observables import entropy
 from funcprobe.measurement.options import Options
-from funcprobe.objectives.by_name import BASES, VARIANTS, factory_of, objective, objective_names, options_of
+from funcprobe.objectives.by_name import factory_of, objective, objective_names, options_of
+from funcprobe.objectives.losses import BASES
+from funcprobe.objectives.variants import VARIANTS
 from funcprobe.types import Objective
 
 try:

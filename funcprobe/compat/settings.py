@@ -17,7 +17,8 @@ from funcprobe.cli.yaml_values import read_mapping
 from funcprobe.compat.weights import Clipped
 from funcprobe.errors import ConfigError
 from funcprobe.estimators.observables import Entropy, Integrand, entropy
-from funcprobe.objectives.by_name import PolicyGradient, dr_grpo
+from funcprobe.objectives.losses import dr_grpo
+from funcprobe.objectives.policy_gradient import PolicyGradient
 
 
 class Kind(NamedTuple):

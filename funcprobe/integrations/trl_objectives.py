@@ -26,7 +26,7 @@ from torch import Tensor
 from funcprobe.errors import FuncprobeWarning, InputError, listed
 from funcprobe.integrations.trl_batches import Inputs, chosen_tokens, micro_batches
 from funcprobe.objectives.accumulated import Accumulated
-from funcprobe.objectives.by_name import rloo
+from funcprobe.objectives.losses import rloo
 from funcprobe.objectives.modifiers import EntropyBonus, Modifier
 from funcprobe.objectives.policy_gradient import PolicyGradient
 from funcprobe.objectives.token_selection import TopEntropyQuantile

@@ -16,43 +16,12 @@ from typing import Any
 
 from funcprobe import plugins
 from funcprobe.errors import InputError
-from funcprobe.objectives.advantages import advantages
-from funcprobe.objectives.losses import BASES, bnpo, cispo, dapo, dr_grpo, grpo, gspo, reinforce, rloo
-from funcprobe.objectives.policy_gradient import AGGREGATIONS, PolicyGradient
+from funcprobe.objectives.losses import BASES
+from funcprobe.objectives.policy_gradient import PolicyGradient
 from funcprobe.objectives.variants import (
     VARIANTS,
-    clip_cov,
-    drop_negatives,
-    entropy_bonus,
-    kl_cov,
-    top_entropy_quantile,
 )
 from funcprobe.types import Objective
-
-__all__ = [
-    "AGGREGATIONS",
-    "BASES",
-    "OBJECTIVES",
-    "VARIANTS",
-    "PolicyGradient",
-    "advantages",
-    "bnpo",
-    "cispo",
-    "clip_cov",
-    "dapo",
-    "dr_grpo",
-    "drop_negatives",
-    "entropy_bonus",
-    "grpo",
-    "gspo",
-    "kl_cov",
-    "objective",
-    "objective_names",
-    "options_of",
-    "reinforce",
-    "rloo",
-    "top_entropy_quantile",
-]
 
 #: funcprobe's own objectives by name; other packages add theirs by an entry point in `funcprobe.objectives`.
 OBJECTIVES: dict[str, Callable[..., PolicyGradient]] = {**BASES, **VARIANTS}

@@ -13,7 +13,7 @@ from filelock import FileLock
 from funcprobe.checkpoints import save_checkpoint
 from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts, reward
 from funcprobe.data.files import write_rollouts
-from funcprobe.objectives.by_name import grpo
+from funcprobe.objectives.losses import grpo
 from funcprobe.optimizers.factories import adamw
 from funcprobe.policy.module import from_module
 from funcprobe.policy.sampling import sample

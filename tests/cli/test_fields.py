@@ -14,7 +14,9 @@ from funcprobe.cli.fields import MEASURING, objective_model
 from funcprobe.errors import ConfigError
 from funcprobe.estimators.observables import entropy
 from funcprobe.measurement.options import Given, Options
-from funcprobe.objectives.by_name import BASES, OBJECTIVES, VARIANTS, clip_cov, kl_cov, top_entropy_quantile
+from funcprobe.objectives.by_name import OBJECTIVES
+from funcprobe.objectives.losses import BASES
+from funcprobe.objectives.variants import VARIANTS, clip_cov, kl_cov, top_entropy_quantile
 
 
 def load(folder: Path, objective: str, *overrides: str) -> Config:

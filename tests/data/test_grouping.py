@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from funcprobe.data.files import read_rollouts, write_rollouts
 from funcprobe.data.rollouts import concatenate, rollouts_from_lists, rollouts_from_padded, take
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.objectives.by_name import grpo
+from funcprobe.objectives.losses import grpo
 from funcprobe.types import Rollouts
 from tests.cases.rollout_lists import assert_same_rollouts
 

@@ -13,7 +13,8 @@ from funcprobe.attribution.predictors import predictions
 from funcprobe.data.files import write_rollouts
 from funcprobe.data.rollouts import concatenate, rollouts_from_lists, take, validate
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.objectives.by_name import BASES, grpo, objective
+from funcprobe.objectives.by_name import objective
+from funcprobe.objectives.losses import BASES, grpo
 from funcprobe.types import Rollouts
 from tests.cases.scored import Batch, batch, law, masks, seeds
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from funcprobe.errors import InputError
 from funcprobe.objectives.accumulated import Accumulated
-from funcprobe.objectives.by_name import bnpo, dapo, grpo, top_entropy_quantile
+from funcprobe.objectives.losses import bnpo, dapo, grpo
+from funcprobe.objectives.variants import top_entropy_quantile
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.cases.scored import Batch, batch, law, masks, seeds
 from tests.cases.tables import OBJECTIVES

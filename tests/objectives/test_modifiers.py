@@ -13,8 +13,11 @@ from torch import Tensor
 
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.objectives.by_name import VARIANTS, PolicyGradient, dapo, grpo, objective
+from funcprobe.objectives.by_name import objective
+from funcprobe.objectives.losses import dapo, grpo
+from funcprobe.objectives.policy_gradient import PolicyGradient
 from funcprobe.objectives.token_selection import ClipCov, KlCov, covariance
+from funcprobe.objectives.variants import VARIANTS
 from funcprobe.types import TokenScores
 from tests.cases.scored import Batch, batch, law, law_of_a_table, masks, seeds
 from tests.oracles.variants import OWN, Found, loop_loss, terms_of, value_and_gradient

@@ -12,7 +12,9 @@ from torch import Tensor
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.objectives import by_name as objectives
-from funcprobe.objectives.by_name import AGGREGATIONS, BASES, PolicyGradient, objective
+from funcprobe.objectives.by_name import objective
+from funcprobe.objectives.losses import BASES
+from funcprobe.objectives.policy_gradient import AGGREGATIONS, PolicyGradient
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.cases.scored import Batch, batch, law, law_of_a_table, masks, seeds
 from tests.oracles import losses

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from funcprobe.errors import FuncprobeWarning
-from funcprobe.objectives.by_name import grpo, objective
+from funcprobe.objectives.by_name import objective
+from funcprobe.objectives.losses import grpo
 from funcprobe.objectives.modifiers import Modifier, TokenTerms
 from funcprobe.objectives.token_selection import ClipCov, KlCov, TopEntropyQuantile, covariance
 from funcprobe.types import TokenScores

@@ -12,21 +12,18 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine
 from funcprobe.errors import InputError
-from funcprobe.objectives.by_name import (
-    OBJECTIVES,
+from funcprobe.objectives.by_name import OBJECTIVES, objective, options_of
+from funcprobe.objectives.losses import dapo, grpo
+from funcprobe.objectives.policy_gradient import PolicyGradient
+from funcprobe.objectives.token_selection import ClipCov
+from funcprobe.objectives.variants import (
     VARIANTS,
-    PolicyGradient,
     clip_cov,
-    dapo,
     drop_negatives,
     entropy_bonus,
-    grpo,
     kl_cov,
-    objective,
-    options_of,
     top_entropy_quantile,
 )
-from funcprobe.objectives.token_selection import ClipCov
 from funcprobe.training.step import make_step
 from funcprobe.types import Objective, Params, Rollouts, TokenScores
 from tests.cases import models

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from funcprobe.objectives.by_name import PolicyGradient
 from funcprobe.objectives.modifiers import Change, DropNegatives, EntropyBonus, Modifier, TokenTerms
+from funcprobe.objectives.policy_gradient import PolicyGradient
 from funcprobe.objectives.token_selection import ClipCov, KlCov, TopEntropyQuantile
 from funcprobe.types import Rollouts, TokenScores
 from tests.cases.scored import Batch

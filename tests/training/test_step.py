@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from funcprobe import engine, tree
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import FuncprobeWarning, InputError, NumericsError
-from funcprobe.objectives.by_name import BASES, grpo, objective
+from funcprobe.objectives.by_name import objective
+from funcprobe.objectives.losses import BASES, grpo
 from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.policy.module import from_module
 from funcprobe.training.step import Step, make_step
