@@ -100,3 +100,7 @@ def test_the_package_alone_imports_no_torch() -> None:
 def test_a_verb_imports_torch_and_nothing_optional() -> None:
     code = "import funcprobe as fp; fp.probe, fp.sweep, fp.attribute, fp.compare, fp.Update, fp.read_rollouts"
     assert loaded(code, "torch", *OPTIONAL, *LATE) == ["torch"]
+
+
+def test_the_stateful_names_import_nothing_optional() -> None:
+    assert loaded("import funcprobe.compat", "torch", *OPTIONAL) == ["torch"]

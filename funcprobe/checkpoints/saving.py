@@ -13,8 +13,10 @@ from torch import nn
 from funcprobe.checkpoints.models import quiet, structural_copy
 from funcprobe.checkpoints.optimizer_state import map_ids_to_names
 from funcprobe.errors import CheckpointError, missing_extra
-from funcprobe.optimizers.factories import LiftedOptimizer, PureOptimizer, state_to_torch
+from funcprobe.optimizers.any_class import LiftedOptimizer
+from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.groups import Group
+from funcprobe.optimizers.state import state_to_torch
 from funcprobe.optimizers.stored import Storage, narrowed, narrowed_state
 from funcprobe.tree import same_keys
 from funcprobe.types import OptState, Params

@@ -27,7 +27,7 @@ from funcprobe.cli.fields import (
 )
 from funcprobe.cli.messages import explain, show
 from funcprobe.cli.overrides import located, parsed_overrides, set_key
-from funcprobe.cli.yaml_values import read_mapping, yaml
+from funcprobe.cli.yaml_values import dumped, read_mapping
 from funcprobe.errors import ConfigError, missing_extra
 from funcprobe.estimators.by_name import observable_named, observable_names
 from funcprobe.estimators.observables import entropy
@@ -167,7 +167,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 def dump(config: Config) -> str:
     """Return the configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dumped(config.model_dump(mode="json"))
 
 
 def describe_keys(columns: int = 120) -> str:

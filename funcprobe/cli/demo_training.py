@@ -17,7 +17,8 @@ from funcprobe.cli.demo_task import SYMBOLS, answer, build_tokenizer, draw_promp
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import missing_extra
 from funcprobe.objectives.losses import grpo, reinforce
-from funcprobe.optimizers.factories import PureOptimizer, adamw
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.factories import adamw
 from funcprobe.policy.module import Policy, from_module
 from funcprobe.policy.sampling import sample
 from funcprobe.training.step import make_step

@@ -6,18 +6,13 @@ equal keys in silence. Here numbers are decimal numbers, dates are text, `none` 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from funcprobe.errors import ConfigError, missing_extra
-
-try:
-    import yaml
-except ImportError as error:
-    missing = missing_extra("pyyaml", "app", "reading a configuration")
-    raise missing from error
 
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -29,8 +24,9 @@ def read_mapping(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is missing, not YAML, holds a key twice, or is no mapping.
     """
+    yaml = _yaml()
     try:
-        found = yaml.load(path.read_bytes(), Loader=_Loader)
+        found = yaml.load(path.read_bytes(), Loader=_loader())
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; expected a YAML configuration.") from None
     except OSError as error:
@@ -38,7 +34,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_calm(error)}.") from None
     if found is None:
-        raise ConfigError(f"{path}: the configuration is empty; it needs checkpoint, evaluation and update at least.")
+        raise ConfigError(f"{path}: the configuration is empty; it needs checkpoint, evaluation and batch at least.")
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: found {type(found).__name__}, expected lines of the form 'key: value'.")
     return found
@@ -51,51 +47,82 @@ def scalar(text: str) -> Any:
         >>> scalar("2e-8"), scalar("none"), scalar("off"), scalar("dapo")
         (2e-08, None, False, 'dapo')
     """
-    loader = _Loader("")
+    loader, node = _loader()(""), _yaml().ScalarNode
     try:
-        tag = loader.resolve(yaml.ScalarNode, text, (True, False))
-        return loader.construct_object(yaml.ScalarNode(tag, text))
+        return loader.construct_object(node(loader.resolve(node, text, (True, False)), text))
     finally:
         loader.dispose()
 
 
-class _Loader(yaml.SafeLoader):
-    """A SafeLoader with its own idea of plain values."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  the traps live in the inherited ones
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' stands here a second time", key_node.start_mark
-                )
-            seen[key_node.value] = self.construct_object(value_node, deep=True)
-        return seen
+def dumped(values: Mapping[str, Any]) -> str:
+    """Return a mapping as YAML, its keys in their order."""
+    return _yaml().safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def _resolve(tag: str, pattern: str, construct: Callable[[str], Any]) -> None:
-    def constructor(loader: Any, node: Any) -> Any:
-        return construct(loader.construct_scalar(node))
+def _yaml() -> Any:
+    """Return the package that reads YAML, which few of those who import this need.
 
-    _Loader.add_implicit_resolver(tag, re.compile(rf"^(?:{pattern})$", re.IGNORECASE), None)
-    _Loader.add_constructor(tag, constructor)
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        missing = missing_extra("pyyaml", "app", "reading a configuration")
+        raise missing from error
+    return yaml
 
 
-_resolve(_NULL, "~|null|none|", lambda text: None)
-_resolve(_BOOL, "|".join(_WORDS), lambda text: _WORDS[text.lower()])
-_resolve(_INT, r"[-+]?\d+(_\d+)*", int)
-_resolve(_FLOAT, r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", lambda text: _float(text))
+@functools.cache
+def _loader() -> Any:
+    """Return a SafeLoader with its own idea of plain values."""
+    _yaml()  # says which extra is missing
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """A SafeLoader without the traps, which live in the inherited resolvers."""
+
+        yaml_implicit_resolvers = {}  # noqa: RUF012
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            return _mapping_of(self, node)
+
+    def resolve(tag: str, pattern: str, construct: Callable[[str], Any]) -> None:
+        def constructor(loader: Any, node: Any) -> Any:
+            return construct(loader.construct_scalar(node))
+
+        Loader.add_implicit_resolver(tag, re.compile(rf"^(?:{pattern})$", re.IGNORECASE), None)
+        Loader.add_constructor(tag, constructor)
+
+    resolve(_NULL, "~|null|none|", lambda text: None)
+    resolve(_BOOL, "|".join(_WORDS), lambda text: _WORDS[text.lower()])
+    resolve(_INT, r"[-+]?\d+(_\d+)*", int)
+    resolve(_FLOAT, r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", _float)
+    return Loader
+
+
+def _mapping_of(loader: Any, node: Any) -> dict[str, Any]:
+    """Return the keys and values of a node.
+
+    Raises:
+        ConstructorError: If a key is no word, or stands twice.
+    """
+    yaml, seen = _yaml(), dict[str, Any]()
+    wrong = yaml.constructor.ConstructorError
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise wrong(None, None, "a key must be a word", key.start_mark)
+        if key.value in seen:
+            raise wrong(None, None, f"the key '{key.value}' stands here a second time", key.start_mark)
+        seen[key.value] = loader.construct_object(value, deep=True)
+    return seen
 
 
 def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _calm(error: yaml.YAMLError) -> str:
+def _calm(error: Exception) -> str:
     """Return the parser's complaint as one line."""
     problem = getattr(error, "problem", None) or str(error)
     mark = getattr(error, "problem_mark", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -172,9 +173,16 @@ class OfflineEntropyProbe:
             return
         plain = {key: value for key, value in found.items() if key != "param_update_buf_named"}
         Path(place).parent.mkdir(parents=True, exist_ok=True)
-        Path(place).write_text(json.dumps(plain, indent=2) + "\n")
+        Path(place).write_text(json.dumps(_finite(plain), indent=2, allow_nan=False) + "\n")
         if found.get("param_update_buf_named") is not None:
             torch.save(found["param_update_buf_named"], Path(place).with_suffix(".update.pt"))
+
+
+def _finite(value: Any) -> Any:
+    """Return plain values with null in the place of numbers that are not finite, which JSON has none of."""
+    if isinstance(value, Mapping):
+        return {key: _finite(x) for key, x in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _state_file(folder: Path, given: str | os.PathLike[str] | None) -> Path:

@@ -16,26 +16,10 @@ import torch
 from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.optimizers.any_class import LiftedOptimizer, refuse
-from funcprobe.optimizers.closed_form import KERNELS, Affine, PureOptimizer
+from funcprobe.optimizers.closed_form import KERNELS, PureOptimizer
 from funcprobe.optimizers.groups import Group, build_groups, keys_of_its_own, stored_groups
-from funcprobe.optimizers.state import state_from_torch, state_to_torch
 from funcprobe.optimizers.unreached import reached
 from funcprobe.types import Gradients
-
-__all__ = [
-    "Affine",
-    "Group",
-    "LiftedOptimizer",
-    "PureOptimizer",
-    "adam",
-    "adamw",
-    "clip_by_global_norm",
-    "from_param_groups",
-    "from_torch",
-    "sgd",
-    "state_from_torch",
-    "state_to_torch",
-]
 
 
 def sgd(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.optimizers.factories import PureOptimizer
+from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.unreached import with_zeros
 from funcprobe.training.rule import Rule
 from funcprobe.types import Gradients, Optimizer, OptState, Params

@@ -4,9 +4,7 @@ from typing import Any
 
 import torch
 
-from funcprobe.optimizers.factories import (
-    Group,
-)
+from funcprobe.optimizers.groups import Group
 from funcprobe.types import Optimizer, Params
 from tests.cases.trees import assert_same, gradients, live_state
 

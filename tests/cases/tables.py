@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import funcprobe as fp
 from funcprobe.objectives.variants import clip_cov, drop_negatives, entropy_bonus, kl_cov, top_entropy_quantile
-from funcprobe.optimizers.factories import Group
+from funcprobe.optimizers.groups import Group
 from funcprobe.types import Objective, Observable, Optimizer, Params, Rollouts
 from tests.cases import models
 

@@ -12,7 +12,9 @@ from torch import nn
 
 from funcprobe.checkpoints import from_training, load_checkpoint, save_checkpoint
 from funcprobe.errors import CheckpointError, InputError
-from funcprobe.optimizers.factories import Group, PureOptimizer, adam, adamw, sgd
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.factories import adam, adamw, sgd
+from funcprobe.optimizers.groups import Group
 from tests.cases.third_party import third_party
 from tests.cases.trainer_runs import Run, gpt2, lora, qwen2
 from tests.cases.trees import assert_same_state, random_like

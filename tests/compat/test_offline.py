@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,10 @@ def test_the_live_optimizer_steps_as_the_file_says(folder: Path, configured: Con
     one = live.optimizer.apply(live.params, live.opt_state, gradient)
     two = saved.optimizer.apply(saved.params, saved.opt_state, gradient)
     assert_same(one.params, two.params)
+
+
+def test_what_is_written_is_strict_json(configured: Configured, tmp_path: Path) -> None:
+    probe = OfflineEntropyProbe.from_config_file(configured())
+    probe.settings.config["output"] = {"results_path": str(tmp_path / "r.json")}
+    probe._save({"a": math.nan, "b": {"c": math.inf, "d": 1.5}, "e": "text"})
+    assert json.loads((tmp_path / "r.json").read_text()) == {"a": None, "b": {"c": None, "d": 1.5}, "e": "text"}

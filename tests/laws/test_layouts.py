@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from funcprobe.optimizers.factories import PureOptimizer, from_torch
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.factories import from_torch
 from funcprobe.types import OptState, Params
 from tests.cases.tables import TORCH_CLASSES
 from tests.cases.trees import assert_same, clone

@@ -18,7 +18,8 @@ from funcprobe.checkpoints.folder import load_optimizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_kind import optimizer_class
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
-from funcprobe.optimizers.factories import LiftedOptimizer, PureOptimizer
+from funcprobe.optimizers.any_class import LiftedOptimizer
+from funcprobe.optimizers.closed_form import PureOptimizer
 from tests.cases.optimizer_files import assert_followed, loaded, plain, resumed, step
 from tests.cases.trees import random_like
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from funcprobe.errors import InputError
-from funcprobe.optimizers.factories import (
-    LiftedOptimizer,
-    from_torch,
-)
+from funcprobe.optimizers.any_class import LiftedOptimizer
+from funcprobe.optimizers.factories import from_torch
 from tests.cases.live_optimizers import Counting, assert_parity, live
 from tests.cases.trees import assert_same, gradients, leaves
 

@@ -8,16 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from funcprobe.errors import InputError
-from funcprobe.optimizers.factories import (
-    Group,
-    PureOptimizer,
-    adam,
-    adamw,
-    clip_by_global_norm,
-    from_param_groups,
-    from_torch,
-    sgd,
-)
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.factories import adam, adamw, clip_by_global_norm, from_param_groups, from_torch, sgd
+from funcprobe.optimizers.groups import Group
 from funcprobe.types import Optimizer
 from tests.cases.live_optimizers import Counting, assert_parity, live
 from tests.cases.scored import law

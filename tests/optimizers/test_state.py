@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from funcprobe.errors import InputError
-from funcprobe.optimizers.factories import (
-    Group,
-    adamw,
-    from_param_groups,
-    from_torch,
-    sgd,
-    state_from_torch,
-    state_to_torch,
-)
+from funcprobe.optimizers.factories import adamw, from_param_groups, from_torch, sgd
+from funcprobe.optimizers.groups import Group
+from funcprobe.optimizers.state import state_from_torch, state_to_torch
 from tests.cases.tables import TORCH_CLASSES
 from tests.cases.trees import assert_same, clone, gradients, leaves
 

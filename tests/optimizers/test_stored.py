@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.measurement.move import Move
-from funcprobe.optimizers.factories import Group, adam, adamw, from_torch, sgd
+from funcprobe.optimizers.factories import adam, adamw, from_torch, sgd
+from funcprobe.optimizers.groups import Group
 from funcprobe.optimizers.stored import is_stored, storage_name, stored
 from funcprobe.training.response import offsets_of, respond
 from funcprobe.training.step import make_step

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.optimizers.factories import PureOptimizer, clip_by_global_norm, from_torch
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.factories import clip_by_global_norm, from_torch
 from funcprobe.training.response import offsets_of, respond
 from funcprobe.types import Gradients, OptState, Params
 from tests.cases import models

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import funcprobe as fp
 from funcprobe import tree
 from funcprobe.errors import InputError
-from funcprobe.optimizers.factories import Group, PureOptimizer
+from funcprobe.optimizers.closed_form import PureOptimizer
+from funcprobe.optimizers.groups import Group
 from funcprobe.training.response import respond
 from funcprobe.types import OptState, Params
 from tests.cases import trees as cases
