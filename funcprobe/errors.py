@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Self
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Self
 
 
 class FuncprobeError(Exception):
@@ -107,6 +109,41 @@ class Note(str):
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
         """Return the arguments that a copy is made of."""
         return self.kind, str(self)
+
+
+@contextmanager
+def placed(place: str, *kinds: type[FuncprobeError]) -> Iterator[None]:
+    """Let an error of some kinds say where it arose: a learning rate, an update.
+
+    Raises:
+        FuncprobeError: The same error, with the place before its words.
+    """
+    try:
+        yield
+    except kinds as error:
+        raise error.within(place) from error
+
+
+@contextmanager
+def collected_notes(kind: str) -> Iterator[list[Note]]:
+    """Yield a list that fills with all that funcprobe warns of in the block, unissued; other warnings pass through.
+
+    A warning that carries no note becomes one of `kind`.
+    """
+    collected: list[Note] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def collect(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, FuncprobeWarning):
+                show(message, category, *where, **more)
+                return
+            text = message.args[0] if isinstance(message, Warning) and message.args else message
+            collected.append(text if isinstance(text, Note) else Note(kind, str(text)))
+
+        warnings.showwarning = collect
+        warnings.simplefilter("always", FuncprobeWarning)
+        yield collected
 
 
 def listed(names: Iterable[object], limit: int = 5) -> str:

@@ -27,7 +27,7 @@ from funcprobe.attribution.predictors import STATS, check_stats, predictions
 from funcprobe.attribution.step_parts import StepParts
 from funcprobe.attribution.token_parts import TokenParts, token_parts
 from funcprobe.errors import ForwardModeError, InputError
-from funcprobe.measurement.cautions import is_independent, step
+from funcprobe.measurement.cautions import step
 from funcprobe.measurement.first_order import first_order
 from funcprobe.measurement.measure import measure
 from funcprobe.measurement.measurement import Measurement, Observables, named
@@ -90,8 +90,7 @@ def attribute(
     assert update.step is not None
     assert update.batch is not None
     vocabulary = vocabulary_of(tokenizer, (evaluation, update.batch))
-    measurement = Measurement.of(update.policy, evaluation, observables, _forward(options), progress)
-    measurement = measurement._replace(independent=is_independent(evaluation, update))
+    measurement = Measurement.of(update, evaluation, observables, _forward(options), progress)
     chosen = form_of(update.step.optimizer, form)
     check_stats(update.step.objective)
     check_influence(influence, chunk, leaves, update.params)

@@ -12,24 +12,21 @@ from contextlib import contextmanager
 from typing import NamedTuple, Unpack
 
 from funcprobe.analysis.probe import provenance_of
-from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
+from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError, placed
 from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import entropy
 from funcprobe.estimators.returns import expected_reward
-from funcprobe.measurement.cautions import is_independent, step
+from funcprobe.measurement.cautions import step
 from funcprobe.measurement.first_order import FirstOrder, first_orders
 from funcprobe.measurement.measure import measure
 from funcprobe.measurement.measurement import Measurement, Observables
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.move import Move
-from funcprobe.measurement.options import Given, options_of
+from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.update import Update
 from funcprobe.results.comparison import Comparison
 from funcprobe.types import Observable, Progress, Rollouts
-
-#: Options of a probe that can do nothing in a comparison, which shows no such rows.
-OF_ONE_STEP = ("rounding", "top_k", "keep_delta", "keep_scores")
 
 
 def compare(
@@ -71,7 +68,7 @@ def compare(
     given = options_of(options, "a comparison", OF_ONE_STEP, rounding=False)
     wanted = _observables(evaluation) if observables is None else observables
     base = next(iter(several.values()))
-    measurement = Measurement.of(base.policy, evaluation, wanted, given, progress, quiet=True)
+    measurement = Measurement.of(base, evaluation, wanted, given, progress, quiet=True)
     outcomes: dict[str, Outcome] = {}
     shared: FirstOrder | None = None
     names = list(several)
@@ -104,7 +101,7 @@ class _Taken(NamedTuple):
 
 
 def _taken(measurement: Measurement, name: str, update: Update) -> _Taken:
-    independent = is_independent(measurement.passes.evaluation, update)
+    independent = update.is_independent_of(measurement.passes.evaluation)
     own = measurement._replace(messages=Messages(quiet=True), independent=independent)
     with _naming(name):
         return _Taken(own, *step(own, update))
@@ -143,21 +140,16 @@ def _observables(evaluation: Rollouts) -> dict[str, Observable]:
 
 @contextmanager
 def _naming(name: str) -> Iterator[None]:
-    """Let an error say of which update it speaks.
+    """Let an error say of which update it speaks, and where another optimizer's state is to come from.
 
     Raises:
-        InputError: With the name of the update before its words.
-        NumericsError: The same.
-        EffectiveSampleSizeError: The same.
+        InputError: With the hint of its own, where the state is another optimizer's.
     """
-    try:
-        yield
-    except InputError as error:
-        named = error.within(f"Update '{name}'")
-        if error.kind == "optimizer state":
-            named = named.but(
-                f"{error.hint}; give update.vary(..., opt_state=optimizer.init(params)), or its own state"
-            )
-        raise named from error
-    except (NumericsError, EffectiveSampleSizeError) as error:
-        raise error.within(f"Update '{name}'") from error
+    with placed(f"Update '{name}'", InputError, NumericsError, EffectiveSampleSizeError):
+        try:
+            yield
+        except InputError as error:
+            if error.kind != "optimizer state":
+                raise
+            own = f"{error.hint}; give update.vary(..., opt_state=optimizer.init(params)), or its own state"
+            raise error.but(own) from error

@@ -10,7 +10,7 @@ from funcprobe.errors import InputError, Note, NumericsError
 from funcprobe.measurement.cautions import before_measuring, ess_fraction, left_alone
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement
-from funcprobe.measurement.options import Given, options_of
+from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
 from funcprobe.measurement.update import Update
@@ -18,8 +18,8 @@ from funcprobe.types import Observable, Progress, Rollouts
 
 #: Options of a probe that can do nothing in a search: bounds are held against numbers, without bars.
 IDLE: Collection[str] = (
-    *("order", "bars", "level", "seed", "rounding", "ess_threshold", "on_low_ess"),
-    *("top_k", "keep_delta", "keep_scores"),
+    *("order", "bars", "level", "seed", "ess_threshold", "on_low_ess"),
+    *OF_ONE_STEP,
 )
 
 #: The finest bisection: between neighbours in float64 there would be no end of it.
@@ -75,7 +75,7 @@ def largest_lr(
     low, high = _ends(between)
     bounds = _bounds(min_ess, max_abs_delta, max_nonlinearity, relative)
     given = options_of(options, "a search for a learning rate", IDLE, bars=None, rounding=False, ess_threshold=0.0)
-    measurement = Measurement.of(update.policy, evaluation, observable, given, progress)
+    measurement = Measurement.of(update, evaluation, observable, given, progress)
     loss = update.gradient(progress)
     measurement.messages.warn(*update.warnings)
     measurement.messages.add(left_alone(loss.gradient))

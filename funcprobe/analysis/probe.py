@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 
 from funcprobe import tree
-from funcprobe.measurement.cautions import about_the_copy, is_independent, step
+from funcprobe.measurement.cautions import about_the_copy, step
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder, first_order
 from funcprobe.measurement.measure import family_of, measure
@@ -52,8 +52,7 @@ def probe(
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below `ess_threshold` of the sample.
     """
     chosen = options_of(options, "a probe")
-    measurement = Measurement.of(update.policy, evaluation, observables, chosen, progress)
-    measurement = measurement._replace(independent=is_independent(evaluation, update))
+    measurement = Measurement.of(update, evaluation, observables, chosen, progress)
     move, info = step(measurement, update)
     first = first_order(measurement, update.params, move.delta)
     outcome, evidence = measure(measurement, move, first, info)

@@ -66,7 +66,7 @@ def second_order(
         ForwardModeError: If an operation of the model has no forward derivative.
         NumericsError: With `mode="forward"`, if the two disagree.
     """
-    measurement = Measurement.of(update.policy, evaluation, observable, Options(microbatch=microbatch), progress)
+    measurement = Measurement.of(update, evaluation, observable, Options(microbatch=microbatch), progress)
     passes, (_, main), direction = measurement.passes, measurement.main, update.take(progress).delta
     eps = engine.arithmetic(update.policy, update.params).eps
     along, disagreement = curved(passes, update.params, direction, eps, mode)

@@ -8,14 +8,14 @@ from typing import Unpack
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import first_order
 from funcprobe.measurement.measurement import Measurement, Observables
-from funcprobe.measurement.options import Given, options_of
+from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.update import Update
 from funcprobe.types import Progress, Rollouts
 
 #: Options of a probe that can do nothing where nothing is measured.
 OF_A_MEASUREMENT: Collection[str] = (
-    *("method", "tolerance", "order", "bars", "level", "seed", "rounding"),
-    *("ess_threshold", "on_low_ess", "top_k", "keep_delta", "keep_scores"),
+    *("method", "tolerance", "order", "bars", "level", "seed", "ess_threshold", "on_low_ess"),
+    *OF_ONE_STEP,
 )
 
 
@@ -42,7 +42,7 @@ def slope(
         ForwardModeError: In `mode="forward"`, if the model has no forward derivative.
     """
     given = options_of(options, "a first order", OF_A_MEASUREMENT)
-    measurement = Measurement.of(update.policy, evaluation, observables, given, progress)
+    measurement = Measurement.of(update, evaluation, observables, given, progress)
     delta = update.take(progress).delta
     measurement.messages.warn(*update.warnings)
     first = first_order(measurement, update.params, delta)

@@ -11,18 +11,15 @@ from typing import Any, Literal, Unpack
 
 from funcprobe.analysis.probe import provenance_of
 from funcprobe.errors import ForwardModeError, InputError, Note
-from funcprobe.measurement.cautions import before_measuring, is_independent, left_alone
+from funcprobe.measurement.cautions import before_measuring, left_alone
 from funcprobe.measurement.identity import identity_of
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement, Observables
-from funcprobe.measurement.options import Given, Options, options_of
+from funcprobe.measurement.options import OF_ONE_STEP, Given, Options, options_of
 from funcprobe.measurement.update import Update
 from funcprobe.results.journal import Journal
 from funcprobe.results.sweep import SweepResult
 from funcprobe.types import Progress, Rollouts
-
-#: Options of a probe that can do nothing where there are many learning rates.
-OF_ONE_STEP = ("rounding", "top_k", "keep_delta", "keep_scores")
 
 
 def sweep(
@@ -67,8 +64,7 @@ def sweep(
     if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
     given = options_of(options, "a sweep", OF_ONE_STEP, rounding=False)
-    measurement = Measurement.of(update.policy, evaluation, observables, given, progress)
-    measurement = measurement._replace(independent=is_independent(evaluation, update))
+    measurement = Measurement.of(update, evaluation, observables, given, progress)
     messages = measurement.messages
     kept = Journal(journal, "" if journal is None else identity_of(update, measurement))
     with measurement.passes.clock("gradient on U"):

@@ -11,6 +11,7 @@ from torch import nn
 from funcprobe.checkpoints.checkpoint import Checkpoint
 from funcprobe.checkpoints.folder import load_checkpoint
 from funcprobe.errors import CheckpointError
+from funcprobe.measurement.move import displacement
 from funcprobe.measurement.update import Update
 from funcprobe.types import Params
 
@@ -47,13 +48,7 @@ def between(
     first, second = (load_checkpoint(folder, **options) for folder in (before, after))
     _check_leaves(first, second, before, after)
     _check_frozen(first, second, before, after)
-    delta = {name: _difference(p, second.params[name]) for name, p in first.params.items()}
-    return Update.from_delta(first.policy, first.params, delta, second.params)
-
-
-def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    wide = torch.promote_types(before.dtype, torch.float32)
-    return (after.double() - before.double()).to(wide)
+    return Update.from_delta(first.policy, first.params, displacement(first.params, second.params), second.params)
 
 
 def _check_leaves(first: Checkpoint, second: Checkpoint, before: str | Path, after: str | Path) -> None:

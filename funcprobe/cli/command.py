@@ -14,10 +14,10 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from funcprobe import __version__, plugins
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.options import Argument, Option, Parser, described, parsed, split, usage_of
-from funcprobe.cli.prepare import check_output, collected_warnings, memory_advice, resolved
+from funcprobe.cli.prepare import check_output, memory_advice, resolved
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import fresh_directory
-from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note
+from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note, collected_notes
 from funcprobe.report.figures import save_figures
 from funcprobe.report.terminal import print_result, text_of
 from funcprobe.results.result import Result
@@ -134,7 +134,7 @@ def measured(command: Command[R], config: Config, options: argparse.Namespace, b
     command.check(config, options)
     check_output(config.output, command.written, force=config.force)
     config = resolved(config)
-    with collected_warnings() as warned, memory_advice(config):
+    with collected_notes("input") as warned, memory_advice(config):
         result = command.do(config, options, bars)
     result = command.warned(result, warned)
     bars.phase("writing the results")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import check_absent
 from funcprobe.data.files import read_metadata, read_rollouts
 from funcprobe.data.rollouts import to_device
-from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
+from funcprobe.errors import ConfigError, InputError
 from funcprobe.measurement.update import Update
 from funcprobe.policy.devices import device_of
 from funcprobe.report.canvas import new_axes
@@ -132,22 +131,3 @@ def memory_advice(config: Config) -> Iterator[None]:
             f"The device ran out of memory ({str(error).splitlines()[0]}); set microbatch_tokens lower than "
             f"{config.microbatch_tokens or 'one piece'}, or dtype: bfloat16."
         ) from error
-
-
-@contextmanager
-def collected_warnings() -> Iterator[list[Note]]:
-    """Yield a list that fills with everything that funcprobe warns of in the block; other warnings pass through."""
-    collected: list[Note] = []
-    with warnings.catch_warnings():
-        show = warnings.showwarning
-
-        def collect(message: Warning | str, category: type[Warning], *where: object, **more: object) -> None:
-            if issubclass(category, FuncprobeWarning):
-                text = message.args[0] if isinstance(message, Warning) and message.args else message
-                collected.append(text if isinstance(text, Note) else Note("input", str(text)))
-            else:
-                show(message, category, *where, **more)  # type: ignore[arg-type]
-
-        warnings.showwarning = collect
-        warnings.simplefilter("always", FuncprobeWarning)
-        yield collected

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,7 +18,7 @@ from funcprobe.checkpoints.live import from_training
 from funcprobe.compat.batches import Batch, configured, for_the_loss, rows_of_prompts
 from funcprobe.compat.settings import Settings
 from funcprobe.compat.weights import weight_diagnostics
-from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.errors import InputError, collected_notes
 from funcprobe.results.probe import ProbeResult
 
 #: Said where E is scored at another temperature than it was sampled at.
@@ -157,11 +156,7 @@ class DeltaEntropyIS:
 @contextmanager
 def logged(logger: logging.Logger) -> Iterator[None]:
     """Log the warnings of funcprobe in a block instead of issuing them; other warnings pass through."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FuncprobeWarning)
+    with collected_notes("stateful") as notes:
         yield
-    for w in caught:
-        if issubclass(w.category, FuncprobeWarning):
-            logger.warning(str(w.message))
-        else:
-            warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+    for note in notes:
+        logger.warning(note)

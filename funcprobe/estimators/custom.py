@@ -79,6 +79,20 @@ def observable(
     return lambda function: Custom(function, name, unit, weighting, proposal, inclusive, dict(stats or {}))
 
 
+def check_protocol(found: object) -> None:
+    """Check that a value has all that an observable needs; nothing is called.
+
+    Raises:
+        InputError: If it has not, or is the class or the factory of one.
+    """
+    if not isinstance(found, Observable) or isinstance(found, type):
+        raise InputError(
+            f"{found!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to be "
+            "callable. Call the factory, as in entropy(), or decorate a function of (scores, anchor, rollouts) with "
+            'funcprobe.observable("its name", "its unit").'
+        )
+
+
 def check_observable(observable: Observable, anchor: TokenScores, rollouts: Rollouts) -> None:
     """Return if the observable is a finite, differentiable scalar of the scores; it is called once, no model is run.
 
@@ -89,12 +103,7 @@ def check_observable(observable: Observable, anchor: TokenScores, rollouts: Roll
         InputError: If it is no observable, or returns anything but a scalar floating-point tensor, or one that is not
             finite, has no finite derivative at the anchor, or does not depend on the scores.
     """
-    if not isinstance(observable, Observable):
-        raise InputError(
-            f"{observable!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to "
-            "be callable; decorate a function "
-            'of (scores, anchor, rollouts) with funcprobe.observable("its name", "its unit").'
-        )
+    check_protocol(observable)
     said = f"The observable '{observable.name}' returned"
     leaves, constants = engine.each(lambda x: x.detach().clone().requires_grad_(), anchor), engine.detached(anchor)
     with torch.enable_grad():

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.measurement import Measurement
-from funcprobe.measurement.move import WORTH_TELLING, Move, movement
+from funcprobe.measurement.move import WORTH_TELLING, Move, displacement, movement
 from funcprobe.measurement.path import along_line
-from funcprobe.types import Params
 
 
 class Apart(NamedTuple):
@@ -41,7 +38,7 @@ def told_apart(measurement: Measurement, move: Move, first: FirstOrder) -> Apart
     if not held and (options.method == "difference" or not by_path):
         return None
     exact = move._replace(after=target) if held else move
-    return Apart(exact, move._replace(delta=displacement(move)), held)
+    return Apart(exact, move._replace(delta=displacement(move.params, move.after)), held)
 
 
 def first_of_stored(measurement: Measurement, move: Move, first: FirstOrder) -> FirstOrder | None:
@@ -50,11 +47,3 @@ def first_of_stored(measurement: Measurement, move: Move, first: FirstOrder) -> 
         return None
     along = measurement.passes.directional(move.params, move.delta, "E, forward mode along θ′ − θ")
     return FirstOrder(first.scores, along, {}, first.eps)
-
-
-def displacement(move: Move) -> Params:
-    """Return θ′ − θ, subtracted in float64 and kept in the dtype of Δθ."""
-    return {
-        name: (move.after[name].double() - p.double()).to(torch.promote_types(p.dtype, torch.float32))
-        for name, p in move.params.items()
-    }

@@ -99,14 +99,6 @@ def unequal_groups(optimizer: Optimizer) -> Iterator[Note]:
         )
 
 
-def is_independent(evaluation: Rollouts, update: Update) -> bool:
-    """Return whether E shares neither sequences nor prompts with the batch that the step was made from."""
-    if update.batch is None:
-        return True
-    shared = overlap(evaluation, update.batch)
-    return not (shared.sequences or shared.prompts)
-
-
 def after_measuring(anchor: TokenScores, evaluation: Rollouts, health: WeightHealth) -> Iterator[Note]:
     """Yield the cautions about the rollouts that the anchor's scores and the weights reveal."""
     if health.khat is not None and health.khat > KHAT_LIMIT and health.fraction("sequence") < NEARLY_EQUAL:

@@ -121,7 +121,7 @@ def _forward(measurement: Measurement, params: Params, delta: Params) -> FirstOr
     if measurement.options.degree == 1:
         along = passes.directional(params, delta, "E, forward mode")
     else:
-        along, off = curved(passes, params, delta, arithmetic.eps)
+        along, off = curved(passes, params, delta, arithmetic.eps, "auto")
         if along.curvatures is None:
             measurement.messages.note(
                 "forward over reverse",

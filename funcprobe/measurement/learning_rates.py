@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from funcprobe import engine, tree
 from funcprobe.engine.kernels import without_batching_rule
-from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError
+from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError, placed
 from funcprobe.measurement.first_order import FirstOrder, first_order
 from funcprobe.measurement.measure import measure
 from funcprobe.measurement.measurement import Measurement
@@ -17,7 +17,7 @@ from funcprobe.measurement.move import Move
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.update import Update
 from funcprobe.policy.running import first_sentence
-from funcprobe.types import Params, TokenScores
+from funcprobe.types import Params, StepResult, TokenScores
 
 #: Two steps are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
 PROPORTIONAL = 1e-5
@@ -69,7 +69,7 @@ class LearningRates:
             first = self.first_order(move, lr, own.messages)
             return measure(own, move, first, {"lr": lr}, after)[0]
 
-    def _taken(self, lr: float):  # type: ignore[no-untyped-def]
+    def _taken(self, lr: float) -> StepResult:
         with self.measurement.passes.clock("optimizer steps"), _naming(lr):
             return self._update.at(lr).take()
 
@@ -106,18 +106,9 @@ def _off(delta: Params, reference: Params, c: float) -> float:
     return math.sqrt(sum(float(norm) ** 2 for norm in each))
 
 
-@contextmanager
-def _naming(*lrs: float) -> Iterator[None]:
-    """Let an error say at which learning rates it arose.
-
-    Raises:
-        NumericsError: With the learning rates before its words.
-        EffectiveSampleSizeError: The same.
-    """
-    try:
-        yield
-    except (NumericsError, EffectiveSampleSizeError) as error:
-        raise error.within(f"At lr {', '.join(f'{lr:g}' for lr in lrs)}") from error
+def _naming(*lrs: float) -> AbstractContextManager[None]:
+    """Return a context in which an error says at which learning rates it arose."""
+    return placed(f"At lr {', '.join(f'{lr:g}' for lr in lrs)}", NumericsError, EffectiveSampleSizeError)
 
 
 @contextmanager

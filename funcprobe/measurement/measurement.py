@@ -10,11 +10,11 @@ import torch
 from funcprobe.engine.clock import Clock
 from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError
-from funcprobe.estimators.custom import check_observable
+from funcprobe.estimators.custom import check_observable, check_protocol
 from funcprobe.estimators.observables import entropy
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.options import Options
-from funcprobe.policy.module import Policy
+from funcprobe.measurement.update import Update
 from funcprobe.types import Observable, Progress, Rollouts, TokenScores
 
 #: What a verb takes: one observable, several by name, or None for the entropy per token.
@@ -31,12 +31,12 @@ class Measurement(NamedTuple):
     observables: Mapping[str, Observable]  #: the first one is what ESS, rounding and exchange rates refer to
     options: Options
     messages: Messages  #: told what should be known beside the numbers
-    independent: bool = True  #: whether Δθ was made without E
+    independent: bool  #: whether Δθ was made without E
 
     @classmethod
     def of(
         cls,
-        policy: Policy,
+        update: Update,
         evaluation: Rollouts,
         observables: Observables,
         options: Options,
@@ -44,15 +44,15 @@ class Measurement(NamedTuple):
         *,
         quiet: bool = False,
     ) -> Measurement:
-        """Return a measurement on E; refused early where no pass over E could give it.
+        """Return a measurement of an update on E; refused early where no pass over E could give it.
 
         Raises:
             InputError: If an observable cannot be used on these rollouts, or bars were asked for by name and E has one
                 prompt.
         """
         named = checked(observables, evaluation)
-        passes = Passes.over(policy, evaluation, named, options.microbatch, progress, Clock())
-        made = cls(passes, named, options, Messages(quiet=quiet))
+        passes = Passes.over(update.policy, evaluation, named, options.microbatch, progress, Clock())
+        made = cls(passes, named, options, Messages(quiet=quiet), update.is_independent_of(evaluation))
         made._check_bars()
         return made
 
@@ -82,12 +82,7 @@ def named(observables: Observables) -> dict[str, Observable]:
     if not found:
         raise InputError("No observable was given; expected at least one, such as {'entropy': entropy()}.")
     for o in found.values():
-        if not isinstance(o, Observable) or isinstance(o, type):
-            raise InputError(
-                f"{o!r} is no observable: it needs name, unit, stats, weighting, proposal and inclusive, and to be "
-                "callable. Call the factory, as in entropy(), or decorate a function of (scores, anchor, rollouts) "
-                'with funcprobe.observable("its name", "its unit").'
-            )
+        check_protocol(o)
     return {o.name if name is None else str(name): o for name, o in found.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from funcprobe import tree
@@ -39,6 +40,14 @@ class Move(NamedTuple):
     def rounding(self) -> Params:
         """Return `(θ′ − θ) − Δθ`, subtracted in float64 and kept in the dtype of Δθ."""
         return {name: _off(self.params, self.after, self.delta, name) for name in self.params}
+
+
+def displacement(params: Params, after: Params) -> Params:
+    """Return θ′ − θ, subtracted in float64 and kept in float32 or wider."""
+    return {
+        name: (after[name].double() - p.double()).to(torch.promote_types(p.dtype, torch.float32))
+        for name, p in params.items()
+    }
 
 
 def movement(params: Params, after: Params, delta: Params) -> Movement:

@@ -108,6 +108,10 @@ class Options:
         return 2 if self.order == 2 else 1
 
 
+#: Options that can do nothing where there are several steps, which share no such rows.
+OF_ONE_STEP = ("rounding", "top_k", "keep_delta", "keep_scores")
+
+
 class Given(TypedDict, total=False):
     """The options by keyword, all of them optional; see `Options` for their meaning and their defaults."""
 

@@ -23,7 +23,7 @@ def curved(
     params: Params,
     direction: Params,
     eps: float,
-    mode: Literal["auto", "forward", "reverse"] = "auto",
+    mode: Literal["auto", "forward", "reverse"],
 ) -> tuple[engine.Directional, float]:
     """Return the scores with ṡ and s̈, and by how much a check of s̈ failed; without s̈ where it cannot be trusted.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from funcprobe import tree
-from funcprobe.errors import FuncprobeWarning, InputError, Note
+from funcprobe.data.rollouts import overlap
+from funcprobe.errors import InputError, Note, collected_notes
 from funcprobe.measurement.path import along_line
 from funcprobe.optimizers.groups import check_gradient, check_lr
 from funcprobe.optimizers.stored import is_stored, storage_name
@@ -184,15 +184,17 @@ class Update:
         if self._held.loss is None:
             assert self.step is not None
             assert self.batch is not None
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+            with collected_notes("gradient") as notes:
                 self._held.loss = self.step.loss_gradient(self.params, self.batch, progress=progress)
-            own = [w for w in caught if issubclass(w.category, FuncprobeWarning)]
-            self._held.warnings = tuple(_noted(w.message) for w in own)
-            for w in caught:
-                if w not in own:
-                    warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+            self._held.warnings = tuple(notes)
         return self._held.loss
+
+    def is_independent_of(self, evaluation: Rollouts) -> bool:
+        """Return whether E shares neither sequences nor prompts with the batch that the update was made from."""
+        if self.batch is None:
+            return True
+        shared = overlap(evaluation, self.batch)
+        return not (shared.sequences or shared.prompts)
 
     @property
     def warnings(self) -> tuple[Note, ...]:
@@ -240,8 +242,3 @@ class Update:
 
 def _checked(lr: float | None) -> float | None:
     return None if lr is None else check_lr(lr)
-
-
-def _noted(message: Warning | str) -> Note:
-    first = message.args[0] if isinstance(message, Warning) and message.args else message
-    return first if isinstance(first, Note) else Note("gradient", str(message))

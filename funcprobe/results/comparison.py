@@ -30,7 +30,7 @@ class Comparison(Measured):
 
     outcomes: dict[str, Outcome]  #: by the name of the update, the baseline first
     provenance: Provenance  #: how the numbers were made
-    level: float = 0.95  #: nominal coverage of the intervals
+    level: float  #: nominal coverage of the intervals
     notes: tuple[Note, ...] = ()  #: what was decided on the way
 
     @property

@@ -36,7 +36,7 @@ def identity_with(observable: Observable, optimizer: Any = None) -> str:
 
 
 def identified(update: fp.Update, observable: Observable) -> str:
-    return identity_of(update, Measurement.of(update.policy, E, {"mine": observable}, Options()))
+    return identity_of(update, Measurement.of(update, E, {"mine": observable}, Options()))
 
 
 def share_above(threshold: float, **options: Any) -> Observable:

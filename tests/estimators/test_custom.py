@@ -70,7 +70,7 @@ def test_a_mistaken_observable_is_told_what_it_returned(function: Callable[..., 
 
 def test_a_bare_function_is_told_to_be_decorated() -> None:
     rollouts = batch([2, 3], 0)
-    with pytest.raises(InputError, match="is no observable: it needs name, unit and stats"):
+    with pytest.raises(InputError, match="is no observable: it needs name, unit, stats, weighting"):
         check_observable(second_moment, scored(rollouts, 0)[1], rollouts)  # type: ignore[arg-type]
 
 

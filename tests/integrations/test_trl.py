@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
 import warnings
 from pathlib import Path
@@ -176,7 +177,7 @@ def test_a_probe_of_the_live_model_is_that_of_a_plain_copy(folder: Path) -> None
         plain = copy.deepcopy(model)
         del plain.forward
         policy, params = fp.from_module(plain.eval())
-        alone = live._replace(policy=policy, params=params)
+        alone = dataclasses.replace(live, policy=policy, params=params)
         return probed(live, trainer, inputs), probed(alone, trainer, inputs)
 
     live, alone = grpo(folder, look, at=(2,), gradient_accumulation_steps=2).steps[2].ours

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import funcprobe as fp
+from funcprobe import objectives
 from funcprobe.data.files import read_rollouts, write_rollouts
 from funcprobe.data.rollouts import concatenate, rollouts_from_padded, split, take
 from funcprobe.errors import InputError
 from funcprobe.estimators.observables import entropy_family
-from funcprobe.objectives import by_name as objectives
 from funcprobe.types import Params, Rollouts
 from tests.cases import models
 from tests.cases.rollout_lists import assert_same_rollouts

@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from funcprobe import objectives
 from funcprobe.data.rollouts import take
 from funcprobe.errors import FuncprobeWarning, InputError
-from funcprobe.objectives import by_name as objectives
 from funcprobe.objectives.by_name import objective
 from funcprobe.objectives.losses import BASES
 from funcprobe.objectives.policy_gradient import AGGREGATIONS, PolicyGradient
 from funcprobe.types import Objective, Rollouts, TokenScores
 from tests.cases.scored import Batch, batch, law, law_of_a_table, masks, seeds
-from tests.oracles import losses
+from tests.oracles.variants import loop_loss
 
 # Sums of at most 30 terms below 100 in float64: 30 · 100 · 2^-53 < 1e-12.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -46,29 +46,8 @@ def value_and_gradient(loss: PolicyGradient, scores: TokenScores, rollouts: Roll
 
 
 def expected(loss: PolicyGradient, case: Batch) -> Gradients:
-    rollouts = case.rollouts
-    rewards, groups = rollouts.rewards.tolist(), rollouts.group_ids.tolist()
-    advantage = (
-        losses.leave_one_out(rewards, groups)
-        if loss.name == "rloo"
-        else losses.advantages(rewards, groups, loss.scale_rewards)
-    )
     logp = case.scores.logp.clone().requires_grad_()
-    value = losses.loss(
-        loss.name,
-        logp,
-        rollouts.completion_mask.tolist(),
-        advantage,
-        rollouts.old_logps,
-        rollouts.ref_logps,
-        epsilon=loss.epsilon,
-        epsilon_high=loss.epsilon_high,
-        delta=loss.delta,
-        beta=loss.beta,
-        bias_correction=loss.use_bias_correction_kl,
-        aggregation=loss.aggregation,
-        max_completion_length=loss.max_completion_length,
-    )
+    value = loop_loss(loss, loss.name, case.rollouts, logp, case.scores.entropy)
     value = value + 0 * logp.sum()  # a loss that is clipped everywhere is constant, and its gradient zero
     return value.detach(), torch.autograd.grad(value, logp)[0]
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import funcprobe as fp
+from funcprobe import objectives
 from funcprobe.errors import NumericsError
-from funcprobe.objectives import by_name as objectives
+from funcprobe.objectives.policy_gradient import PolicyGradient
 from funcprobe.objectives.ratios import LARGEST
 from funcprobe.types import Rollouts, TokenScores
 from tests.cases import models
@@ -51,7 +52,7 @@ def batch(size: float, advantage: float, reference: float = 0.4) -> tuple[TokenS
     return TokenScores(LOGP, 0.8 * MASK.double()), rollouts
 
 
-def exact(o: objectives.PolicyGradient, rollouts: Rollouts) -> tuple[Any, dict[tuple[int, int], Any]]:
+def exact(o: PolicyGradient, rollouts: Rollouts) -> tuple[Any, dict[tuple[int, int], Any]]:
     """Return loss and gradient in the log-probabilities, by loops over numbers of any size."""
     weights = o.token_weights(rollouts)
     places = [(row, t) for row, t in MASK.nonzero().tolist()]
@@ -80,7 +81,7 @@ def exact(o: objectives.PolicyGradient, rollouts: Rollouts) -> tuple[Any, dict[t
     return total, slopes
 
 
-def surrogate(o: objectives.PolicyGradient, r: Any, a: Any, y: Any) -> tuple[Any, Any, Any]:
+def surrogate(o: PolicyGradient, r: Any, a: Any, y: Any) -> tuple[Any, Any, Any]:
     """Return what a token's loss maximises, its slope in log r and its slope in log π."""
     if o.surrogate == "log_prob":
         return a * y, 0, a
@@ -97,9 +98,7 @@ def surrogate(o: objectives.PolicyGradient, r: Any, a: Any, y: Any) -> tuple[Any
     return clipped * a, r * a if inside else 0, 0
 
 
-def found(
-    o: objectives.PolicyGradient, scores: TokenScores, rollouts: Rollouts
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def found(o: PolicyGradient, scores: TokenScores, rollouts: Rollouts) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Return loss, gradient and info, as the engine takes them: differentiate first, then the value."""
     prepared = o.prepare(rollouts)
     slope = torch.func.grad(lambda y: o(scores._replace(logp=y), prepared)[0])(scores.logp)
