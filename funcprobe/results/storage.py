@@ -46,7 +46,7 @@ class Kept(Protocol):
 R = TypeVar("R", bound=Kept)
 
 
-class Beside:
+class ArrayFile:
     """Tensors in a file of their own, by name."""
 
     def __init__(self, stored: Mapping[str, Tensor] | None = None) -> None:
@@ -89,7 +89,7 @@ def save(result: Kept, path: str | os.PathLike[str], *, overwrite: bool = False)
 
 def write_into(result: Kept, folder: Path) -> None:
     """Write the files of a result into an existing folder."""
-    arrays = Beside()
+    arrays = ArrayFile()
     plain = plain_of(result, arrays)
     if arrays.stored:
         write_arrays(arrays.stored, folder / ARRAYS)
@@ -149,7 +149,7 @@ def decoded(cls: type[R], plain: Mapping[str, Any], folder: Path) -> R:
     Raises:
         InputError: If either file is damaged, or they are not of one result.
     """
-    arrays = Beside(_stored(folder, plain.get("arrays")))
+    arrays = ArrayFile(_stored(folder, plain.get("arrays")))
     try:
         return decode({name: x for name, x in plain.items() if name not in _HEAD}, cls, arrays)
     except (DamagedError, InputError, RecursionError) as error:  # an InputError is one of the result's own

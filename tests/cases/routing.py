@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,30 +73,17 @@ def seen(rollouts: fp.Rollouts) -> Tensor:
     return torch.cat([row[: n - 1] for row, n in zip(rollouts.ids, lengths, strict=True)])
 
 
-def mixture(name: str, dtype: torch.dtype = torch.float32, experts: str | None = None) -> nn.Module:
+def mixture(name: str, dtype: torch.dtype = torch.float32, experts: str | None = None, **options: Any) -> nn.Module:
     """Return a tiny mixture of experts as transformers loads it, or with another implementation of its experts."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(
-        name,
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        num_experts=4,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        router_aux_loss_coef=0.0,  # which a run of TRL adds, and a probe warns of
-        bos_token_id=1,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 64}
+    routed = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    tokens = {"vocab_size": V, "bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 0}
+    # no loss of the router's, which a run of TRL adds, and a probe warns of
+    own = {**sizes, **heads, **routed, **tokens, "initializer_range": 0.3, "router_aux_loss_coef": 0.0, **options}
+    config = AutoConfig.for_model(name, **own)
     with models.seeded(6):
         module = AutoModelForCausalLM.from_config(config).to(dtype)
     if experts is not None:

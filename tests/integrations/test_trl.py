@@ -20,6 +20,7 @@ from funcprobe.errors import FuncprobeWarning
 from funcprobe.integrations.trl import objective_from_config, rollouts_from_trl
 from funcprobe.policy.training_only import training_cautions, training_terms
 from tests.cases import models
+from tests.cases.routing import mixture
 from tests.cases.third_party import third_party
 from tests.cases.trees import assert_same
 from tests.cases.trl_runs import VOCABULARY, arguments, distance, leaves, our_step, prompts, qwen2, train, trainables
@@ -212,30 +213,6 @@ def test_a_probe_leaves_the_run_as_it_was(folder: Path, adapter: bool) -> None:
     assert_same(run(looked_at), run(None))
 
 
-def mixture() -> nn.Module:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        moe_intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.3,
-        router_aux_loss_coef=0.1,
-    )
-    return Qwen3MoeForCausalLM(config)
-
-
 def test_a_mixture_is_trained_on_its_routers_loss_as_well(folder: Path) -> None:
     def look(*given: Any) -> Any:
         with pytest.warns(FuncprobeWarning, match=r"load-balancing loss is not in the step: .* adds 0\.1 times it"):
@@ -244,7 +221,13 @@ def test_a_mixture_is_trained_on_its_routers_loss_as_well(folder: Path) -> None:
 
     gaps, told = {}, {}
     for coefficient in (None, 0.0):
-        seen = grpo(folder, look, at=(1,), model=mixture(), router_aux_loss_coef=coefficient).steps[1]
+        seen = grpo(
+            folder,
+            look,
+            at=(1,),
+            model=mixture("qwen3_moe", vocab_size=VOCABULARY, eos_token_id=1, router_aux_loss_coef=0.1),
+            router_aux_loss_coef=coefficient,
+        ).steps[1]
         ours, told[coefficient] = seen.ours
         gaps[coefficient] = distance(fp.tree.scale(ours.info["clip_coefficient"], ours.gradient), seen.gradient)
     assert gaps[0.0] < SAME_STEP

@@ -22,7 +22,7 @@ from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading, Sampled
 from funcprobe.measurement.routing import Routing
 from funcprobe.results.codec import NOT_KEPT, DamagedError, Inline, decode, encode
-from funcprobe.results.storage import Beside
+from funcprobe.results.storage import ArrayFile
 from tests.cases.kept import same
 
 TEXTS = st.text(max_size=8)
@@ -88,9 +88,9 @@ def test_any_outcome_comes_back(outcome: Outcome) -> None:
 
 @given(OUTCOMES)
 def test_arrays_may_stand_beside(outcome: Outcome) -> None:
-    kept = Beside()
+    kept = ArrayFile()
     text = json.dumps(encode(outcome, Outcome, kept), allow_nan=False)
-    assert same(decode(json.loads(text), Outcome, Beside(kept.stored)), outcome)
+    assert same(decode(json.loads(text), Outcome, ArrayFile(kept.stored)), outcome)
     assert len(kept.stored) == (0 if outcome.sampled is None else 2)
 
 
@@ -125,7 +125,7 @@ def everything() -> Everything:
 
 def test_tuples_numbers_as_keys_and_tensors_of_every_dtype_come_back() -> None:
     assert same(through(everything(), Everything), everything())
-    kept = Beside()
+    kept = ArrayFile()
     plain = json.loads(json.dumps(encode(everything(), Everything, kept), allow_nan=False))
     assert same(decode(plain, Everything, kept), everything())
 
@@ -139,7 +139,7 @@ def test_what_is_not_kept_has_its_default() -> None:
 def test_arrays_of_one_name_or_one_memory_are_kept_apart() -> None:
     x = torch.arange(4.0)
     value = {"a.b": {"c": x}, "a": {"b.c": x[1:]}}
-    kept = Beside()
+    kept = ArrayFile()
     plain = encode(value, dict[str, dict[str, Tensor]], kept)
     assert list(kept.stored) == ["a.b.c", "a.b.c'"]
     assert same(decode(plain, dict[str, dict[str, Tensor]], kept), value)
