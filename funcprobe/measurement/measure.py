@@ -51,7 +51,8 @@ def measure(
     """
     evaluation, options, messages = measurement.passes.evaluation, measurement.options, measurement.messages
     both = _both(measurement, move, first, scores_after)
-    evidence, measured, other = both.main, both.measured, both.other
+    measured, other = both.measured, both.other
+    evidence = measured.evidence
     row = _rounding_row(measurement, move, first, evidence) if both.row is None else both.row
     healths = {name: _health(evidence, o) for name, o in measurement.observables.items()}
     health = healths[measurement.main[0]]
@@ -89,9 +90,8 @@ def measure(
 class _Both(NamedTuple):
     """A step as it was measured, and, where storing sets θ′ apart from θ + Δθ, the other of the two."""
 
-    main: Evidence
-    measured: Measured
-    of_delta: bool  #: whether the main one is θ + Δθ
+    measured: Measured  #: the main one
+    of_delta: bool  #: whether that is θ + Δθ
     other: Evidence | None = None
     subtractions: Mapping[str, float | None] | None = None  #: of θ′ as stored
     row: float | None = None  #: the rounding row, where it came with the tangents along θ′ − θ
@@ -105,31 +105,24 @@ def _both(measurement: Measurement, move: Move, first: FirstOrder, scores_after:
     """
     apart = told_apart(measurement, move, first)
     if apart is None:
-        evidence, measured = _measured(measurement, move, first, scores_after)
-        return _Both(evidence, measured, measured.method == "path")
+        measured = measure_change(measurement, move, first, scores_after)
+        return _Both(measured, measured.method == "path")
     method, order = measurement.options.method, measurement.options.degree
     exactly = move.narrow and apart.held and method != "difference"
     if exactly and scores_after is None and method != "path":
         scores_after = measurement.passes.scores(move.after, "E at θ′", 0 if first.along is None else order)
-    evidence, measured = _measured(
-        measurement, *((apart.exact, first, None) if exactly else (move, first, scores_after))
-    )
+    measured = measure_change(measurement, *((apart.exact, first, None) if exactly else (move, first, scores_after)))
     if exactly or measured.method == "path":
         along = first_of_stored(measurement, apart.stored, first)
-        stored, of_stored = _measured_as_stored(measurement, apart, first, along, scores_after)
-        row = None if along is None else _value(along, measurement, stored) - _value(first, measurement, evidence)
-        return _Both(evidence, measured, True, stored, of_stored.subtractions, row)
+        stored = _measured_as_stored(measurement, apart, first, along, scores_after)
+        row = None
+        if along is not None:
+            row = _value(along, measurement, stored.evidence) - _value(first, measurement, measured.evidence)
+        return _Both(measured, True, stored.evidence, stored.subtractions, row)
     if not apart.held:  # the path did not converge: θ′ is all there is
-        return _Both(evidence, measured, of_delta=False)
-    exact, _ = _measured(measurement, apart.exact, first, None)
-    return _Both(evidence, measured, False, exact, measured.subtractions)
-
-
-def _measured(
-    measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None
-) -> tuple[Evidence, Measured]:
-    measured = measure_change(measurement, move, first, scores_after)
-    return measured.evidence, measured
+        return _Both(measured, of_delta=False)
+    exact = measure_change(measurement, apart.exact, first, None)
+    return _Both(measured, False, exact.evidence, measured.subtractions)
 
 
 def _measured_as_stored(
@@ -138,12 +131,12 @@ def _measured_as_stored(
     first: FirstOrder,
     along: FirstOrder | None,
     scores_after: TokenScores | None,
-) -> tuple[Evidence, Measured]:
+) -> Measured:
     """Return θ′ measured: by subtraction alone where there are no tangents along θ′ − θ, as in a sweep."""
     if along is not None:
-        return _measured(measurement, apart.stored, along, scores_after)
+        return measure_change(measurement, apart.stored, along, scores_after)
     plain = measurement._replace(options=dataclasses.replace(measurement.options, method="difference"))
-    return _measured(plain, apart.stored, first, scores_after)
+    return measure_change(plain, apart.stored, first, scores_after)
 
 
 def _value(first: FirstOrder, measurement: Measurement, evidence: Evidence) -> float:
