@@ -12,7 +12,7 @@ from typing import NamedTuple
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import WORTH_TELLING, Move, displacement, movement
-from funcprobe.measurement.path import along_line
+from funcprobe.measurement.line import along_line
 
 
 class Apart(NamedTuple):

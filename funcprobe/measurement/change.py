@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcprobe import engine
-from funcprobe.errors import NumericsError
+from funcprobe.errors import InputError, NumericsError
 from funcprobe.measurement.continuity import disagree
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder
+from funcprobe.measurement.line import along_line
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import Move
-from funcprobe.measurement.path import ROUNDING_UNITS, Path, along_line, path, subtraction_error
+from funcprobe.measurement.path import ROUNDING_UNITS, RULES, Path, path, subtraction_error
+from funcprobe.measurement.readings import sample
 from funcprobe.measurement.routing import Choices, Routing, watched
 from funcprobe.types import Observable, TokenScores
 
 #: Above this fraction of ΔF, the estimated float error of a subtraction is worth a path.
 SUBTRACTION_WORTH_A_PATH = 1e-3
+
+#: Up to this fraction of ΔF it is not, where it is a small part of the error bar of ΔF as well; and up to which part.
+SUBTRACTION_WITHIN_BARS, PART_OF_A_BAR = 1e-2, 0.05
 
 #: And, where the second order was asked for, above this fraction of it: the remainder is to be seen beside it.
 CURVATURE_WORTH_A_PATH = 1e-2
@@ -49,6 +54,9 @@ def measure_change(
 ) -> Measured:
     """Return ΔF by two evaluations or, where their subtraction is too coarse and F does not jump, by a path.
 
+    Left to itself it takes one node of a path and no more: where one is not enough, the step is large, and a
+    subtraction of two evaluations is accurate.
+
     Raises:
         NumericsError: If `method="path"` does not reach the tolerance, or F jumps on the way.
     """
@@ -71,6 +79,13 @@ def measure_change(
             "ΔF is a subtraction, though float error shows in it: a path misses the jumps where tokens change experts",
         )
         return difference
+    if _is_within_bars(measurement, difference):
+        measurement.messages.note(
+            "subtraction",
+            f"ΔF is a subtraction: its float error is at most {SUBTRACTION_WITHIN_BARS:.0%} of it and "
+            f"{PART_OF_A_BAR:.0%} of its error bar, so no path was walked; method='path' walks one",
+        )
+        return difference
     return _preferred(measurement, move, first, difference)
 
 
@@ -86,26 +101,31 @@ def _checked(measurement: Measurement, move: Move, first: FirstOrder, difference
             "there, and a path, being an integral of derivatives, misses it; use method='auto' or 'difference'."
         )
     found = _path(measurement, move, first)
+    by_path = _by(found, difference)
+    if names := _apart(measurement, move, first, difference, by_path):  # which would keep rules from agreeing as well
+        raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
     if not found.converged:
         raise NumericsError(_not_converged(measurement, found))
-    by_path = _by(found, difference)
-    if names := _apart(measurement, move, first, difference, by_path):
-        raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
     return by_path
 
 
 def _preferred(measurement: Measurement, move: Move, first: FirstOrder, difference: Measured) -> Measured:
-    """Return ΔF by a path, unless that is no better, or the difference shows that it misses something."""
-    found = _path(measurement, move, first)
+    """Return ΔF by one node of a path, unless the difference is better, or shows that the path misses something."""
+    found = _path(measurement, move, first, RULES[:1])
     by_path = _by(found, difference)
     if names := _apart(measurement, move, first, difference, by_path):
         measurement.messages.note("jump", f"{_jumps(names)}; the difference is what is reported")
         return difference
     if found.converged:
         return by_path
-    measurement.messages.note("path", _not_converged(measurement, found))
-    better = any(difference.errors[name] < found.errors[name] for name in found.errors)
-    return difference if better else by_path
+    left = max(difference.errors[n] / (by_path.evidence.magnitude(o) or 1.0) for n, o in measurement.observables.items())
+    better = difference if left < found.reached else by_path
+    measurement.messages.note(
+        "path",
+        f"ΔF is known to about {min(left, found.reached):.1e} of the size of its terms, by a {better.method}: one node of "
+        "a path leaves that, or a subtraction does; method='path' takes more nodes",
+    )
+    return better
 
 
 def _difference(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> Measured:
@@ -176,15 +196,14 @@ def _walks(measurement: Measurement, move: Move) -> bool:
     return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= measurement.options.tolerance
 
 
-def _path(measurement: Measurement, move: Move, first: FirstOrder) -> Path:
+def _path(measurement: Measurement, move: Move, first: FirstOrder, rules: Sequence[int] = RULES) -> Path:
     """Walk the path. Under autocast each ṡ is as accurate as its arithmetic, and no rule agrees better with another."""
     assert first.along is not None  # a path is refused in reverse mode
-    tolerance = measurement.options.tolerance
-    if _walks(measurement, move) and _eps(first) > tolerance:
-        tolerance = LOW_PRECISION_UNITS * _eps(first)
-    return path(
-        measurement.passes, move.params, move.delta, first.along, measurement.observables, tolerance, _eps(first)
-    )
+    tolerance, eps = measurement.options.tolerance, _eps(first)
+    if _walks(measurement, move) and eps > tolerance:
+        tolerance = LOW_PRECISION_UNITS * eps
+    observables = measurement.observables
+    return path(measurement.passes, move.params, move.delta, first.along, observables, tolerance, eps, rules)
 
 
 def _by(found: Path, difference: Measured) -> Measured:
@@ -247,6 +266,25 @@ def _not_converged(measurement: Measurement, found: Path) -> str:
 
 def _is_rerouted(difference: Measured) -> bool:
     return difference.routing is not None and difference.routing.changed > 0
+
+
+def _is_within_bars(measurement: Measurement, difference: Measured) -> bool:
+    """Return whether what float error takes from ΔF is nothing beside its error bar, where there are bars.
+
+    A second order that was asked for is to be seen beside the remainder, which float error may take most of.
+    """
+    evidence, along = difference.evidence, difference.evidence.along
+    if measurement.options.bars is None or (along is not None and along.curvatures is not None):
+        return False
+    errors, changes = difference.errors, difference.subtractions
+    if any(errors[name] > SUBTRACTION_WITHIN_BARS * abs(changes[name]) for name in errors):
+        return False
+    try:
+        sampled = sample(evidence, measurement.observables, "infinitesimal")
+    except (InputError, NumericsError):
+        return False  # it is said where the bars are made
+    bars = {name: sampled.bar(name, "change", measurement.options.level).error for name in errors}
+    return all(errors[name] <= PART_OF_A_BAR * bars[name] for name in errors)
 
 
 def _is_fine(measurement: Measurement, difference: Measured) -> bool:

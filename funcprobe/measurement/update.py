@@ -8,7 +8,7 @@ from typing import Literal
 from funcprobe import tree
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import InputError, Note, collected_notes
-from funcprobe.measurement.path import along_line
+from funcprobe.measurement.line import along_line
 from funcprobe.optimizers.groups import check_gradient, check_lr
 from funcprobe.optimizers.stored import is_stored, storage_name
 from funcprobe.policy.module import Policy

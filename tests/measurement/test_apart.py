@@ -80,9 +80,9 @@ def test_float32_arithmetic_gives_both_down_to_the_smallest_steps() -> None:
     for lr in (1e-4, 1e-6):
         exact, as_stored, _ = low.truth(lr)
         reading = low.probe(lr=lr).main
-        # a path is off by the model's own 1e-7 of Σ|terms|; a difference by a thousandth of ΔF at most
-        assert reading.exact == pytest.approx(exact, rel=2e-3)
-        assert reading.stored == pytest.approx(as_stored, rel=5e-3)
+        # a path is off by the model's own 1e-7 of Σ|terms|; a difference that is kept by a hundredth of ΔF at most
+        assert reading.exact == pytest.approx(exact, rel=1e-2)
+        assert reading.stored == pytest.approx(as_stored, rel=1e-2)
         assert reading.exact == pytest.approx(reading.first_order, rel=0.1)
 
 
