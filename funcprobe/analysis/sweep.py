@@ -6,16 +6,18 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Unpack
 
 from funcprobe.analysis.probe import provenance_of
 from funcprobe.errors import ForwardModeError, InputError, Note
 from funcprobe.measurement.cautions import before_measuring, left_alone
+from funcprobe.measurement.curve import TOLERANCE, Keep, ScoreCurve, computed, fitted
 from funcprobe.measurement.identity import identity_of
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement, Observables
 from funcprobe.measurement.options import OF_ONE_STEP, Given, Options, options_of
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.update import Update
 from funcprobe.results.journal import Journal
 from funcprobe.results.sweep import SweepResult
@@ -29,16 +31,19 @@ def sweep(
     observables: Observables = None,
     *,
     chunk: int = 1,
+    stored: bool | None = None,
     journal: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **options: Unpack[Given],
 ) -> SweepResult:
     """Return the changes of observables on `evaluation` under an update at each of several learning rates.
 
-    One gradient on U and one derivative on E (of second order by default) serve all of them: sgd, adam and adamw move
-    in proportion to the learning rate, so `δF₁(η) = (η/η₀) δF₁(η₀)` and `δF₂` goes with the square; an optimizer that
-    does not is found out, and gets a forward-mode pass for every learning rate. What each learning rate costs is one
-    scoring pass at θ′(η), and a path where the float error of the subtraction asks for it.
+    One gradient on U and one derivative on E serve all of them: sgd, adam and adamw move in proportion to the learning
+    rate, so `δF₁(η) = (η/η₀) δF₁(η₀)` and `δF₂` goes with the square. The scores of E then move along one line, and a
+    few more derivatives on it give ΔF at every learning rate (see `curve`), whatever their number. Where there is no
+    such curve, each learning rate costs a scoring pass at θ′(η), and a node of a path where the float error of the
+    subtraction asks for it: with an optimizer that does not move in proportion, which is found out, with experts, in
+    arithmetic that is too coarse, in reverse mode, and with method="difference".
 
     Args:
         update: θ and how it is about to change: an update that knows its gradient. Its own learning rate is not used.
@@ -46,9 +51,11 @@ def sweep(
         lrs: Learning rates, above 0 and rising.
         observables: One, or several by name; by default the entropy per token.
         chunk: How many learning rates are scored in one pass, by vmap over parameters: pays with LoRA, above all, and
-            takes so many times the memory.
-        journal: A file in which every finished learning rate is kept. Called again with it, a sweep that was killed
-            goes on from there; so does one that asks for more learning rates.
+            takes so many times the memory. A curve has no use for it.
+        stored: Whether θ′ as its dtype stores it is scored beside θ + Δθ, at every learning rate at which rounding is
+            above 1 % of Δθ; None does so where the run stores what it steps in narrower numbers.
+        journal: A file in which every derivative along the curve, and every finished learning rate, is kept. Called
+            again with it, a sweep that was killed goes on from there; so does one that asks for more learning rates.
         progress: Called as progress(what, done, total).
         **options: See `Options`; rounding, top_k, keep_delta and keep_scores can do nothing here.
 
@@ -71,10 +78,10 @@ def sweep(
         loss = update.gradient(progress)
     messages.warn(*update.warnings)
     kept.begin(loss.gradient)
-    family = _family(measurement, update, lrs[-1])
-    messages.add(left_alone(loss.gradient))
     todo = [lr for lr in lrs if lr not in kept.points]
-    for point in family.points(todo, chunk):
+    family, fitted_curve = family_of(measurement, update, lrs[-1], keep=kept.node)
+    messages.add(left_alone(loss.gradient))
+    for point in points_of(family, fitted_curve, todo, chunk, stored):
         kept.add(point)
     points = tuple(kept.points[lr] for lr in lrs)
     largest = update.at(lrs[-1])
@@ -89,25 +96,55 @@ def sweep(
     )
 
 
-def _family(measurement: Measurement, update: Update, reference: float) -> LearningRates:
-    """Return the steps by learning rate, to second order where forward mode can be used or it was asked for.
+def family_of(
+    measurement: Measurement, update: Update, lr_max: float, tolerance: float = TOLERANCE, keep: Keep | None = None
+) -> tuple[LearningRates, ScoreCurve | None]:
+    """Return the steps by learning rate, and the curve of their scores where there is one.
+
+    They come to second order, as the curve bends, where forward mode can be used or it was asked for.
 
     Raises:
         ForwardModeError: If it was asked for, and the model has no forward derivative.
     """
     options = measurement.options
     wanted: Literal[1, 2] = options.order if options.order != "auto" else 1 if options.mode == "reverse" else 2
+    nested = wanted == 2 and (options.exact or options.method == "difference")
 
-    def to(order: Literal[1, 2]) -> Measurement:
+    def to(order: Literal[1, 2]) -> LearningRates:
         settled: Options = dataclasses.replace(options, order=order)
-        return measurement._replace(options=settled)
+        return LearningRates(measurement._replace(options=settled), update, lr_max)
 
-    try:
-        return LearningRates(to(wanted), update, reference)
-    except ForwardModeError:
-        if options.order != "auto" or options.mode != "auto" or options.method == "path":
-            raise
-    return LearningRates(to(1), update, reference)
+    def tried(order: Literal[1, 2]) -> LearningRates:
+        try:
+            return to(order)
+        except ForwardModeError:
+            if options.order != "auto" or options.mode != "auto" or options.method == "path":
+                raise
+        return to(1)
+
+    family = tried(2 if nested else 1)
+    found = fitted(family, lr_max, tolerance, keep or computed)
+    if found is not None and wanted == 2:
+        family.bend(found.line.curvature())
+    elif wanted == 2 and not nested and family.first.along is not None:
+        family = tried(2)
+    return family, found
+
+
+def points_of(
+    family: LearningRates, curve: ScoreCurve | None, lrs: Sequence[float], chunk: int = 1, stored: bool | None = None
+) -> Iterator[Outcome]:
+    """Yield the outcome at each learning rate, from the curve as far as it reaches; the others are scored."""
+    stored = family.stores_narrower if stored is None else stored
+    beyond = []
+    for lr in lrs:
+        reached = curve is not None and lr <= curve.reach * (1 + 1e-9)
+        point = curve.outcome(lr, stored=stored) if curve is not None and reached else None
+        if point is None:
+            beyond.append(lr)
+        else:
+            yield point
+    yield from family.points(beyond, chunk)
 
 
 def check_lrs(lrs: Sequence[float]) -> None:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from funcprobe.measurement.first_order import FirstOrder
+from funcprobe.measurement.line import along_line
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import WORTH_TELLING, Move, displacement, movement
-from funcprobe.measurement.line import along_line
 
 
 class Apart(NamedTuple):

@@ -45,7 +45,7 @@ class Measured(NamedTuple):
     method: str
     nodes: int
     errors: Mapping[str, float]  #: estimated float error of ΔF
-    subtractions: Mapping[str, float]  #: ΔF by two evaluations, whatever was chosen
+    subtractions: Mapping[str, float]  #: ΔF by two evaluations where they were made, whatever was chosen
     routing: Routing | None  #: how many tokens are sent elsewhere at θ′; None where the model sends none, or not known
 
 
@@ -60,13 +60,13 @@ def measure_change(
     Raises:
         NumericsError: If `method="path"` does not reach the tolerance, or F jumps on the way.
     """
-    options, eps = measurement.options, _eps(first)
-    difference = _difference(measurement, move, first, scores_after)
+    options, eps = measurement.options, eps_of(first)
+    difference = difference_of(measurement, move, first, scores_after)
     if options.method == "path":
         return _checked(measurement, move, first, difference)
     if first.along is None or options.method == "difference" or _is_fine(measurement, difference):
         return difference
-    if eps > options.tolerance and not _walks(measurement, move):
+    if eps > options.tolerance and not is_walkable(measurement, move):
         measurement.messages.note(
             "subtraction",
             f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
@@ -102,7 +102,9 @@ def _checked(measurement: Measurement, move: Move, first: FirstOrder, difference
         )
     found = _path(measurement, move, first)
     by_path = _by(found, difference)
-    if names := _apart(measurement, move, first, difference, by_path):  # which would keep rules from agreeing as well
+    if names := told_otherwise(
+        measurement, move, first, difference, by_path
+    ):  # which would keep rules from agreeing as well
         raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
     if not found.converged:
         raise NumericsError(_not_converged(measurement, found))
@@ -113,22 +115,26 @@ def _preferred(measurement: Measurement, move: Move, first: FirstOrder, differen
     """Return ΔF by one node of a path, unless the difference is better, or shows that the path misses something."""
     found = _path(measurement, move, first, RULES[:1])
     by_path = _by(found, difference)
-    if names := _apart(measurement, move, first, difference, by_path):
+    if names := told_otherwise(measurement, move, first, difference, by_path):
         measurement.messages.note("jump", f"{_jumps(names)}; the difference is what is reported")
         return difference
     if found.converged:
         return by_path
-    left = max(difference.errors[n] / (by_path.evidence.magnitude(o) or 1.0) for n, o in measurement.observables.items())
+    left = max(
+        difference.errors[n] / (by_path.evidence.magnitude(o) or 1.0) for n, o in measurement.observables.items()
+    )
     better = difference if left < found.reached else by_path
     measurement.messages.note(
         "path",
-        f"ΔF is known to about {min(left, found.reached):.1e} of the size of its terms, by a {better.method}: one node of "
-        "a path leaves that, or a subtraction does; method='path' takes more nodes",
+        f"ΔF is known to about {min(left, found.reached):.1e} of the size of its terms, by a {better.method}: one node "
+        "of a path leaves no less, nor does a subtraction; method='path' takes more nodes",
     )
     return better
 
 
-def _difference(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> Measured:
+def difference_of(
+    measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None
+) -> Measured:
     """Return ΔF by two evaluations, with its float error."""
     passes, along = measurement.passes, first.along
     choices, routing = Choices(passes), None
@@ -141,7 +147,7 @@ def _difference(measurement: Measurement, move: Move, first: FirstOrder, scores_
     if along is None:
         errors = _without_tangents(measurement, move, first, evidence, changes)
     else:
-        errors = {name: subtraction_error(evidence, o, _eps(first)) for name, o in measurement.observables.items()}
+        errors = {name: subtraction_error(evidence, o, eps_of(first)) for name, o in measurement.observables.items()}
     return Measured(evidence, "difference", 0, errors, changes, routing)
 
 
@@ -166,7 +172,7 @@ def _without_tangents(
     for name, o in observables.items():
         slope = first.value(name, o, evidence, move.delta)
         assert slope is not None  # every observable that was asked for has its gradient
-        unseen = min(abs(changes[name] - slope), _one_rounding(evidence, o, _eps(first)))
+        unseen = min(abs(changes[name] - slope), _one_rounding(evidence, o, eps_of(first)))
         bounds[name] = max(bounds[name], unseen)
     return bounds
 
@@ -176,7 +182,7 @@ def _left_by(
 ) -> dict[str, float]:
     """Return the float errors that a part of every score's change leaves, which stands for its derivative."""
     explaining = evidence._replace(along=engine.Directional(first.scores, explained))
-    return {name: subtraction_error(explaining, o, _eps(first)) for name, o in measurement.observables.items()}
+    return {name: subtraction_error(explaining, o, eps_of(first)) for name, o in measurement.observables.items()}
 
 
 def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
@@ -186,12 +192,13 @@ def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> flo
     return float(engine.fields(parts).sum(0).norm())
 
 
-def _eps(first: FirstOrder) -> float:
+def eps_of(first: FirstOrder) -> float:
+    """Return the eps of the arithmetic that made the scores at θ."""
     assert first.eps is not None
     return first.eps
 
 
-def _walks(measurement: Measurement, move: Move) -> bool:
+def is_walkable(measurement: Measurement, move: Move) -> bool:
     """Return whether the nodes of a path are different points: leaves as fine as its tolerance, whatever computes."""
     return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= measurement.options.tolerance
 
@@ -199,8 +206,8 @@ def _walks(measurement: Measurement, move: Move) -> bool:
 def _path(measurement: Measurement, move: Move, first: FirstOrder, rules: Sequence[int] = RULES) -> Path:
     """Walk the path. Under autocast each ṡ is as accurate as its arithmetic, and no rule agrees better with another."""
     assert first.along is not None  # a path is refused in reverse mode
-    tolerance, eps = measurement.options.tolerance, _eps(first)
-    if _walks(measurement, move) and eps > tolerance:
+    tolerance, eps = measurement.options.tolerance, eps_of(first)
+    if is_walkable(measurement, move) and eps > tolerance:
         tolerance = LOW_PRECISION_UNITS * eps
     observables = measurement.observables
     return path(measurement.passes, move.params, move.delta, first.along, observables, tolerance, eps, rules)
@@ -211,7 +218,7 @@ def _by(found: Path, difference: Measured) -> Measured:
     return difference._replace(evidence=evidence, method="path", nodes=found.nodes, errors=found.errors)
 
 
-def _apart(
+def told_otherwise(
     measurement: Measurement, move: Move, first: FirstOrder, difference: Measured, by_path: Measured
 ) -> list[str]:
     """Return the observables of which difference and path disagree by more than rounding can explain.
@@ -226,7 +233,7 @@ def _apart(
     apart = engine.each(torch.sub, difference.evidence.after, by_path.evidence.after)
 
     def off(name: str, apart: TokenScores) -> bool:
-        beyond = _beyond_rounding(by_path.evidence, measurement.observables[name], apart, _eps(first))
+        beyond = _beyond_rounding(by_path.evidence, measurement.observables[name], apart, eps_of(first))
         return disagree(beyond, errors[name])
 
     suspects = [name for name in errors if off(name, apart)]

@@ -35,6 +35,11 @@ class LearningRates:
         self.reference = move._replace(after={})  # θ′ of the reference is not needed any more
         self.first = first_order(measurement, update.params, move.delta)
 
+    @property
+    def stores_narrower(self) -> bool:
+        """Whether the run stores what it steps in narrower numbers."""
+        return self._update.stores_narrower
+
     def move(self, lr: float) -> Move:
         """Return the step at a learning rate; no model is run."""
         taken = self._taken(lr)
@@ -42,13 +47,21 @@ class LearningRates:
 
     def first_order(self, move: Move, lr: float, messages: Messages) -> FirstOrder:
         """Return the first order of a step: the reference's, scaled, where the step is a multiple of it."""
-        c = lr / self.reference_lr
         if self.first.along is None:
             return self.first
-        if _off(move.delta, self.reference.delta, c) <= PROPORTIONAL * move.size.norm:
-            return self.first.scaled(c)
+        if self.is_multiple(move, lr):
+            return self.first.scaled(lr / self.reference_lr)
         messages.note("not proportional", NOT_PROPORTIONAL)
         return first_order(self.measurement._replace(messages=Messages(quiet=True)), self._update.params, move.delta)
+
+    def bend(self, curvature: TokenScores) -> None:
+        """Take s̈ along the reference's step, where the first order has come without."""
+        if self.first.along is not None and self.first.along.curvatures is None:
+            self.first = self.first._replace(along=self.first.along._replace(curvatures=curvature))
+
+    def is_multiple(self, move: Move, lr: float) -> bool:
+        """Return whether the step at a learning rate is a multiple of the reference's."""
+        return _off(move.delta, self.reference.delta, lr / self.reference_lr) <= PROPORTIONAL * move.size.norm
 
     def points(self, lrs: Sequence[float], chunk: int = 1) -> Iterator[Outcome]:
         """Yield the outcome of the step at each learning rate, `chunk` of them scored at a time."""
@@ -57,7 +70,7 @@ class LearningRates:
         for start in range(0, len(lrs), chunk):
             together = lrs[start : start + chunk]
             moves = [self.move(lr) for lr in together]
-            with _naming(*together):
+            with naming(*together):
                 scores = self._scores(moves)
             for lr, move, after in zip(together, moves, scores, strict=True):
                 yield self.point(lr, move, after)
@@ -65,12 +78,12 @@ class LearningRates:
     def point(self, lr: float, move: Move, after: TokenScores | None = None) -> Outcome:
         """Return the outcome of the step at one learning rate."""
         own = self.measurement._replace(messages=Messages(quiet=True))
-        with _naming(lr):
+        with naming(lr):
             first = self.first_order(move, lr, own.messages)
             return measure(own, move, first, {"lr": lr}, after)[0]
 
     def _taken(self, lr: float) -> StepResult:
-        with self.measurement.passes.clock("optimizer steps"), _naming(lr):
+        with self.measurement.passes.clock("optimizer steps"), naming(lr):
             return self._update.at(lr).take()
 
     def _scores(self, moves: list[Move]) -> list[TokenScores] | list[None]:
@@ -106,7 +119,7 @@ def _off(delta: Params, reference: Params, c: float) -> float:
     return math.sqrt(sum(float(norm) ** 2 for norm in each))
 
 
-def _naming(*lrs: float) -> AbstractContextManager[None]:
+def naming(*lrs: float) -> AbstractContextManager[None]:
     """Return a context in which an error says at which learning rates it arose."""
     return placed(f"At lr {', '.join(f'{lr:g}' for lr in lrs)}", NumericsError, EffectiveSampleSizeError)
 

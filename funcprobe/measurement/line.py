@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from functools import cache
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.polynomial import Legendre, legendre
+from numpy.polynomial import Chebyshev, Legendre, Polynomial, legendre
 from torch import Tensor
 
 from funcprobe import engine, tree
@@ -17,38 +18,32 @@ from funcprobe.types import Params, TokenScores
 
 
 class Line(NamedTuple):
-    """The scores at θ + x·v for every x of [0, 1], from the tangents along v at the nodes of a Radau rule.
+    """The scores at θ + x·v for every x of [0, length], from the tangents along v at some nodes.
 
     `s(x) = s(0) + ∫₀ˣ p(u) du`, with p the polynomial through the tangents. `p(0)` is the tangent at θ itself, so that
     the change of a score is as accurate relative to itself for a small x as for a large one.
     """
 
     anchor: TokenScores  #: [B, T] at θ
+    length: float  #: the largest x
     nodes: tuple[float, ...]  #: x of each tangent, 0 first
     tangents: tuple[TokenScores, ...]  #: [B, T], ds/dx at each node
 
     @classmethod
-    def straight(cls, along: engine.Directional) -> Line:
+    def straight(cls, along: engine.Directional, length: float = 1.0) -> Line:
         """Return the line of first order, whose only node is θ."""
-        return cls(along.scores, (0.0,), (along.tangents,))
+        return cls(along.scores, length, (0.0,), (along.tangents,))
 
     def scores(self, x: float) -> TokenScores:
         """Return `s(x)` `[B, T]`."""
-        return engine.each(torch.add, self.anchor, self._sum(tuple(float(p.integ(lbnd=0.0)(x)) for p in _basis(self.nodes))))
+        integrals = [float(p.integ(lbnd=0.0)(x)) for p in _basis(self.nodes, self.length)]
+        return engine.each(torch.add, self.anchor, self._sum(integrals))
 
     def curvature(self) -> TokenScores:
         """Return `p′(0)` `[B, T]`, which stands for the second derivative of the scores along v at θ."""
-        return self._sum(tuple(float(p.deriv()(0.0)) for p in _basis(self.nodes)))
+        return self._sum([float(p.deriv()(0.0)) for p in _basis(self.nodes, self.length)])
 
-    def of_rows(self, rows: Tensor, width: int) -> Line:
-        """Return the line of some rows of the batch, cut to the width of their own longest completion."""
-
-        def part(x: Tensor) -> Tensor:
-            return x[rows.to(x.device), :width]
-
-        return Line(engine.each(part, self.anchor), self.nodes, tuple(engine.each(part, t) for t in self.tangents))
-
-    def _sum(self, weights: tuple[float, ...]) -> TokenScores:
+    def _sum(self, weights: Sequence[float]) -> TokenScores:
         def weighted(*each: Tensor) -> Tensor:
             return torch.stack([w * x for w, x in zip(weights, each, strict=True)]).sum(0)
 
@@ -56,31 +51,34 @@ class Line(NamedTuple):
 
 
 def walk(
-    passes: Passes,
-    params: Params,
-    direction: Params,
-    along: engine.Directional,
-    n: int,
-    known: MutableMapping[float, TokenScores] | None = None,
+    along: engine.Directional, nodes: Sequence[float], tangents_at: Callable[[float], TokenScores], length: float = 1.0
 ) -> Line:
-    """Return the line with n nodes beside θ, whose tangents are known: n forward-mode passes over E.
+    """Return the line through the tangents at some nodes.
 
-    `known` are tangents by the x of their node; those that are missing are computed and put there.
+    Args:
+        along: Scores and tangents at θ.
+        nodes: In units of the length, 0 first: see `radau` and `even`.
+        tangents_at: Returns the tangents at an x; see `tangents_along`.
+        length: The largest x.
     """
-    tangents, known = [along.tangents], {} if known is None else known
-    for x in radau(n)[1:]:
-        if x not in known:
-            at = along_line(params, direction, x)
-            known[x] = passes.directional(at, direction, "E along the line").tangents
-        tangents.append(known[x])
-    return Line(along.scores, radau(n), tuple(tangents))
+    at = tuple(length * x for x in nodes)
+    return Line(along.scores, length, at, (along.tangents, *(tangents_at(x) for x in at[1:])))
+
+
+def tangents_along(passes: Passes, params: Params, direction: Params) -> Callable[[float], TokenScores]:
+    """Return the function from x to the tangents of E's scores along v at θ + x·v: a forward-mode pass each."""
+
+    def tangents_at(x: float) -> TokenScores:
+        return passes.directional(along_line(params, direction, x), direction, "E along the line").tangents
+
+    return tangents_at
 
 
 @cache
 def radau(n: int) -> tuple[float, ...]:
-    """Return the n + 1 nodes of the Radau rule on [0, 1] with 0 among them, exact for polynomials of degree 2n.
+    """Return the n + 1 nodes of the Radau rule on [0, 1] with 0 among them: the best for the integral up to 1.
 
-    They are the roots of `P_n + P_{n+1}`, moved from [−1, 1].
+    They are the roots of `P_n + P_{n+1}`, moved from [−1, 1]; the rule is exact for polynomials of degree 2n.
 
     Example:
         >>> [round(x, 4) for x in radau(2)]
@@ -91,11 +89,29 @@ def radau(n: int) -> tuple[float, ...]:
 
 
 @cache
-def _basis(nodes: tuple[float, ...]) -> tuple[Legendre, ...]:
+def even(n: int) -> tuple[float, ...]:
+    """Return the n + 1 nodes on [0, 1], 0 among them, of the least error for integrals up to every x, relative to x.
+
+    To leading order that error is `∫₀ˣ ω / x`, with ω the product over nodes: a polynomial of degree n + 1 that is 0 at
+    0. The flattest one is Chebyshev's, stretched until its first root is at 0. For the integral up to 1 alone it is
+    worse than `radau`, at its worst x better: by 1.7 for n = 2.
+
+    Example:
+        >>> [round(x, 4) for x in even(2)]
+        [0.0, 0.2829, 0.7613]
+    """
+    first = math.cos(math.pi / (2 * (n + 1)))
+    flattest = Chebyshev.basis(n + 1)(Polynomial([-first, 1 + first]))
+    roots = np.sort((flattest * Polynomial([0.0, 1.0])).deriv().roots().real)
+    return (0.0, *(float(x) for x in roots[1:]))
+
+
+@lru_cache(maxsize=64)
+def _basis(nodes: tuple[float, ...], length: float) -> tuple[Legendre, ...]:
     """Return Lagrange's polynomials of the nodes: each is 1 at its own node and 0 at the others."""
-    x = 2 * np.array(nodes) - 1
+    x = 2 * np.array(nodes) / length - 1
     coefficients = np.linalg.inv(legendre.legvander(x, len(nodes) - 1))
-    return tuple(Legendre(column, domain=[0.0, 1.0]) for column in coefficients.T)
+    return tuple(Legendre(column, domain=[0.0, length]) for column in coefficients.T)
 
 
 def along_line(params: Params, direction: Params, x: float) -> Params:

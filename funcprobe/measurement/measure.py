@@ -49,8 +49,19 @@ def measure(
         NumericsError: If a path that was asked for misses its tolerance or a jump, or a score is not finite.
         EffectiveSampleSizeError: With `on_low_ess="raise"`, if the ESS falls below the threshold.
     """
+    return outcome_of(measurement, move, first, info, _both(measurement, move, first, scores_after))
+
+
+def outcome_of(
+    measurement: Measurement, move: Move, first: FirstOrder, info: Mapping[str, float], both: Both
+) -> tuple[Outcome, Evidence]:
+    """Return all that a measured step tells, and the scores that it was read from; no model is run for ΔF.
+
+    Raises:
+        NumericsError: If a number is not finite.
+        EffectiveSampleSizeError: As `measure`.
+    """
     evaluation, options, messages = measurement.passes.evaluation, measurement.options, measurement.messages
-    both = _both(measurement, move, first, scores_after)
     measured, other = both.measured, both.other
     evidence = measured.evidence
     row = _rounding_row(measurement, move, first, evidence) if both.row is None else both.row
@@ -87,7 +98,7 @@ def measure(
     return outcome, evidence
 
 
-class _Both(NamedTuple):
+class Both(NamedTuple):
     """A step as it was measured, and, where storing sets θ′ apart from θ + Δθ, the other of the two."""
 
     measured: Measured  #: the main one
@@ -97,7 +108,7 @@ class _Both(NamedTuple):
     row: float | None = None  #: the rounding row, where it came with the tangents along θ′ − θ
 
 
-def _both(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> _Both:
+def _both(measurement: Measurement, move: Move, first: FirstOrder, scores_after: TokenScores | None) -> Both:
     """Return the measured outcome: of one step, or of two where storing θ′ sets it apart from θ + Δθ.
 
     Where a run stores what it steps in a narrower dtype than the arithmetic's, the main one is θ + Δθ at every learning
@@ -106,23 +117,34 @@ def _both(measurement: Measurement, move: Move, first: FirstOrder, scores_after:
     apart = told_apart(measurement, move, first)
     if apart is None:
         measured = measure_change(measurement, move, first, scores_after)
-        return _Both(measured, measured.method == "path")
+        return Both(measured, measured.method == "path")
     method, order = measurement.options.method, measurement.options.degree
     exactly = move.narrow and apart.held and method != "difference"
     if exactly and scores_after is None and method != "path":
         scores_after = measurement.passes.scores(move.after, "E at θ′", 0 if first.along is None else order)
     measured = measure_change(measurement, *((apart.exact, first, None) if exactly else (move, first, scores_after)))
     if exactly or measured.method == "path":
-        along = first_of_stored(measurement, apart.stored, first)
-        stored = _measured_as_stored(measurement, apart, first, along, scores_after)
-        row = None
-        if along is not None:
-            row = _value(along, measurement, stored.evidence) - _value(first, measurement, measured.evidence)
-        return _Both(measured, True, stored.evidence, stored.subtractions, row)
+        return stored_of(measurement, apart, first, measured, scores_after)
     if not apart.held:  # the path did not converge: θ′ is all there is
-        return _Both(measured, of_delta=False)
+        return Both(measured, of_delta=False)
     exact = measure_change(measurement, apart.exact, first, None)
-    return _Both(measured, False, exact.evidence, measured.subtractions)
+    return Both(measured, False, exact.evidence, measured.subtractions)
+
+
+def stored_of(
+    measurement: Measurement,
+    apart: Apart,
+    first: FirstOrder,
+    exact: Measured,
+    scores_after: TokenScores | None = None,
+) -> Both:
+    """Return a step of which θ + Δθ was measured, with θ′ as its dtype stores it beside."""
+    along = first_of_stored(measurement, apart.stored, first)
+    stored = _measured_as_stored(measurement, apart, first, along, scores_after)
+    row = None
+    if along is not None:
+        row = _value(along, measurement, stored.evidence) - _value(first, measurement, exact.evidence)
+    return Both(exact, True, stored.evidence, stored.subtractions, row)
 
 
 def _measured_as_stored(
@@ -145,7 +167,7 @@ def _value(first: FirstOrder, measurement: Measurement, evidence: Evidence) -> f
     return float(engine.derivative(evidence.of(measurement.main[1]), first.along)[1])
 
 
-def _beside(measurement: Measurement, name: str, reading: Reading, both: _Both, other: Evidence) -> Reading:
+def _beside(measurement: Measurement, name: str, reading: Reading, both: Both, other: Evidence) -> Reading:
     """Return a reading with ΔF of both θ + Δθ and θ′ as stored, the other one with its error bar."""
     observable, bars = measurement.observables[name], dict(reading.bars)
     found = float(other.change(observable))
@@ -195,7 +217,7 @@ def _reading(
         measured.method,
         measured.nodes,
         measured.errors[name],
-        measured.subtractions[name],
+        measured.subtractions.get(name),
         of_delta=measured.method == "path",
     )
 

@@ -41,7 +41,9 @@ class Options:
             error, "auto" takes the difference and says so, and "path" is refused.
         tolerance: What two rules of the path have to agree to, relative to Σ|terms|.
         order: 2 adds `δF₂ = ½ D²F[Δθ, Δθ]` and the crossover learning rate. "auto" is 2 in a sweep, where forward mode
-            can be used, and 1 elsewhere.
+            can be used, and 1 elsewhere. Where a curve over learning rates is taken, the second order is its bend at
+            θ; elsewhere nested forward mode.
+        exact: Whether the second order of a curve is by nested forward mode too, at the cost of two or three passes.
         bars: Error bars over prompts: "jackknife", "infinitesimal", "bootstrap", None, or "auto": the exact jackknife
             where it is cheap, and no bars where there is one prompt only.
         level: Coverage of the bars' intervals.
@@ -67,6 +69,7 @@ class Options:
     # two rules that agree to this fraction of Σ|terms| have converged as far as float32 forward passes go
     tolerance: float = _option(1e-5, "a number > 0", "what a path has to agree to, relative to Σ|terms|", gt=0)
     order: Order = _option("auto", "auto, 1 or 2", "2 adds δF₂ and the crossover; auto: in a sweep, not in a run")
+    exact: bool = _option(False, "true or false", "of a sweep: δF₂ by nested forward mode, not as the curve bends")
     bars: BarMethod | None = _option(
         "auto", "auto, jackknife, infinitesimal, bootstrap or none", "error bars over prompts"
     )
@@ -119,6 +122,7 @@ class Given(TypedDict, total=False):
     method: MeasureMethod
     tolerance: float
     order: Order
+    exact: bool
     bars: BarMethod | None
     level: float
     seed: int

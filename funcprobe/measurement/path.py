@@ -12,7 +12,7 @@ from torch import Tensor
 from funcprobe import engine
 from funcprobe.engine.passes import Passes
 from funcprobe.measurement.evidence import Evidence
-from funcprobe.measurement.line import Line, walk
+from funcprobe.measurement.line import Line, radau, tangents_along, walk
 from funcprobe.types import Observable, Params, TokenScores
 
 #: How many nodes beside θ the rules have that are tried in turn; the rule before the first is θ alone, which is δF₁.
@@ -48,17 +48,17 @@ def path(
     """Return the scores at θ + Δθ by the first quadrature rule that is as good as the tolerance.
 
     `s(θ + Δθ) = s(θ) + ∫₀¹ ṡ(θ + uΔθ) du`, with ṡ the tangents along Δθ: n nodes beside θ are n forward-mode passes
-    over E. A change of a score is a sum of derivatives, as accurate relative to itself as these are, where a subtraction
-    of two float32 evaluations is off by rounding of the scores themselves. What an observable makes of the scores is
-    float64. The tangents at θ, which the first order has paid for, are the rule of no node: what one node changes of
-    them tells its own error (see `_by_one_node`). Of later rules each has the difference from the one before for its
-    error, cautiously. A rule is good where, for every observable, that is at most `tolerance · Σ|terms|`. `eps` is that
-    of the model's arithmetic: a path is no better. Where no rule is, the last one is returned.
+    over E. A change of a score is a sum of derivatives, as accurate relative to itself as these are, where a
+    subtraction of two float32 evaluations is off by rounding of the scores themselves. What an observable makes of the
+    scores is float64. The tangents at θ, which the first order has paid for, are the rule of no node: how far one node
+    is from it tells the error of one node (see `_by_one_node`). Of later rules each has the difference from the one
+    before for its error, cautiously. A rule is good where that is at most `tolerance · Σ|terms|` for every observable;
+    where none is, the last one is returned. `eps` is that of the model's arithmetic: a path is no better.
     """
     assert rules
-    before = Line.straight(along)
+    before, tangents_at = Line.straight(along), tangents_along(passes, params, direction)
     for n in rules:
-        line = walk(passes, params, direction, along, n)
+        line = walk(along, radau(n), tangents_at)
         old, new = (Evidence(passes.evaluation, along.scores, known.scores(1.0)) for known in (before, line))
         errors, reached = {}, 0.0
         for name, o in observables.items():
@@ -78,8 +78,8 @@ def _by_one_node(old: Evidence, new: Evidence, observable: Observable) -> float:
     """Return an upper estimate of the error of ΔF by the rule of one node beside θ, `r³ Σ|terms|`.
 
     r is what the node changed, `Σ|c (s₁ − s₀)| / Σ|c (s₁ − s)|`, without cancellation between tokens. Were ṡ a
-    geometric series along the path, `1 + ρu + ρ²u² + …`, then r = ρ/2 + O(ρ²), and the rule, exact to u², would be off by
-    `∫u³ − ¾ (⅔)³ = .028` of ρ³, or .22 r³: the estimate is four times that.
+    geometric series along the path, `1 + ρu + ρ²u² + …`, then r = ρ/2 + O(ρ²), and the rule, exact to u², would be off
+    by `∫u³ − ¾ (⅔)³ = .028` of ρ³, or .22 r³: the estimate is four times that.
     """
     c = engine.cotangents(new.of(observable), new.after)
     parts = engine.each(lambda c, x, y: (c * (x - y)).abs().sum(), c, new.after, old.after)

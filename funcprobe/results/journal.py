@@ -1,11 +1,13 @@
-"""A journal of finished points, so that a sweep that was killed goes on from where it was."""
+"""A journal of derivatives and finished points, so that a sweep that was killed goes on from where it was."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from funcprobe import tree
 from funcprobe.errors import InputError
@@ -13,10 +15,10 @@ from funcprobe.measurement.outcome import Outcome
 from funcprobe.optimizers.unreached import reached
 from funcprobe.results.codec import DamagedError, Inline, decode, encode
 from funcprobe.results.curve import lr_of
-from funcprobe.types import Gradients
+from funcprobe.types import Gradients, TokenScores
 
 #: What the first line of a journal says it is.
-TITLE = "funcprobe sweep, journal 3"
+TITLE = "funcprobe sweep, journal 4"
 
 #: How that line begins: a file that holds no more than a piece of it was cut off before there was anything to keep.
 START = json.dumps({"title": TITLE}).removesuffix("}").encode()
@@ -25,8 +27,24 @@ START = json.dumps({"title": TITLE}).removesuffix("}").encode()
 SAME_MODEL = 0.01
 
 
+class Node(NamedTuple):
+    """The derivative of the scores of E with respect to the learning rate, at one of them."""
+
+    lr: float
+    tangents: TokenScores  #: [B, T]
+
+
+class Line(NamedTuple):
+    """What one line keeps: the tangents of a node, or a finished point."""
+
+    node: Node | None = None
+    point: Outcome | None = None
+
+
 class Journal:
-    """Finished points in a file of JSON lines, the first of which names their measurement. Without a path, nothing.
+    """Derivatives along a curve and finished points, as lines of JSON; the first line names their measurement.
+
+    Without a path, nothing is kept on disk.
 
     Raises:
         InputError: If the file is not such a journal, or that of another sweep.
@@ -36,9 +54,12 @@ class Journal:
         self.path = None if path is None else Path(path)
         self.identity = identity
         self.points: dict[float, Outcome] = {}
+        self.nodes: dict[float, TokenScores] = {}  #: ds/dη over E by the learning rate η
         self._norm: float | None = None
         if self.path is not None and self.path.exists():
-            self._norm, self.points = _read(self.path, identity)
+            self._norm, lines = _read(self.path, identity)
+            self.points = {_lr(line.point): line.point for line in lines if line.point is not None}
+            self.nodes = {line.node.lr: line.node.tangents for line in lines if line.node is not None}
 
     def begin(self, gradient: Gradients) -> None:
         """Write the first line; or hold the one there is to the gradient on U, in which frozen weights show.
@@ -63,8 +84,18 @@ class Journal:
     def add(self, point: Outcome) -> None:
         """Keep a finished point, on disk before this returns."""
         self.points[lr_of(point)] = point
+        self._keep(Line(point=point))
+
+    def node(self, lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
+        """Return ds/dη at the node of a learning rate η: what was kept, or what is computed now, which is kept."""
+        if lr not in self.nodes:
+            self.nodes[lr] = compute()
+            self._keep(Line(node=Node(lr, self.nodes[lr])))
+        return self.nodes[lr]
+
+    def _keep(self, line: Line) -> None:
         if self.path is not None:
-            self._append(json.dumps(encode(point, Outcome, Inline()), allow_nan=False))
+            self._append(json.dumps(encode(line, Line, Inline()), allow_nan=False))
 
     def _append(self, line: str) -> None:
         assert self.path is not None
@@ -74,8 +105,8 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _read(path: Path, identity: str) -> tuple[float | None, dict[float, Outcome]]:
-    """Return the gradient's norm and the finished points; a last line that was cut off is dropped from the file.
+def _read(path: Path, identity: str) -> tuple[float | None, list[Line]]:
+    """Return the gradient's norm and what was kept; a last line that was cut off is dropped from the file.
 
     Raises:
         InputError: If the file is not a journal, is damaged before its end, or belongs to another sweep.
@@ -84,7 +115,7 @@ def _read(path: Path, identity: str) -> tuple[float | None, dict[float, Outcome]
         raise InputError(f"{path} is a folder; a journal is a file, so give the name of one.")
     whole, newline, rest = path.read_bytes().rpartition(b"\n")
     if not newline and START.startswith(rest[: len(START)]):
-        return None, {}
+        return None, []
     lines = whole.splitlines()
     try:
         head = json.loads(lines[0])
@@ -97,8 +128,8 @@ def _read(path: Path, identity: str) -> tuple[float | None, dict[float, Outcome]
             "options differ. Give another file, or delete it to begin anew."
         )
     try:
-        points: list[Outcome] = [decode(json.loads(line), Outcome, Inline()) for line in lines[1:]]
-        found = {_lr(point): point for point in points}
+        found: list[Line] = [decode(json.loads(line), Line, Inline()) for line in lines[1:]]
+        _ = [_lr(line.point) for line in found if line.point is not None]
     except (ValueError, RecursionError) as error:  # which a DamagedError is too
         raise InputError(f"{path} is damaged ({error}); delete it to begin anew.") from error
     if rest:
