@@ -8,6 +8,7 @@ from funcprobe import tree as tree
 from funcprobe.analysis.attribute import attribute as attribute
 from funcprobe.analysis.attribute import attribute_evaluation as attribute_evaluation
 from funcprobe.analysis.compare import compare as compare
+from funcprobe.analysis.curve import curve as curve
 from funcprobe.analysis.largest_lr import LargestLr as LargestLr
 from funcprobe.analysis.largest_lr import largest_lr as largest_lr
 from funcprobe.analysis.predict import predict as predict
@@ -56,6 +57,7 @@ from funcprobe.policy.module import Policy as Policy
 from funcprobe.policy.module import from_module as from_module
 from funcprobe.policy.sampling import sample as sample
 from funcprobe.policy.scoring import score as score
+from funcprobe.results.any_lr import CurveResult as CurveResult
 from funcprobe.results.attribution import Attribution as Attribution
 from funcprobe.results.comparison import Comparison as Comparison
 from funcprobe.results.loading import load as load

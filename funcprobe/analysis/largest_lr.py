@@ -1,18 +1,19 @@
-"""The largest learning rate that keeps a step within bounds, by bisection on scores: one gradient serves all of it."""
+"""The largest learning rate that keeps a step within bounds: the root of a curve, confirmed by one scoring pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Unpack
 
 from funcprobe.errors import InputError, Note, NumericsError
-from funcprobe.measurement.cautions import before_measuring, ess_fraction, left_alone
+from funcprobe.measurement.bounds import Bounds, Found, bisected, check_relative
+from funcprobe.measurement.cautions import before_measuring, left_alone
+from funcprobe.measurement.curve import ScoreCurve, fitted
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.outcome import Outcome
-from funcprobe.measurement.readings import Reading
 from funcprobe.measurement.update import Update
 from funcprobe.types import Observable, Progress, Rollouts
 
@@ -22,8 +23,11 @@ IDLE: Collection[str] = (
     *OF_ONE_STEP,
 )
 
-#: The finest bisection: between neighbours in float64 there would be no end of it.
-FINEST = 1e-9
+#: How finely first order is searched, and by what factor the curve goes beyond the place that it tells.
+RELATIVE_OF_A_GUESS, BEYOND_A_GUESS = 0.1, 2.0
+
+#: How far below an answer of the curve that scores do not confirm the true one is looked for first.
+NEAR = 1e-3
 
 
 class LargestLr(NamedTuple):
@@ -32,7 +36,7 @@ class LargestLr(NamedTuple):
     lr: float
     limited_by: str | None  #: what the next larger one tried breaks; None where even the upper end keeps all bounds
     point: Outcome  #: what the step does at `lr`
-    tried: int  #: learning rates that were scored
+    tried: int  #: learning rates that were scored: one, where a curve told the others
     notes: tuple[Note, ...] = ()  #: where a bound could not be judged
 
 
@@ -50,6 +54,9 @@ def largest_lr(
     **options: Unpack[Given],
 ) -> LargestLr:
     """Return the largest learning rate that keeps the bounds, to within a factor of `1 + relative`.
+
+    First order tells about where it is; a curve up to there (see `curve`) is searched without another pass, and the
+    answer is scored. Without a curve, and beyond it, every learning rate that is tried is scored.
 
     Where ΔF is lost in float error, a bound is broken only by more than that error; otherwise it cannot be judged there
     and counts as kept, as small steps do keep it, and a note says up to which learning rate that was so.
@@ -73,7 +80,8 @@ def largest_lr(
     """
     update.need("gradient", "A largest learning rate")
     low, high = _ends(between)
-    bounds = _bounds(min_ess, max_abs_delta, max_nonlinearity, relative)
+    bounds = Bounds.of(min_ess, max_abs_delta, max_nonlinearity)
+    check_relative(relative)
     given = options_of(options, "a search for a learning rate", IDLE, bars=None, rounding=False, ess_threshold=0.0)
     measurement = Measurement.of(update, evaluation, observable, given, progress)
     loss = update.gradient(progress)
@@ -83,26 +91,63 @@ def largest_lr(
     own = {**loss.info, **family.info, "lr": low}
     measurement.messages.warn(*before_measuring(measurement, update.at(low), family.reference, own))
 
-    best, tried = family.point(low, family.move(low)), 2
-    if broken := _broken(best, measurement.main[1], bounds):
+    search = _Search(family, bounds, relative)
+    found = search.found(low, high)
+    if not found.kept:
         raise InputError(
-            f"The smallest learning rate, {low:g}, breaks the bound already: {broken}; look further down with "
-            "between=(smaller, larger), or relax the bound."
+            f"The smallest learning rate, {low:g}, breaks the bound already: {found.limited_by}; look further down "
+            "with between=(smaller, larger), or relax the bound."
         )
-    kept = [best]  # by rising learning rate
-    top = _tried(family, high, bounds)
-    if isinstance(top, Outcome):
-        return LargestLr(high, None, top, tried, _unjudged([best, top], bounds))
-    limited_by = top
-    while high / low > 1 + relative:
-        middle, tried = math.sqrt(low) * math.sqrt(high), tried + 1
-        found = _tried(family, middle, bounds)
-        if isinstance(found, Outcome):
-            low = middle
-            kept.append(found)
-        else:
-            high, limited_by = middle, found
-    return LargestLr(low, limited_by, kept[-1], tried, _unjudged(kept, bounds))
+    return LargestLr(found.lr, found.limited_by, found.kept[-1], search.scored, bounds.unjudged(found.kept))
+
+
+class _Search:
+    """A search along a curve of scores as far as one is at hand, by scoring beyond it."""
+
+    def __init__(self, family: LearningRates, bounds: Bounds, relative: float) -> None:
+        self.family, self.bounds, self.relative = family, bounds, relative
+        self.scored = 0
+        self._curve: ScoreCurve | None = None
+
+    def found(self, low: float, high: float) -> Found:
+        """Return where the bounds begin to be broken; the answer was scored."""
+        if self.family.first.along is not None:
+            self._curve = ScoreCurve.straight(self.family)
+            guess = bisected(self._on_curve, low, high, RELATIVE_OF_A_GUESS).lr
+            self._curve = fitted(self.family, min(high, BEYOND_A_GUESS * guess), low=low)
+        if self._curve is None or self._curve.reach <= low:
+            return bisected(self._score, low, high, self.relative)
+        reach = min(high, self._curve.reach)
+        on_curve = bisected(self._on_curve, low, reach, self.relative)
+        if not on_curve.kept:
+            return bisected(self._score, low, high, self.relative)
+        confirmed = self._score(on_curve.lr)
+        if isinstance(confirmed, str):  # the answer is below, by the error of the curve, or by what storing does
+            near = max(low, on_curve.lr / (1 + max(self.relative, NEAR)))
+            by_score = bisected(self._score, near, on_curve.lr, self.relative)
+            return by_score if by_score.kept else bisected(self._score, low, near, self.relative)
+        if on_curve.limited_by is None and reach < high:
+            return bisected(self._score, reach, high, self.relative)
+        return on_curve._replace(kept=(*on_curve.kept[:-1], confirmed))
+
+    def _on_curve(self, lr: float) -> Outcome | str:
+        assert self._curve is not None
+        return self._tried(lambda: self._curve.outcome(lr, bars=False) or self._scored(lr))  # type: ignore[union-attr]
+
+    def _score(self, lr: float) -> Outcome | str:
+        return self._tried(lambda: self._scored(lr))
+
+    def _scored(self, lr: float) -> Outcome:
+        self.scored += 1
+        return self.family.point(lr, self.family.move(lr))
+
+    def _tried(self, take: Callable[[], Outcome]) -> Outcome | str:
+        """Return an outcome, or the bound that it breaks."""
+        try:
+            outcome = take()
+        except NumericsError:
+            return "finite numbers"
+        return self.bounds.broken(outcome, self.family.measurement.main[1]) or outcome
 
 
 def _ends(between: tuple[float, float]) -> tuple[float, float]:
@@ -115,67 +160,3 @@ def _ends(between: tuple[float, float]) -> tuple[float, float]:
     if len(ends) != 2 or not 0 < ends[0] < ends[1] < math.inf:
         raise InputError(f"between is {ends}; expected two learning rates, the smaller one first and above 0.")
     return ends
-
-
-def _bounds(
-    min_ess: float | None, max_abs_delta: float | None, max_nonlinearity: float | None, relative: float
-) -> Mapping[str, float]:
-    """Return the bounds that were given.
-
-    Raises:
-        InputError: If there is none, or one is out of range.
-    """
-    given = {"min_ess": min_ess, "max_abs_delta": max_abs_delta, "max_nonlinearity": max_nonlinearity}
-    bounds = {name: value for name, value in given.items() if value is not None}
-    if not bounds:
-        raise InputError("No bound was given; give min_ess, max_abs_delta or max_nonlinearity.")
-    for name, value in {**bounds, "relative": relative}.items():
-        if not (math.isfinite(value) and value > 0):
-            raise InputError(f"{name} is {value}; expected a number above 0.")
-    if relative < FINEST:
-        raise InputError(f"relative is {relative:g}; expected at least {FINEST:g}: rounding leaves no more to be told.")
-    if bounds.get("min_ess", 0.0) > 1:
-        raise InputError(f"min_ess is {min_ess}; expected a fraction of the sample, at most 1.")
-    return bounds
-
-
-def _tried(family: LearningRates, lr: float, bounds: Mapping[str, float]) -> Outcome | str:
-    """Return the outcome of the step at a learning rate, or the bound that it breaks."""
-    try:
-        point = family.point(lr, family.move(lr))
-    except NumericsError:
-        return "finite numbers"
-    return _broken(point, family.measurement.main[1], bounds) or point
-
-
-def _broken(point: Outcome, observable: Observable, bounds: Mapping[str, float]) -> str | None:
-    """Return the first bound that a point breaks, with the measured number; NaN keeps none."""
-    found = {"min_ess": ess_fraction(point.health, observable), **_found(point.main)}
-    for name, bound in bounds.items():
-        kept = found[name] >= bound if name == "min_ess" else found[name] <= bound
-        if not kept:
-            return f"{name} {bound:g} (found {found[name]:.3g})"
-    return None
-
-
-def _found(reading: Reading) -> dict[str, float]:
-    """Return the |ΔF| that bounds are held against: where ΔF is lost, the least that its float error leaves."""
-    change, remainder = abs(reading.change), abs(reading.remainder)
-    if not reading.is_lost:
-        return {"max_abs_delta": change, "max_nonlinearity": reading.nonlinearity}
-    assert reading.float_error is not None  # known to be too large
-    least, most = max(0.0, remainder - reading.float_error), change + reading.float_error
-    return {"max_abs_delta": max(0.0, change - reading.float_error), "max_nonlinearity": least / most}
-
-
-def _unjudged(kept: Sequence[Outcome], bounds: Mapping[str, float]) -> tuple[Note, ...]:
-    """Return a note where a point counts as keeping a bound on ΔF because ΔF is lost in float error there."""
-    lost = [point.lr for point in kept if point.main.is_lost and point.lr is not None]
-    on_change = [name for name in ("max_abs_delta", "max_nonlinearity") if name in bounds]
-    if not lost or not on_change:
-        return ()
-    where = f"ΔF is lost in float error up to lr {lost[-1]:g}, where {' and '.join(on_change)} cannot be judged"
-    if not kept[-1].main.is_lost:
-        return (Note("unjudged", f"{where} and count as kept; the answer lies above."),)
-    ending = "the answer is no more than the largest learning rate that does not visibly break a bound."
-    return (Note("unjudged", f"{where}: {ending}"),)

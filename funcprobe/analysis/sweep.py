@@ -6,18 +6,17 @@ import dataclasses
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Unpack
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypedDict, Unpack
 
 from funcprobe.analysis.probe import provenance_of
 from funcprobe.errors import ForwardModeError, InputError, Note
 from funcprobe.measurement.cautions import before_measuring, left_alone
-from funcprobe.measurement.curve import TOLERANCE, Keep, ScoreCurve, computed, fitted
+from funcprobe.measurement.curve import Keep, ScoreCurve, fitted, points_of
 from funcprobe.measurement.identity import identity_of
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement, Observables
 from funcprobe.measurement.options import OF_ONE_STEP, Given, Options, options_of
-from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.update import Update
 from funcprobe.results.journal import Journal
 from funcprobe.results.sweep import SweepResult
@@ -65,12 +64,44 @@ def sweep(
         ForwardModeError: As in `probe`.
         EffectiveSampleSizeError: As in `probe`.
     """
-    update.need("gradient", "A sweep")
-    lrs = _numbers(lrs)
-    check_lrs(lrs)
     if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
-    given = options_of(options, "a sweep", OF_ONE_STEP, rounding=False)
+    more: Chosen = {"chunk": chunk, "stored": stored, "journal": journal, "progress": progress}
+    return swept(update, evaluation, lrs, observables, options, "a sweep", **more)[0]
+
+
+class Chosen(TypedDict, total=False):
+    """The parameters of a sweep or a curve that are no options of a measurement."""
+
+    chunk: int
+    stored: bool | None
+    lr_max: float | None
+    journal: str | os.PathLike[str] | None
+    progress: Progress | None
+
+
+def swept(
+    update: Update,
+    evaluation: Rollouts,
+    lrs: Sequence[float],
+    observables: Observables,
+    options: Given,
+    verb: str,
+    **more: Unpack[Chosen],
+) -> tuple[SweepResult, ScoreCurve | None]:
+    """Return a sweep, and the curve that it was read from where there is one: see `sweep` and `curve`.
+
+    Raises:
+        InputError: As `sweep`.
+        NumericsError: As in `probe`.
+        ForwardModeError: As in `probe`.
+        EffectiveSampleSizeError: As in `probe`.
+    """
+    update.need("gradient", verb[0].upper() + verb[1:])
+    lrs = _numbers(lrs)
+    check_lrs(lrs)
+    lr_max, journal, progress = more.get("lr_max") or lrs[-1], more.get("journal"), more.get("progress")
+    given = options_of(options, verb, OF_ONE_STEP, rounding=False)
     measurement = Measurement.of(update, evaluation, observables, given, progress)
     messages = measurement.messages
     kept = Journal(journal, "" if journal is None else identity_of(update, measurement))
@@ -79,25 +110,26 @@ def sweep(
     messages.warn(*update.warnings)
     kept.begin(loss.gradient)
     todo = [lr for lr in lrs if lr not in kept.points]
-    family, fitted_curve = family_of(measurement, update, lrs[-1], keep=kept.node)
+    family, curve = family_of(measurement, update, lr_max, kept.node)
     messages.add(left_alone(loss.gradient))
-    for point in points_of(family, fitted_curve, todo, chunk, stored):
+    for point in points_of(family, curve, todo, more.get("chunk", 1), more.get("stored")):
         kept.add(point)
     points = tuple(kept.points[lr] for lr in lrs)
-    largest = update.at(lrs[-1])
-    messages.warn(*before_measuring(measurement, largest, family.reference, {**family.info, "lr": lrs[-1]}))
+    largest = update.at(lr_max)
+    messages.warn(*before_measuring(measurement, largest, family.reference, {**family.info, "lr": lr_max}))
     messages.warn(*_gathered("At", ((point.lr, point.warnings) for point in points)))
-    return SweepResult(
+    result = SweepResult(
         points=points,
         provenance=provenance_of(measurement, update, family.first.mode),
         info=family.info,
         warnings=tuple(messages.warnings),
         notes=(*messages.notes, *_gathered("at", ((point.lr, point.notes) for point in points))),
     )
+    return result, curve
 
 
 def family_of(
-    measurement: Measurement, update: Update, lr_max: float, tolerance: float = TOLERANCE, keep: Keep | None = None
+    measurement: Measurement, update: Update, lr_max: float, keep: Keep | None = None
 ) -> tuple[LearningRates, ScoreCurve | None]:
     """Return the steps by learning rate, and the curve of their scores where there is one.
 
@@ -123,28 +155,12 @@ def family_of(
         return to(1)
 
     family = tried(2 if nested else 1)
-    found = fitted(family, lr_max, tolerance, keep or computed)
+    found = fitted(family, lr_max, keep)
     if found is not None and wanted == 2:
         family.bend(found.line.curvature())
     elif wanted == 2 and not nested and family.first.along is not None:
         family = tried(2)
     return family, found
-
-
-def points_of(
-    family: LearningRates, curve: ScoreCurve | None, lrs: Sequence[float], chunk: int = 1, stored: bool | None = None
-) -> Iterator[Outcome]:
-    """Yield the outcome at each learning rate, from the curve as far as it reaches; the others are scored."""
-    stored = family.stores_narrower if stored is None else stored
-    beyond = []
-    for lr in lrs:
-        reached = curve is not None and lr <= curve.reach * (1 + 1e-9)
-        point = curve.outcome(lr, stored=stored) if curve is not None and reached else None
-        if point is None:
-            beyond.append(lr)
-        else:
-            yield point
-    yield from family.points(beyond, chunk)
 
 
 def check_lrs(lrs: Sequence[float]) -> None:

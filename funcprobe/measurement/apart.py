@@ -34,7 +34,7 @@ def told_apart(measurement: Measurement, move: Move, first: FirstOrder) -> Apart
     target = along_line(move.params, move.delta, 1.0)
     held = movement(move.params, target, move.delta).rounding_ratio <= WORTH_TELLING
     options = measurement.options
-    by_path = first.along is not None and first.eps is not None and first.eps <= options.tolerance
+    by_path = first.along is not None and first.eps is not None and first.eps <= options.path_tolerance
     if not held and (options.method == "difference" or not by_path):
         return None
     exact = move._replace(after=target) if held else move

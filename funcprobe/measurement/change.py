@@ -66,7 +66,7 @@ def measure_change(
         return _checked(measurement, move, first, difference)
     if first.along is None or options.method == "difference" or _is_fine(measurement, difference):
         return difference
-    if eps > options.tolerance and not is_walkable(measurement, move):
+    if eps > options.path_tolerance and not is_walkable(measurement, move):
         measurement.messages.note(
             "subtraction",
             f"ΔF is a subtraction, and float error shows in it: the model's arithmetic (eps {eps:.1e}) is too "
@@ -172,7 +172,7 @@ def _without_tangents(
     for name, o in observables.items():
         slope = first.value(name, o, evidence, move.delta)
         assert slope is not None  # every observable that was asked for has its gradient
-        unseen = min(abs(changes[name] - slope), _one_rounding(evidence, o, eps_of(first)))
+        unseen = min(abs(changes[name] - slope), one_rounding(evidence, o, eps_of(first)))
         bounds[name] = max(bounds[name], unseen)
     return bounds
 
@@ -185,7 +185,7 @@ def _left_by(
     return {name: subtraction_error(explaining, o, eps_of(first)) for name, o in measurement.observables.items()}
 
 
-def _one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
+def one_rounding(evidence: Evidence, observable: Observable, eps: float) -> float:
     """Return the error in F of one rounding a score, all of a sequence alike: `√Σ_i (Σ_t |c| eps (1 + |s|))²`."""
     c = engine.cotangents(evidence.of(observable), evidence.after)
     parts = engine.each(lambda c, s: (c.abs() * eps * (1 + s.abs())).sum(1), c, evidence.anchor)
@@ -200,13 +200,13 @@ def eps_of(first: FirstOrder) -> float:
 
 def is_walkable(measurement: Measurement, move: Move) -> bool:
     """Return whether the nodes of a path are different points: leaves as fine as its tolerance, whatever computes."""
-    return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= measurement.options.tolerance
+    return max(torch.finfo(p.dtype).eps for p in move.params.values()) <= measurement.options.path_tolerance
 
 
 def _path(measurement: Measurement, move: Move, first: FirstOrder, rules: Sequence[int] = RULES) -> Path:
     """Walk the path. Under autocast each ṡ is as accurate as its arithmetic, and no rule agrees better with another."""
     assert first.along is not None  # a path is refused in reverse mode
-    tolerance, eps = measurement.options.tolerance, eps_of(first)
+    tolerance, eps = measurement.options.path_tolerance, eps_of(first)
     if is_walkable(measurement, move) and eps > tolerance:
         tolerance = LOW_PRECISION_UNITS * eps
     observables = measurement.observables
@@ -226,7 +226,7 @@ def told_otherwise(
     Scores that differ by a few roundings of one tell nothing, in whatever way these add up in F; and neither does what
     the rounding of θ′ adds: a difference sees θ′ as stored, a path θ + Δθ.
     """
-    tolerance, errors = measurement.options.tolerance, {}
+    tolerance, errors = measurement.options.path_tolerance, {}
     for name, o in measurement.observables.items():  # a path promises no more than its tolerance
         promised = max(by_path.errors[name], tolerance * by_path.evidence.magnitude(o))
         errors[name] = math.hypot(difference.errors[name], promised)
@@ -266,8 +266,8 @@ def _jumps(names: list[str]) -> str:
 def _not_converged(measurement: Measurement, found: Path) -> str:
     return (
         f"The path integral reached {found.reached:.1e} of the size of its terms with {found.nodes} nodes; the "
-        f"tolerance is {measurement.options.tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, or "
-        "load the model in a wider dtype."
+        f"tolerance is {measurement.options.path_tolerance:.1e}. Ask for a larger tolerance, a smaller learning rate, "
+        "or load the model in a wider dtype."
     )
 
 
@@ -276,7 +276,7 @@ def _is_rerouted(difference: Measured) -> bool:
 
 
 def _is_within_bars(measurement: Measurement, difference: Measured) -> bool:
-    """Return whether what float error takes from ΔF is nothing beside its error bar, where there are bars.
+    """Return whether the float error of ΔF is nothing beside its error bar, where there are bars.
 
     A second order that was asked for is to be seen beside the remainder, which float error may take most of.
     """

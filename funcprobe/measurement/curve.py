@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
@@ -20,26 +20,28 @@ from funcprobe.measurement.change import (
     difference_of,
     eps_of,
     is_walkable,
+    one_rounding,
     told_otherwise,
 )
 from funcprobe.measurement.continuity import DISAGREE
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.learning_rates import LearningRates, naming
-from funcprobe.measurement.line import Line, even, tangents_along, walk
+from funcprobe.measurement.line import Line, even, steepness, tangents_along, walk
 from funcprobe.measurement.measure import Both, outcome_of, stored_of
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.outcome import Outcome
+from funcprobe.measurement.path import EPS64
 from funcprobe.types import Observable, Rollouts, TokenScores
 
-#: The error of ΔF that a curve is fitted to, relative to |ΔF|, or to `SMALL` of Σ|terms| where ΔF cancels below that.
-TOLERANCE, SMALL = 1e-4, 1e-2
+#: Where ΔF cancels below this part of Σ|terms|, the tolerance is relative to that part in its place.
+SMALL = 1e-2
 
 #: The curve is held against one with a node more on a part of E: this share of the rows, and at least so many. Three
 #: rules on an eighth of E cost what .75 of a node costs.
 SHARE, FEWEST = 8, 32
 
-#: By what factor what a part of E tells of the error of all of it may be too large: where it is within that, all decide.
+#: By what factor the error that a part of E shows may be above that of all of it: within that factor, all of E decide.
 PART_KNOWS = 2.0
 
 #: The most nodes that are tried before the curve is made shorter, by what factor, and how often.
@@ -66,12 +68,18 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoreCurve:
-    """The scores of E at every learning rate up to `reach`, with what they were checked by."""
+    """The scores of E at every learning rate up to `reach`, with the checks that they have passed."""
 
     family: LearningRates
     line: Line  #: x is the learning rate in units of the family's reference
-    held: Held  #: its check on a part of E
-    end: Measured  #: ΔF at `reach` by two evaluations
+    worst: Mapping[str, float] = field(default_factory=dict)  #: its largest error, relative to Σ|terms|; {} for a guess
+    end: Measured | None = None  #: ΔF at `reach` by two evaluations; None before they were made
+
+    @classmethod
+    def straight(cls, family: LearningRates) -> ScoreCurve:
+        """Return the curve of first order alone, which takes no pass: a guess, whose error is not known."""
+        assert family.first.along is not None
+        return cls(family, Line.straight(family.first.along))
 
     @property
     def reach(self) -> float:
@@ -84,18 +92,20 @@ class ScoreCurve:
         return len(self.line.nodes) - 1
 
     def outcome(self, lr: float, *, stored: bool = False, bars: bool = True) -> Outcome | None:
-        """Return what the step does at a learning rate; None where that step is no multiple of the reference's.
+        """Return the outcome at a learning rate; None where that step is no multiple of the reference's.
 
         With `stored`, θ′ as its dtype stores it is scored as well, where rounding sets it apart from θ + Δθ.
         """
         family, x = self.family, lr / self.family.reference_lr
         own = family.measurement._replace(messages=Messages(quiet=True))
+        if bars:
+            family.resample()
         own = own if bars else own._replace(options=dataclasses.replace(own.options, bars=None))
         with naming(lr):
             move = family.move(lr)
             if not family.is_multiple(move, lr):
                 return None
-            first = family.first.scaled(x)
+            first = family.first.scaled(x) if bars else family.first._replace(orders=None).scaled(x)
             measured = self.measured(x, first)
             both = Both(measured, True)
             if stored and (apart := told_apart(own, move, first)) is not None:
@@ -107,6 +117,7 @@ class ScoreCurve:
 
         They tell nothing where storing θ′ has moved it further than the tolerance.
         """
+        assert self.end is not None
         move, observables = self.family.move(self.reach), self.family.measurement.observables
         if move.size.rounding_ratio > tolerance:
             return True
@@ -122,12 +133,13 @@ class ScoreCurve:
         """Return ΔF of every observable at `x` times the reference's step, with its error."""
         passes, observables = self.family.measurement.passes, self.family.measurement.observables
         evidence = Evidence(passes.evaluation, self.line.anchor, self.line.scores(x), first.along)
-        floor = TANGENT_UNITS * eps_of(first)
-        off = {name: _off(self.held, x, o)[0] for name, o in observables.items()}
-        errors = {
-            name: max(off[name], floor) * evidence.magnitude(o) + evidence.noise(o) for name, o in observables.items()
-        }
-        subtractions = self.end.subtractions if x == self.line.length else {}
+        errors = {}
+        # to leading order the error relative to x swings to one bound from 0 on (see `even`), and starts no steeper
+        near = min(1.0, steepness(self.nodes) * x / self.line.length)
+        for name, o in observables.items():
+            off = max(self.worst.get(name, 0.0) * near, TANGENT_UNITS * eps_of(first))
+            errors[name] = off * evidence.magnitude(o) + evidence.noise(o) + one_rounding(evidence, o, EPS64)
+        subtractions = self.end.subtractions if self.end is not None and x == self.line.length else {}
         return Measured(evidence, "path", self.nodes, errors, subtractions, None)
 
 
@@ -143,8 +155,8 @@ def computed(lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
 def fitted(
     family: LearningRates,
     lr_max: float,
-    tolerance: float = TOLERANCE,
     keep: Keep | None = None,
+    low: float = 0.0,
 ) -> ScoreCurve | None:
     """Return the curve up to a learning rate, or as far as one reaches; None where there is none.
 
@@ -157,6 +169,7 @@ def fitted(
     """
     if not _is_possible(family, lr_max):
         return None
+    tolerance = family.measurement.options.curve_tolerance
     passes, move, along = family.measurement.passes, family.reference, family.first.along
     assert along is not None
     tangents_at, keep = tangents_along(passes, move.params, move.delta), keep or computed
@@ -176,16 +189,34 @@ def fitted(
         coarse = walk(along_few, even(1), on_few, length)
         for n in range(2, MOST_NODES + 2):
             fine = walk(along_few, even(n), on_few, length)
-            held = Held(few, total, coarse, fine)
-            if _agree(family, held, tolerance if whole else PART_KNOWS * tolerance):
+            worst = _worst(family, Held(few, total, coarse, fine), tolerance if whole else PART_KNOWS * tolerance)
+            if worst is not None:
                 line = fine if whole else walk(along, even(n - 1), on_all, length)
-                curve = _ended(family, line, held)
+                curve = _ended(family, line, worst)
                 if curve is None or curve.is_within(tolerance):
                     return curve
             coarse = fine
         length /= SHORTER
+        if length * family.reference_lr <= low:
+            break
     family.measurement.messages.note("no curve", NO_CURVE)
     return None
+
+
+def points_of(
+    family: LearningRates, curve: ScoreCurve | None, lrs: Sequence[float], chunk: int = 1, stored: bool | None = None
+) -> Iterator[Outcome]:
+    """Yield the outcome at each learning rate, from the curve as far as it reaches; the others are scored."""
+    stored = family.stores_narrower if stored is None else stored
+    beyond = []
+    for lr in lrs:
+        reached = curve is not None and lr <= curve.reach * (1 + 1e-9)
+        point = curve.outcome(lr, stored=stored) if curve is not None and reached else None
+        if point is None:
+            beyond.append(lr)
+        else:
+            yield point
+    yield from family.points(beyond, chunk)
 
 
 NO_CURVE = (
@@ -214,7 +245,7 @@ def _is_possible(family: LearningRates, lr_max: float) -> bool:
         measurement.messages.note("no curve", WITH_JUMPS)
         return False
     eps = eps_of(first)
-    if eps > measurement.options.tolerance and not is_walkable(measurement, family.reference):
+    if eps > measurement.options.path_tolerance and not is_walkable(measurement, family.reference):
         measurement.messages.note("no curve", TOO_COARSE.format(eps=eps))
         return False
     return all(family.is_multiple(family.move(lr), lr) for lr in (lr_max, 0.01 * lr_max))
@@ -254,16 +285,16 @@ def _of_rows(along: engine.Directional, rows: Tensor, width: int) -> engine.Dire
     return engine.Directional(engine.each(part, along.scores), engine.each(part, along.tangents))
 
 
-def _agree(family: LearningRates, held: Held, tolerance: float) -> bool:
-    """Return whether a node more changes ΔF of no observable anywhere by more than the tolerance."""
-    eps = eps_of(family.first)
+def _worst(family: LearningRates, held: Held, tolerance: float) -> dict[str, float] | None:
+    """Return the most that a node more changes of ΔF anywhere, relative to Σ|terms|; None if beyond the tolerance."""
+    eps, worst = eps_of(family.first), {}
     floor = (LOW_PRECISION_UNITS if eps > tolerance else TANGENT_UNITS) * eps
-    for x in COMPARED:
-        for o in family.measurement.observables.values():
-            off, change = _off(held, x * held.coarse.length, o)
-            if not off <= max(tolerance * max(change, SMALL), floor):
-                return False
-    return True
+    for name, o in family.measurement.observables.items():
+        found = [_off(held, x * held.coarse.length, o) for x in COMPARED]
+        if not all(off <= max(tolerance * max(change, SMALL), floor) for off, change in found):
+            return None
+        worst[name] = max(off for off, _ in found)
+    return worst
 
 
 def _off(held: Held, x: float, observable: Observable) -> tuple[float, float]:
@@ -285,13 +316,13 @@ def _off(held: Held, x: float, observable: Observable) -> tuple[float, float]:
     return off * n / total / size, abs(float(evidence.change(observable))) / size
 
 
-def _ended(family: LearningRates, line: Line, held: Held) -> ScoreCurve | None:
+def _ended(family: LearningRates, line: Line, worst: Mapping[str, float]) -> ScoreCurve | None:
     """Return the curve, held against two evaluations at its end; None where F jumps on the way."""
     measurement, lr = family.measurement._replace(messages=Messages(quiet=True)), line.length * family.reference_lr
     with naming(lr):
         move, first = family.move(lr), family.first.scaled(line.length)
         end = difference_of(measurement, move, first, None)
-        curve = ScoreCurve(family, line, held, end)
+        curve = ScoreCurve(family, line, worst, end)
         names = told_otherwise(measurement, move, first, end, curve.measured(line.length, first))
     if names:
         listed = "ΔF of " + ", ".join(f"'{name}'" for name in names)

@@ -11,8 +11,10 @@ from torch import Tensor
 from funcprobe import engine, tree
 from funcprobe.engine.passes import Passes
 from funcprobe.errors import ForwardModeError, Note
+from funcprobe.estimators.uncertainty import Replicates
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.measurement import Measurement
+from funcprobe.measurement.readings import scaled_orders
 from funcprobe.measurement.routing import Choices, watched
 from funcprobe.measurement.second_order import curved, second_by_reverse
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
@@ -30,8 +32,9 @@ class FirstOrder(NamedTuple):
     along: engine.Directional | None  #: forward mode: tangents along Δθ, for every observable at once
     gradients: Mapping[str, Params]  #: reverse mode: ∇F of each observable
     eps: float | None = None  #: of the arithmetic that made the scores
-    seconds: Mapping[str, float] = {}  #: δF₂ of each observable, where it was taken forward over reverse
+    seconds: Mapping[str, float] = {}  #: δF₂ of each observable, where it is known: not from the curvatures
     choices: Choices | None = None  #: the experts that tokens went to at θ
+    orders: Replicates | None = None  #: δF₁ and δF₂ resampled over prompts, where that is known already
 
     @property
     def mode(self) -> str:
@@ -49,19 +52,22 @@ class FirstOrder(NamedTuple):
         if self.along is None:
             return self
         seconds = {name: c * c * second for name, second in self.seconds.items()}
-        return self._replace(along=self.along.scaled(c), seconds=seconds)
+        orders = None if self.orders is None else scaled_orders(self.orders, c)
+        return self._replace(along=self.along.scaled(c), seconds=seconds, orders=orders)
 
     def second(self, name: str, observable: Observable, evidence: Evidence) -> float | None:
         """Return δF₂ of an observable; None where no second order was asked for."""
         if self.along is None:
             return None
+        if name in self.seconds:
+            return self.seconds[name]
         if self.along.curvatures is not None:
             return float(evidence.second_order(observable))
         if not bool(engine.fields(engine.cotangents(evidence.of(observable), self.along.scores)).any()):
             # a divergence: D²F = f″[ṡ, ṡ] + f′·s̈, and f′ = 0 at the anchor
             flat = self.along._replace(curvatures=engine.each(torch.zeros_like, self.along.scores))
             return float(evidence._replace(along=flat).second_order(observable))
-        return self.seconds.get(name)
+        return None
 
 
 def first_order(measurement: Measurement, params: Params, delta: Params) -> FirstOrder:

@@ -6,15 +6,19 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
+import torch
+
 from funcprobe import engine, tree
 from funcprobe.engine.kernels import without_batching_rule
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError, placed
+from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder, first_order
 from funcprobe.measurement.measure import measure
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.move import Move
 from funcprobe.measurement.outcome import Outcome
+from funcprobe.measurement.readings import sample_orders
 from funcprobe.measurement.update import Update
 from funcprobe.policy.running import first_sentence
 from funcprobe.types import Params, StepResult, TokenScores
@@ -33,11 +37,11 @@ class LearningRates:
         self.info = {name: x for name, x in taken.info.items() if name != "lr"}
         move = Move.of(update.params, taken.params, taken.delta)
         self.reference = move._replace(after={})  # θ′ of the reference is not needed any more
-        self.first = first_order(measurement, update.params, move.delta)
+        self.first = self._settled(first_order(measurement, update.params, move.delta))
 
     @property
     def stores_narrower(self) -> bool:
-        """Whether the run stores what it steps in narrower numbers."""
+        """Whether the run stores its parameters in narrower numbers than it steps."""
         return self._update.stores_narrower
 
     def move(self, lr: float) -> Move:
@@ -57,7 +61,28 @@ class LearningRates:
     def bend(self, curvature: TokenScores) -> None:
         """Take s̈ along the reference's step, where the first order has come without."""
         if self.first.along is not None and self.first.along.curvatures is None:
-            self.first = self.first._replace(along=self.first.along._replace(curvatures=curvature))
+            self.first = self._settled(self.first._replace(along=self.first.along._replace(curvatures=curvature)))
+
+    def _settled(self, first: FirstOrder) -> FirstOrder:
+        """Return the first order with δF₂ of every observable, which goes with the square of the learning rate."""
+        if first.along is None or first.along.curvatures is None:
+            return first
+        evidence = Evidence(self.measurement.passes.evaluation, first.scores, first.scores, first.along)
+        seconds = {n: first.second(n, o, evidence) for n, o in self.measurement.observables.items()}
+        return first._replace(seconds={name: second for name, second in seconds.items() if second is not None})
+
+    def resample(self) -> None:
+        """Take δF₁ and δF₂ of the reference's step on resampled prompts, once for all steps in proportion."""
+        options, along = self.measurement.options, self.first.along
+        if options.bars is None or along is None or self.first.orders is not None:
+            return
+        evidence = Evidence(self.measurement.passes.evaluation, along.scores, along.scores, along)
+        try:
+            generator = torch.Generator().manual_seed(options.seed)
+            orders = sample_orders(evidence, self.measurement.observables, options.bars, generator)
+        except (InputError, NumericsError):
+            return  # it is said where the bars of a point are made
+        self.first = self.first._replace(orders=orders)
 
     def is_multiple(self, move: Move, lr: float) -> bool:
         """Return whether the step at a learning rate is a multiple of the reference's."""
@@ -78,6 +103,7 @@ class LearningRates:
     def point(self, lr: float, move: Move, after: TokenScores | None = None) -> Outcome:
         """Return the outcome of the step at one learning rate."""
         own = self.measurement._replace(messages=Messages(quiet=True))
+        self.resample()
         with naming(lr):
             first = self.first_order(move, lr, own.messages)
             return measure(own, move, first, {"lr": lr}, after)[0]

@@ -106,6 +106,12 @@ def even(n: int) -> tuple[float, ...]:
     return (0.0, *(float(x) for x in roots[1:]))
 
 
+def steepness(n: int) -> float:
+    """Return how steeply the error of `even(n)` relative to x starts at 0, in units of its largest value."""
+    first = math.pi / (2 * (n + 1))
+    return (n + 1) * (1 + math.cos(first)) / math.sin(first)
+
+
 @lru_cache(maxsize=64)
 def _basis(nodes: tuple[float, ...], length: float) -> tuple[Legendre, ...]:
     """Return Lagrange's polynomials of the nodes: each is 1 at its own node and 0 at the others."""

@@ -13,7 +13,7 @@ from funcprobe import engine, tree
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.importance import WeightHealth, log_ratios, weight_health
 from funcprobe.estimators.observables import entropy_family
-from funcprobe.estimators.uncertainty import Bar
+from funcprobe.estimators.uncertainty import Bar, Replicates
 from funcprobe.measurement.apart import Apart, first_of_stored, told_apart
 from funcprobe.measurement.cautions import after_measuring, check_ess
 from funcprobe.measurement.change import Measured, measure_change
@@ -75,7 +75,7 @@ def outcome_of(
         for name, o in measurement.observables.items()
     }
     _say(measurement, move, first, readings, measured)
-    sampled = _sampled(measurement, evidence)
+    sampled = _sampled(measurement, evidence, first.orders)
     if sampled is not None:
         readings = with_bars(measurement, readings, sampled, evidence, healths)
     if other is not None:
@@ -239,7 +239,7 @@ def _say(
         )
 
 
-def _sampled(measurement: Measurement, evidence: Evidence) -> Sampled | None:
+def _sampled(measurement: Measurement, evidence: Evidence, orders: Replicates | None = None) -> Sampled | None:
     """Return replicates over prompts; None where none were asked for, or "auto" finds that there can be none.
 
     Raises:
@@ -252,7 +252,7 @@ def _sampled(measurement: Measurement, evidence: Evidence) -> Sampled | None:
     try:
         with measurement.passes.clock("error bars"):
             generator = torch.Generator().manual_seed(options.seed)
-            return sample(evidence, measurement.observables, options.bars, generator)
+            return sample(evidence, measurement.observables, options.bars, generator, orders)
     except (InputError, NumericsError) as error:
         if options.bars != "auto":
             raise

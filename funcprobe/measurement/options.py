@@ -39,7 +39,8 @@ class Options:
             a `stored` optimizer and "auto" the change itself is then that of θ + Δθ. A path is an integral of
             derivatives and misses jumps: where tokens change experts, or the difference disagrees with it beyond float
             error, "auto" takes the difference and says so, and "path" is refused.
-        tolerance: What two rules of the path have to agree to, relative to Σ|terms|.
+        tolerance: The error of a path, relative to Σ|terms|, or of a curve over learning rates, relative to |ΔF|. None
+            is 1e-5 for a path and 1e-4 for a curve.
         order: 2 adds `δF₂ = ½ D²F[Δθ, Δθ]` and the crossover learning rate. "auto" is 2 in a sweep, where forward mode
             can be used, and 1 elsewhere. Where a curve over learning rates is taken, the second order is its bend at
             θ; elsewhere nested forward mode.
@@ -66,8 +67,9 @@ class Options:
     method: MeasureMethod = _option(
         "auto", "auto, difference or path", "how ΔF is measured; auto: by a path where float32 cannot subtract"
     )
-    # two rules that agree to this fraction of Σ|terms| have converged as far as float32 forward passes go
-    tolerance: float = _option(1e-5, "a number > 0", "what a path has to agree to, relative to Σ|terms|", gt=0)
+    tolerance: float | None = _option(
+        None, "a number > 0, or none", "error of a path, relative to Σ|terms|, or of a curve, to |ΔF|", gt=0
+    )
     order: Order = _option("auto", "auto, 1 or 2", "2 adds δF₂ and the crossover; auto: in a sweep, not in a run")
     exact: bool = _option(False, "true or false", "of a sweep: δF₂ by nested forward mode, not as the curve bends")
     bars: BarMethod | None = _option(
@@ -93,7 +95,7 @@ class Options:
             raise InputError(
                 f"ess_threshold is {self.ess_threshold}; expected a fraction of the sample between 0 and 1."
             )
-        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+        if self.tolerance is not None and not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise InputError(f"tolerance is {self.tolerance}; expected a number above 0, such as 1e-5.")
         if not 0 < self.level < 1:
             raise InputError(f"level is {self.level}; expected a coverage between 0 and 1, such as 0.95.")
@@ -104,6 +106,16 @@ class Options:
         if self.mode == "reverse" and (self.order == 2 or self.method == "path"):
             wanted = "order=2" if self.order == 2 else "method='path'"
             raise InputError(f"{wanted} is made of forward-mode passes; use mode='auto' or 'forward' with it.")
+
+    @property
+    def path_tolerance(self) -> float:
+        """The error of a path, relative to Σ|terms|: by default as far as float32 forward passes go."""
+        return 1e-5 if self.tolerance is None else self.tolerance
+
+    @property
+    def curve_tolerance(self) -> float:
+        """The error of a curve, relative to |ΔF|."""
+        return 1e-4 if self.tolerance is None else self.tolerance
 
     @property
     def degree(self) -> Literal[1, 2]:
@@ -120,7 +132,7 @@ class Given(TypedDict, total=False):
 
     mode: Mode
     method: MeasureMethod
-    tolerance: float
+    tolerance: float | None
     order: Order
     exact: bool
     bars: BarMethod | None

@@ -134,10 +134,40 @@ def sample(
     observables: Mapping[str, Observable],
     method: BarMethod,
     generator: torch.Generator | None = None,
+    orders: Replicates | None = None,
 ) -> Sampled:
     """Return ΔF, δF₁ and δF₂ of every observable, resampled over the prompts of E; no model is run.
 
-    δF₁ is 0 in reverse mode and δF₂ where no curvature was taken: those columns carry no bar.
+    δF₁ is 0 in reverse mode and δF₂ where no curvature was taken: those columns carry no bar. `orders` are the columns
+    of `sample_orders`, where they are known.
+
+    Raises:
+        InputError: If E has fewer than two prompts, or an observable cannot be resampled.
+        NumericsError: If something is not finite without one of the prompts; the message names both.
+        RuntimeError: What an observable raises of its own.
+    """
+
+    def quantities(a: Tensor) -> Tensor:
+        return torch.stack([evidence.change(o, a) for o in observables.values()])
+
+    orders = sample_orders(evidence, observables, method, generator_like(generator)) if orders is None else orders
+    labels = [f"The change of '{name}'" for name in observables]
+    changes = resampled(quantities, evidence.rollouts, method, labels, _cells(evidence, observables), generator)
+    columns = {name: 3 * k for k, name in enumerate(observables)}
+    estimate, values = (
+        torch.cat([x.unsqueeze(-1), y.unflatten(-1, (-1, 2))], dim=-1).flatten(-2)
+        for x, y in ((changes.estimate, orders.estimate), (changes.values, orders.values))
+    )
+    return Sampled(changes._replace(estimate=estimate, values=values), columns)
+
+
+def sample_orders(
+    evidence: Evidence,
+    observables: Mapping[str, Observable],
+    method: BarMethod,
+    generator: torch.Generator | None = None,
+) -> Replicates:
+    """Return δF₁ and δF₂ of every observable, two columns each, resampled over the prompts of E; no model is run.
 
     Raises:
         InputError: If E has fewer than two prompts, or an observable cannot be resampled.
@@ -149,15 +179,29 @@ def sample(
     def quantities(a: Tensor) -> Tensor:
         zero, found = a.sum() * 0.0, []
         for o in observables.values():
-            found += [evidence.change(o, a), zero if evidence.along is None else evidence.first_order(o, a)]
+            found += [zero if evidence.along is None else evidence.first_order(o, a)]
             found += [evidence.second_order(o, a) if second else zero]
         return torch.stack(found)
 
-    cells = evidence.rollouts.completion_mask.numel() * (2 + 2 * second) * len(observables)
-    words = ("change", "first order", "second order")
-    labels = [f"The {what} of '{name}'" for name in observables for what in words]
-    found = resampled(quantities, evidence.rollouts, method, labels, cells, generator)
-    return Sampled(found, {name: 3 * k for k, name in enumerate(observables)})
+    labels = [f"The {what} of '{name}'" for name in observables for what in ("first order", "second order")]
+    return resampled(quantities, evidence.rollouts, method, labels, _cells(evidence, observables), generator)
+
+
+def scaled_orders(orders: Replicates, c: float) -> Replicates:
+    """Return δF₁ and δF₂ of c times the step: the first goes with c, the second with its square."""
+    factors = torch.tensor([c, c * c], dtype=torch.float64).repeat(len(orders.estimate) // 2)
+    return orders._replace(estimate=orders.estimate * factors, values=orders.values * factors)
+
+
+def generator_like(generator: torch.Generator | None) -> torch.Generator | None:
+    """Return a generator in the same state, so that two functions are resampled alike."""
+    return None if generator is None else generator.clone_state()
+
+
+def _cells(evidence: Evidence, observables: Mapping[str, Observable]) -> int:
+    """Return how many score entries ΔF, δF₁ and δF₂ touch, by which a method is chosen for all of them."""
+    second = evidence.along is not None and evidence.along.curvatures is not None
+    return evidence.rollouts.completion_mask.numel() * (2 + 2 * second) * len(observables)
 
 
 def resampled(

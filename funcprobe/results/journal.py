@@ -35,7 +35,7 @@ class Node(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What one line keeps: the tangents of a node, or a finished point."""
+    """One line: the tangents of a node, or a finished point."""
 
     node: Node | None = None
     point: Outcome | None = None
@@ -87,7 +87,7 @@ class Journal:
         self._keep(Line(point=point))
 
     def node(self, lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
-        """Return ds/dη at the node of a learning rate η: what was kept, or what is computed now, which is kept."""
+        """Return ds/dη at the node of a learning rate η as it was kept, or computed now, and kept."""
         if lr not in self.nodes:
             self.nodes[lr] = compute()
             self._keep(Line(node=Node(lr, self.nodes[lr])))
@@ -106,7 +106,7 @@ class Journal:
 
 
 def _read(path: Path, identity: str) -> tuple[float | None, list[Line]]:
-    """Return the gradient's norm and what was kept; a last line that was cut off is dropped from the file.
+    """Return the gradient's norm and the lines; a last line that was cut off is dropped from the file.
 
     Raises:
         InputError: If the file is not a journal, is damaged before its end, or belongs to another sweep.

@@ -6,15 +6,18 @@ import os
 from pathlib import Path
 
 from funcprobe.errors import InputError
+from funcprobe.results.any_lr import CurveResult
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.comparison import Comparison
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.storage import decoded, read
 from funcprobe.results.sweep import SweepResult
 
-AnyResult = ProbeResult | SweepResult | Comparison | Attribution
+AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution
 
-_KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in (ProbeResult, SweepResult, Comparison, Attribution)}
+_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution)
+
+_KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in _CLASSES}
 
 
 def load(path: str | os.PathLike[str]) -> AnyResult:

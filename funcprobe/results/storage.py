@@ -26,7 +26,7 @@ from funcprobe.types import Json
 #: Raised when a field changes its meaning.
 SCHEMA_VERSION = 3
 
-Kind = Literal["probe", "sweep", "comparison", "attribution"]
+Kind = Literal["probe", "sweep", "curve", "comparison", "attribution"]
 
 NUMBERS, ARRAYS = FILES = "result.json", "result.safetensors"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,11 @@ class Case:
         update, evaluation = self._taken(options)
         return fp.sweep(update, evaluation, lrs, **options)
 
+    def curve(self, lr_max: float, **options: Any) -> fp.CurveResult:
+        """Return the curve of the step up to a learning rate."""
+        update, evaluation = self._taken(options)
+        return fp.curve(update, evaluation, lr_max, **options)
+
     def largest(self, **options: Any) -> fp.LargestLr:
         """Return the largest learning rate within bounds."""
         update, evaluation = self._taken(options)
@@ -69,13 +75,19 @@ class Case:
 
     def watched(self, calls: list[str]) -> Case:
         """Return the case with a policy that notes every pass over a whole batch: "E" or "U"."""
+        names = {len(E.ids): "E", len(U.ids): "U"}  # their numbers of rows differ
+        return self._told(lambda rows: calls.append(names[rows]) if rows in names else None)
+
+    def watched_rows(self, rows: list[int]) -> Case:
+        """Return the case with a policy that notes the rows of every pass."""
+        return self._told(rows.append)
+
+    def _told(self, tell: Callable[[int], None]) -> Case:
         found = object.__new__(type(self))
         found.__dict__.update(self.__dict__)
-        names = {len(E.ids): "E", len(U.ids): "U"}  # their numbers of rows differ
 
         def features(params: Params, ids: Tensor, mask: Tensor) -> Tensor:
-            if ids.shape[0] in names:
-                calls.append(names[ids.shape[0]])
+            tell(ids.shape[0])
             return self.policy.features(params, ids, mask)
 
         found.policy = dataclasses.replace(self.policy, features=features)

@@ -1,0 +1,203 @@
+"""The curve of scores over learning rates: as good as it says, from few passes, and refused where it would mislead."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import funcprobe as fp
+from funcprobe.data.rollouts import take
+from funcprobe.errors import InputError
+from funcprobe.measurement import curve as curves
+from funcprobe.measurement.curve import Held, _off
+from funcprobe.measurement.line import Line
+from funcprobe.results.any_lr import CurveResult
+from funcprobe.types import TokenScores
+from tests.cases import models
+from tests.cases.probes import Case, E, Offset, prompted
+from tests.cases.tables import observables
+
+THREE = observables("entropy", "reward", "kl")
+TOP = 3e-3
+
+
+@functools.cache
+def case() -> Case:
+    return Case("gpt2")
+
+
+@functools.cache
+def curved() -> CurveResult:
+    return case().curve(TOP, observables=THREE)
+
+
+@pytest.mark.parametrize("lr", [1e-9, 1e-6, 1.7e-4, 9e-4, TOP])
+def test_it_is_as_good_as_it_says_at_every_learning_rate(lr: float) -> None:
+    expected = case().probe(lr, observables=THREE, method="path", tolerance=1e-8, order=2)
+    for name, reading in curved().at(lr).readings.items():
+        true = expected.readings[name]
+        assert abs(reading.change - true.change) <= 1e-4 * abs(true.change)
+        assert abs(reading.change - true.change) <= reading.float_error + true.float_error
+        assert reading.first_order == pytest.approx(true.first_order, rel=1e-8, abs=1e-16)
+        assert reading.second_order == pytest.approx(true.second_order, rel=1e-2)
+        assert reading.bars["change"].error == pytest.approx(true.bars["change"].error, rel=1e-3)
+
+
+def test_any_number_of_learning_rates_takes_the_same_passes() -> None:
+    seen: list[str] = []
+    case().watched(seen).sweep([1e-5, 1e-4, TOP], observables=THREE)
+    few = seen.count("E")
+    seen.clear()
+    found = case().watched(seen).sweep(list(np.geomspace(1e-7, TOP, 40)), observables=THREE, bars=None)
+    assert (seen.count("U"), seen.count("E")) == (1, few)
+    assert len(found.points) == 40
+    seen.clear()
+    curved().sweep([2e-5, 3e-4])
+    assert seen == []
+
+
+def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole passes over E are the anchor's, the chosen nodes' and the end's; a part of E is an eighth."""
+    monkeypatch.setattr(curves, "FEWEST", 4)
+    large = prompted(16, 4, seed=5)
+    rows: list[int] = []
+    c = case()
+    watched = c.watched_rows(rows)
+    result = watched.curve(TOP / 20, evaluation=large, microbatch=None, observables=THREE)
+    assert rows.count(64) == 1 + result.nodes + 1
+    assert rows.count(8) == sum(range(1, result.nodes + 2))
+    for lr in (1e-6, TOP / 60, TOP / 20):
+        expected = c.probe(lr, evaluation=large, observables=THREE, method="path", tolerance=1e-7)
+        for name, reading in result.at(lr).readings.items():
+            assert reading.change == pytest.approx(expected.readings[name].change, rel=2e-4)
+
+
+def test_what_a_part_tells_of_the_whole() -> None:
+    """The error over all rows from those of some: systematic parts add up, what varies from row to row less so."""
+    large = prompted(16, 4, seed=5)
+    draw = torch.Generator().manual_seed(0)
+    shape = large.completion_mask.shape
+    mask = large.completion_mask.double()
+    anchor = TokenScores(-mask, mask)
+    tangent = TokenScores(0.1 * mask, 0.2 * mask)
+    o = fp.entropy()
+
+    def off(shift: Tensor, rows: slice) -> float:
+        def line(extra: Tensor) -> Line:
+            own = TokenScores(tangent.logp[rows], (tangent.entropy + extra)[rows])
+            return Line(TokenScores(anchor.logp[rows], anchor.entropy[rows]), 1.0, (0.0,), (own,))
+
+        part = take(large, torch.arange(64)[rows])
+        return _off(Held(part, 64, line(shift * mask), line(0.0 * mask)), 1.0, o)[0]
+
+    systematic = torch.full(shape, 1e-3, dtype=torch.float64)
+    whole = off(systematic, slice(None))
+    assert off(systematic, slice(0, 16)) == pytest.approx(whole, rel=0.05)
+    noise = 1e-3 * torch.randn(shape, generator=draw, dtype=torch.float64)
+    # 16 of 64 rows show up to twice the noise of all relative to its sum, were chance not taken off
+    truth = float(off(torch.ones_like(noise) * 1e-3, slice(None))) / (torch.tensor(64.0).sqrt() * 2)
+    assert off(noise, slice(0, 16)) < 3 * truth
+
+
+def test_a_curve_ends_where_the_policy_is_another_one() -> None:
+    result = case().curve(1.0, bars=None, ess_threshold=0.0)
+    assert 0 < result.reach < 1.0
+    methods = {(point.lr <= result.reach, point.main.method) for point in result.points}
+    assert methods == {(True, "path"), (False, "difference")}
+    with pytest.raises(InputError, match=r"Learning rate 0.9 is beyond this curve, which reaches"):
+        result.at(0.9)
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"method": "difference"}, None),
+        ({"mode": "reverse"}, None),
+    ],
+)
+def test_no_curve_where_another_way_was_asked_for(options: dict[str, Any], note: str | None) -> None:
+    result = case().curve(1e-3, bars=None, **options)
+    assert (result.nodes, result.reach) == (0, 0.0)
+    assert {reading.method for reading in result.readings()} == {"difference"}
+    with pytest.raises(InputError, match="holds the table of a curve and not its scores: there was none to be had"):
+        result.at(1.1e-5)
+
+
+def test_no_curve_where_steps_are_not_proportional() -> None:
+    result = Case(optimizer=Offset()).curve(1e-2, order=1, bars=None, lrs=[1e-4, 1e-2])
+    assert result.nodes == 0
+    assert any("not proportional" in note for note in result.notes)
+
+
+def test_no_curve_in_arithmetic_that_is_too_coarse() -> None:
+    low = Case(models.gpt2(torch.bfloat16))
+    result = low.curve(1e-2, bars=None, lrs=[1e-3, 1e-2])
+    assert result.nodes == 0
+    assert any("is too coarse for a curve" in note for note in result.notes)
+
+
+def test_no_curve_past_a_jump() -> None:
+    """A threshold that lies between θ and θ′: derivatives do not see it, two evaluations at the end do."""
+
+    class Jumping(models.TwoLines):
+        def forward(self, ids: Tensor) -> Tensor:
+            logits = super().forward(ids)
+            return logits + 0.1 * (logits[..., :1] > self.edge).double() * logits
+
+    with models.seeded(8):
+        module = Jumping().double()
+    module.edge = 0.0
+    with torch.no_grad():
+        first = super(Jumping, module).forward(E.ids)[..., 0]
+        module.edge = float(first.flatten().sort().values[first.numel() // 2]) + 1e-7
+    result = Case(module).curve(1e-3, bars=None, lrs=[1e-4, 1e-3], order=1)
+    assert result.nodes == 0
+    assert any("F jumps on the way" in note for note in result.notes)
+
+
+def test_the_largest_learning_rate_is_read_off_without_a_pass() -> None:
+    found = curved().largest(max_nonlinearity=0.02)
+    exact = case().largest(between=(1e-7, TOP), max_nonlinearity=0.02, relative=1e-3)
+    assert found.limited_by is not None
+    assert found.lr == pytest.approx(exact.lr, rel=5e-3)
+    assert curved().largest(min_ess=0.01).limited_by is None
+    with pytest.raises(InputError, match="breaks the bound already: max_abs_delta"):
+        curved().largest(max_abs_delta=1e-30)
+    with pytest.raises(InputError, match="No bound was given"):
+        curved().largest()
+
+
+def test_crossover_and_its_twentieth() -> None:
+    assert curved().crossover == curved().crossover_lr() == pytest.approx(20 * curved().linear_until)
+    assert curved().slope().r_squared > 0.999
+
+
+def test_it_is_kept_as_a_table(tmp_path: Any) -> None:
+    curved().save(tmp_path / "curve")
+    loaded = fp.load(tmp_path / "curve")
+    assert isinstance(loaded, CurveResult)
+    assert loaded.points == curved().points
+    assert (loaded.nodes, loaded.reach) == (curved().nodes, curved().reach)
+    assert loaded.at(loaded.lrs[3]) == curved().points[3]
+    with pytest.raises(InputError, match="not its scores: it was loaded from a file; its learning rates are"):
+        loaded.at(1.1e-5)
+    assert loaded.summary() == curved().summary()
+
+
+@pytest.mark.parametrize(
+    ("lr_max", "options", "message"),
+    [
+        (0.0, {}, "lr_max is 0.0; expected a number above 0"),
+        (1e-3, {"tolerance": 0.0}, "tolerance is 0.0; expected a number above 0"),
+        (1e-3, {"lrs": [1e-4, 2e-3]}, "largest learning rate, 0.002, is above lr_max, 0.001"),
+        (1e-3, {"keep_delta": True}, "keep_delta can do nothing in a curve"),
+    ],
+)
+def test_bad_input(lr_max: float, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        case().curve(lr_max, **options)
