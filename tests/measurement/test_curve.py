@@ -19,7 +19,7 @@ from funcprobe.measurement.line import Line
 from funcprobe.results.any_lr import CurveResult
 from funcprobe.types import TokenScores
 from tests.cases import models
-from tests.cases.probes import Case, E, Offset, prompted
+from tests.cases.probes import Case, Offset, prompted
 from tests.cases.tables import observables
 
 THREE = observables("entropy", "reward", "kl")
@@ -139,25 +139,6 @@ def test_no_curve_in_arithmetic_that_is_too_coarse() -> None:
     result = low.curve(1e-2, bars=None, lrs=[1e-3, 1e-2])
     assert result.nodes == 0
     assert any("is too coarse for a curve" in note for note in result.notes)
-
-
-def test_no_curve_past_a_jump() -> None:
-    """A threshold that lies between θ and θ′: derivatives do not see it, two evaluations at the end do."""
-
-    class Jumping(models.TwoLines):
-        def forward(self, ids: Tensor) -> Tensor:
-            logits = super().forward(ids)
-            return logits + 0.1 * (logits[..., :1] > self.edge).double() * logits
-
-    with models.seeded(8):
-        module = Jumping().double()
-    module.edge = 0.0
-    with torch.no_grad():
-        first = super(Jumping, module).forward(E.ids)[..., 0]
-        module.edge = float(first.flatten().sort().values[first.numel() // 2]) + 1e-7
-    result = Case(module).curve(1e-3, bars=None, lrs=[1e-4, 1e-3], order=1)
-    assert result.nodes == 0
-    assert any("F jumps on the way" in note for note in result.notes)
 
 
 def test_the_largest_learning_rate_is_read_off_without_a_pass() -> None:

@@ -276,3 +276,18 @@ def test_a_sweep_of_experts_goes_one_learning_rate_at_a_time() -> None:
     assert [r.change for r in together.readings()] == [r.change for r in alone.readings()]
     assert any("scored one at a time" in note for note in together.notes)
     assert not any("scored one at a time" in note for note in alone.notes)
+
+
+@pytest.mark.parametrize(
+    ("chooser", "note"), [("argmax", "because tokens go to experts"), ("threshold", "learning rates were scored one by one")]
+)
+def test_no_curve_leads_past_a_jump(chooser: str, note: str) -> None:
+    """Tangents on either side of a threshold fit no curve; where they do, two evaluations at its end tell."""
+    case, batch = crossing(chooser), models.rollouts(9, seed=2)
+    with pytest.warns(FuncprobeWarning) if chooser == "argmax" else nullcontext():
+        result = case.curve(SHORT, batch=batch, lrs=[SHORT / 1e6, SHORT], order=1)
+    assert (result.nodes, result.reach) == (0, 0.0)
+    assert any(note in found for found in result.notes)
+    assert [reading.method for reading in result.readings()] == ["difference"] * 2
+    # the curve would have had a thousandth of it
+    assert abs(result.readings()[1].change) > 1e3 * abs(result.readings()[1].first_order)
