@@ -10,7 +10,7 @@ from funcprobe import tree
 from funcprobe.measurement.cautions import about_the_copy, step
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder, first_order
-from funcprobe.measurement.measure import family_of, measure
+from funcprobe.measurement.measure import family_of, measure, wants_rounding
 from funcprobe.measurement.measurement import Measurement, Observables
 from funcprobe.measurement.move import Move
 from funcprobe.measurement.options import Given, options_of
@@ -54,7 +54,8 @@ def probe(
     chosen = options_of(options, "a probe")
     measurement = Measurement.of(update, evaluation, observables, chosen, progress)
     move, info = step(measurement, update)
-    first = first_order(measurement, update.params, move.delta)
+    rounding = move.rounding() if wants_rounding(measurement, move) else None
+    first = first_order(measurement, update.params, move.delta, rounding)
     outcome, evidence = measure(measurement, move, first, info)
     return result_of(measurement, update, move, first, outcome, evidence)
 

@@ -42,6 +42,7 @@ class Registered(NamedTuple):
 COMMANDS = {
     "run": Registered("funcprobe.cli.run", "measure one step of a checkpoint"),
     "sweep": Registered("funcprobe.cli.sweep", "measure it at many learning rates"),
+    "curve": Registered("funcprobe.cli.curve", "measure it at every learning rate up to one"),
     "attribute": Registered("funcprobe.cli.attribute", "say which parameters, prompts and tokens did it"),
     "demo": Registered("funcprobe.cli.demo", "run everything on a policy made on the spot"),
     "sample": Registered("funcprobe.cli.sample", "draw rollouts of a checkpoint"),

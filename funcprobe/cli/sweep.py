@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from funcprobe.analysis.sweep import check_lrs, sweep
 from funcprobe.cli.command import Beside, Command, merged
@@ -19,10 +20,11 @@ from funcprobe.estimators.by_name import observable_names
 from funcprobe.results.sweep import SweepResult
 
 DESCRIPTION = """\
-Do at many learning rates what `run` does at one: the gradient on U and the
-derivative on E are taken once, each learning rate costs a scoring pass. Shows
-where the step is linear, where that ends, and where float32 can no longer
-subtract. Killed half-way, the same command goes on from the finished ones."""
+Do at many learning rates what `run` does at one: the gradient on U is taken
+once, and a few derivatives on E serve all learning rates, where the optimizer
+moves in proportion to them; else each costs a scoring pass. Shows where the
+step is linear, and where that ends. Killed half-way, the same command goes on
+from what was done."""
 
 EPILOG = """\
 example:
@@ -93,11 +95,16 @@ def _do(config: Config, options: Namespace, bars: Bars) -> SweepResult:
     )
 
 
-def _warned(result: SweepResult, warned: Sequence[Note]) -> SweepResult:
-    return dataclasses.replace(result, warnings=merged(warned, result.warnings))
+S = TypeVar("S", bound=SweepResult)
 
 
-def _save_csv(result: SweepResult, folder: Path) -> None:
+def warned(result: S, found: Sequence[Note]) -> S:
+    """Return the result with the warnings that were collected on the way before its own."""
+    return dataclasses.replace(result, warnings=merged(found, result.warnings))
+
+
+def save_csv(result: SweepResult, folder: Path) -> None:
+    """Write the long form of the table."""
     result.to_frame().to_csv(folder / "sweep.csv", index=False)
 
 
@@ -127,11 +134,11 @@ COMMAND = Command(
     epilog=lambda: EPILOG,
     done="swept",
     do=_do,
-    warned=_warned,
+    warned=warned,
     options=(LRS, CHUNK),
     suffix="-sweep",
     figures=FIGURES,
-    beside=(Beside(frozenset({"sweep.csv"}), _save_csv),),
+    beside=(Beside(frozenset({"sweep.csv"}), save_csv),),
     unfinished=journal_of,
     when_interrupted="; the same command goes on from the learning rates that are done",
 )

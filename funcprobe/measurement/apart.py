@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
+from funcprobe import engine
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.line import along_line
 from funcprobe.measurement.measurement import Measurement
@@ -45,5 +48,8 @@ def first_of_stored(measurement: Measurement, move: Move, first: FirstOrder) -> 
     """Return the tangents along θ′ − θ, at the scores of `first`; None in reverse mode, or where no row is wanted."""
     if first.along is None or measurement.options.rounding is False:
         return None
+    if first.rounding is not None:
+        tangents = engine.each(torch.add, first.along.tangents, first.rounding.tangents)
+        return FirstOrder(first.scores, engine.Directional(first.scores, tangents), {}, first.eps)
     along = measurement.passes.directional(move.params, move.delta, "E, forward mode along θ′ − θ")
     return FirstOrder(first.scores, along, {}, first.eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from funcprobe import engine, tree
+from funcprobe.engine.kernels import without_batching_rule
 from funcprobe.engine.passes import Passes
 from funcprobe.errors import ForwardModeError, Note
 from funcprobe.estimators.uncertainty import Replicates
@@ -34,6 +35,7 @@ class FirstOrder(NamedTuple):
     eps: float | None = None  #: of the arithmetic that made the scores
     seconds: Mapping[str, float] = {}  #: δF₂ of each observable, where it is known: not from the curvatures
     choices: Choices | None = None  #: the experts that tokens went to at θ
+    rounding: engine.Directional | None = None  #: tangents along (θ′ − θ) − Δθ, where they came with the others
     orders: Replicates | None = None  #: δF₁ and δF₂ resampled over prompts, where that is known already
 
     @property
@@ -70,8 +72,10 @@ class FirstOrder(NamedTuple):
         return None
 
 
-def first_order(measurement: Measurement, params: Params, delta: Params) -> FirstOrder:
+def first_order(measurement: Measurement, params: Params, delta: Params, rounding: Params | None = None) -> FirstOrder:
     """Return the anchor's scores and the first order along the delta, in forward mode where the model allows.
+
+    With `rounding` forward mode gives the tangents along it in the same pass: two more e in place of three.
 
     Raises:
         ForwardModeError: If the model has no forward derivative and forward mode, a path or order 2 was asked for.
@@ -79,7 +83,7 @@ def first_order(measurement: Measurement, params: Params, delta: Params) -> Firs
     options = measurement.options
     if options.mode != "reverse":
         try:
-            found = _forward(measurement, params, delta)
+            found = _forward(measurement, params, delta, rounding)
         except ForwardModeError as error:
             if options.degree == 2 or options.method == "path":
                 wanted = "order=2" if options.degree == 2 else "method='path'"
@@ -121,11 +125,12 @@ def first_orders(measurement: Measurement, params: Params, deltas: Sequence[Para
     return found
 
 
-def _forward(measurement: Measurement, params: Params, delta: Params) -> FirstOrder:
+def _forward(measurement: Measurement, params: Params, delta: Params, rounding: Params | None = None) -> FirstOrder:
     (passes, choices), seconds = _watching(measurement), {}
     arithmetic = engine.arithmetic(measurement.passes.policy, params)
+    beside = None
     if measurement.options.degree == 1:
-        along = passes.directional(params, delta, "E, forward mode")
+        along, beside = _along(passes, params, delta, rounding)
     else:
         along, off = curved(passes, params, delta, arithmetic.eps, "auto")
         if along.curvatures is None:
@@ -137,7 +142,26 @@ def _forward(measurement: Measurement, params: Params, delta: Params) -> FirstOr
                 n: second_by_reverse(passes, params, delta, o, along) for n, o in measurement.observables.items()
             }
     measurement.messages.notes += _kernels(arithmetic)
-    return FirstOrder(along.scores, along, {}, arithmetic.eps, seconds, choices)
+    return FirstOrder(along.scores, along, {}, arithmetic.eps, seconds, choices, beside)
+
+
+def _along(
+    passes: Passes, params: Params, delta: Params, rounding: Params | None
+) -> tuple[engine.Directional, engine.Directional | None]:
+    """Return the tangents along the delta, and those along its rounding from the same pass, where vmap runs the model.
+
+    Raises:
+        RuntimeError: What a model raises of its own.
+    """
+    if rounding is not None:
+        try:
+            both = passes.directional_of_many(params, [delta, rounding], "E, forward mode, and rounding")
+        except RuntimeError as error:
+            if not without_batching_rule(error):
+                raise
+        else:
+            return both[0], both[1]
+    return passes.directional(params, delta, "E, forward mode"), None
 
 
 def _kernels(arithmetic: engine.Arithmetic) -> list[Note]:

@@ -291,17 +291,23 @@ def _estimate(
     return Estimate(before, before + change, change, slope)
 
 
+def wants_rounding(measurement: Measurement, move: Move) -> bool:
+    """Return whether the rounding row is worth a forward-mode derivative."""
+    wanted = measurement.options.rounding
+    return wanted is True or (wanted == "auto" and move.size.rounding_ratio > ROUNDING_WORTH_A_PASS)
+
+
 def _rounding_row(measurement: Measurement, move: Move, first: FirstOrder, evidence: Evidence) -> float | None:
     """Return ⟨∇F, (θ′ − θ) − Δθ⟩ of the first observable: free in reverse mode, a pass in forward mode."""
     name, observable = measurement.main
     if name in first.gradients:
         return float(tree.dot(first.gradients[name], move.rounding()))
-    ratio, wanted = move.size.rounding_ratio, measurement.options.rounding
-    if wanted is False or (wanted == "auto" and ratio <= ROUNDING_WORTH_A_PASS):
-        if wanted == "auto":
+    if not wants_rounding(measurement, move):
+        if measurement.options.rounding == "auto":
+            ratio = move.size.rounding_ratio
             measurement.messages.note(
                 "no rounding row", f"the rounding row was not computed: rounding is {ratio:.1e} of ‖Δθ‖"
             )
         return None
-    along = measurement.passes.directional(move.params, move.rounding(), "E, rounding row")
+    along = first.rounding or measurement.passes.directional(move.params, move.rounding(), "E, rounding row")
     return float(engine.derivative(evidence.of(observable), along)[1])

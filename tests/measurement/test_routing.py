@@ -279,7 +279,8 @@ def test_a_sweep_of_experts_goes_one_learning_rate_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chooser", "note"), [("argmax", "because tokens go to experts"), ("threshold", "learning rates were scored one by one")]
+    ("chooser", "note"),
+    [("argmax", "because tokens go to experts"), ("threshold", "rates were scored one by one")],
 )
 def test_no_curve_leads_past_a_jump(chooser: str, note: str) -> None:
     """Tangents on either side of a threshold fit no curve; where they do, two evaluations at its end tell."""
