@@ -126,7 +126,7 @@ def _checked(updates: Mapping[str, Update]) -> dict[str, Update]:
         if update.policy is not base.policy or update.params is not base.params:
             raise InputError(
                 f"'{name}' is an update of another policy or another θ than '{next(iter(done))}'; make all of them of "
-                "the same policy and the same params."
+                "the same policy and the same params; of a checkpoint, run.update(...) and between(run, folder) are."
             )
         known = next((other for other in done.values() if update.shares_gradient(other)), None)
         done[str(name)] = update if known is None else update.sharing(known)

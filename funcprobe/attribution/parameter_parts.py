@@ -93,7 +93,10 @@ def leaf_parts(
 
 
 def rolled_up(parts: Iterable[LeafPart], by: Callable[[LeafName], str | None]) -> dict[str, LeafPart]:
-    """Return the leaves summed into rows by label, in order of appearance; a label of None leaves a leaf out."""
+    """Return rows of leaves by label, in order of appearance; a label of None leaves a leaf out.
+
+    Contributions and sizes are sums, the norm is that of the leaves as one vector.
+    """
     found: dict[str, LeafPart] = {}
     for part in parts:
         label = by(read_name(part.name))

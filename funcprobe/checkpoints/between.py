@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ TRIED_TOKENS = 8
 
 
 def between(
-    before: str | Path,
+    before: str | Path | Checkpoint,
     after: str | Path,
     base_model: str | Path | nn.Module | None = None,
     dtype: str | torch.dtype = "float32",
@@ -33,25 +33,31 @@ def between(
     have to be drawn from the first.
 
     Args:
-        before: Folder of θ.
+        before: Folder of θ, or the checkpoint that was loaded from it: its updates can then be compared with this one.
         after: Folder of θ′.
         base_model: As in `load_checkpoint`, for adapters.
-        dtype: What both are loaded as; float32 holds bfloat16 and float16 files exactly.
-        device: Where the policy and its parameters go.
+        dtype: What folders are loaded as; float32 holds bfloat16 and float16 files exactly.
+        device: Where the policy and its parameters go. A loaded checkpoint has both already.
 
     Raises:
         CheckpointError: If either cannot be read, or they are not checkpoints of one model with the same trainable
             leaves.
         MissingExtraError: If transformers, or for an adapter peft, is not installed.
     """
-    options: dict[str, Any] = {"base_model": base_model, "optimizer": None, "dtype": dtype, "device": device}
-    first, second = (load_checkpoint(folder, **options) for folder in (before, after))
-    _check_leaves(first, second, before, after)
-    _check_frozen(first, second, before, after)
+    load = partial(load_checkpoint, base_model=base_model, optimizer=None)
+    if isinstance(before, Checkpoint):
+        first, named = before, "the loaded checkpoint"
+        leaf = next(iter(first.params.values()))
+        dtype, device = leaf.dtype, leaf.device
+    else:
+        first, named = load(before, dtype=dtype, device=device), str(before)
+    second = load(after, dtype=dtype, device=device)
+    _check_leaves(first, second, named, str(after))
+    _check_frozen(first, second, named, str(after))
     return Update.from_delta(first.policy, first.params, displacement(first.params, second.params), second.params)
 
 
-def _check_leaves(first: Checkpoint, second: Checkpoint, before: str | Path, after: str | Path) -> None:
+def _check_leaves(first: Checkpoint, second: Checkpoint, before: str, after: str) -> None:
     a, b = (_shapes(each.params) for each in (first, second))
     if a != b:
         odd = sorted(a.items() ^ b.items())[0][0]
@@ -64,7 +70,7 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in params.items()}
 
 
-def _check_frozen(first: Checkpoint, second: Checkpoint, before: str | Path, after: str | Path) -> None:
+def _check_frozen(first: Checkpoint, second: Checkpoint, before: str, after: str) -> None:
     """Check that the two models are one function of the trainable leaves: frozen weights and settings agree.
 
     Raises:

@@ -82,12 +82,12 @@ def at_storage(
 
 def moment_dtypes(opt_state: OptState, params: Params) -> dict[str, torch.dtype]:
     """Return for every leaf the widest dtype among its moments; a leaf without any is left out."""
-    found: dict[str, torch.dtype] = {}
+    moments: dict[str, torch.dtype] = {}
     for name, entries in opt_state.items():
         for key, value in entries.items():
             if is_moment(key, value, params[name]):
-                found[name] = torch.promote_types(found.get(name, value.dtype), value.dtype)
-    return found
+                moments[name] = torch.promote_types(moments.get(name, value.dtype), value.dtype)
+    return moments
 
 
 def is_narrower(dtype: torch.dtype, than: torch.dtype) -> bool:
@@ -117,10 +117,10 @@ def _decide(leaf: Tensor, weight: torch.dtype | None, moment: torch.dtype | None
     if not is_narrower(moment, weight):
         return _Decision(weight)
     if _holds(leaf, moment):
-        said = f"the weights are numbers of {_word(moment)} all the same, so the run's step is stored in that"
-        return _Decision(moment, f"The weights are saved in {_word(weight)}, the moments in {_word(moment)}: {said}")
-    said = f"the weights are no numbers of {_word(moment)}, so the moments are taken to have been rounded on saving"
-    return _Decision(weight, f"The weights are saved in {_word(weight)}, the moments in {_word(moment)}: {said}")
+        why = f"the weights are numbers of {_word(moment)} all the same, so the run's step is stored in that"
+        return _Decision(moment, f"The weights are saved in {_word(weight)}, the moments in {_word(moment)}: {why}")
+    why = f"the weights are no numbers of {_word(moment)}, so the moments are taken to have been rounded on saving"
+    return _Decision(weight, f"The weights are saved in {_word(weight)}, the moments in {_word(moment)}: {why}")
 
 
 def _holds(leaf: Tensor, dtype: torch.dtype) -> bool:

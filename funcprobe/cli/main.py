@@ -5,6 +5,7 @@ Nothing heavy is imported before a command is chosen: `--help` and `--version` a
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import io
 import os
@@ -74,11 +75,18 @@ def _chosen(words: list[str]) -> tuple[str, list[str]]:
     """Return the name of the command and the words after it; help, version and mistakes end here."""
     if words and words[0] in COMMANDS:
         return words[0], words[1:]
-    parser = Parser(prog="funcprobe", description=DESCRIPTION, epilog=EPILOG)
+    # argparse's own list of commands would break a line after the longest name
+    listed = "\n".join(f"  {name:<11}{registered.help}" for name, registered in COMMANDS.items())
+    parser = Parser(
+        prog="funcprobe",
+        usage="funcprobe [-h] [--version] COMMAND ...",
+        description=f"{DESCRIPTION}\n\ncommands:\n{listed}",
+        epilog=EPILOG,
+    )
     parser.add_argument("--version", action="version", version=f"funcprobe {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
-    for name, registered in COMMANDS.items():
-        commands.add_parser(name, help=registered.help, add_help=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", help=argparse.SUPPRESS, required=True)
+    for name in COMMANDS:
+        commands.add_parser(name, add_help=False)
     return parser.parse_args(words).command, []
 
 

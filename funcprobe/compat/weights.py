@@ -18,8 +18,8 @@ from funcprobe.types import Rollouts, TokenScores
 class Clipped(Entropy):
     """An entropy under sequence weights `w_i ∝ a_i min(exp(Σ_t d_it), c)`, c > 1.
 
-    Bias: truncation adds one where weights exceed c, for less variance (Ionides 2008). At the anchor every weight is 1
-    and nothing is clipped, so value and derivative there are the entropy's.
+    Bias: truncation adds one where weights exceed c, for less variance (Ionides 2008). At the anchor every
+    importance weight is 1 and nothing is clipped, so value and derivative there are the entropy's.
     """
 
     c: float = math.inf  #: the largest weight, where that of an unmoved sequence is 1
@@ -36,7 +36,11 @@ class Clipped(Entropy):
 
 
 def weight_diagnostics(found: ProbeResult, largest: float) -> dict[str, float | int]:
-    """Return the health of the sequence weights, none above `largest`, of a probe with keep_scores."""
+    """Return the health of the importance weights of sequences, cut at `largest`, of a probe with keep_scores.
+
+    `logw_*` are those before the cut, `w_*` and the ESS those after it, in units of the largest; base weights
+    are not in them.
+    """
     assert found.evidence is not None
     rollouts, anchor, after, _ = found.evidence
     log_weight = log_ratios(after, anchor, rollouts).sum(-1)

@@ -43,11 +43,11 @@ def scores(
     """
     rollouts = to_device(rollouts, policy.device)
     with forward_arithmetic(policy, order) if order else nullcontext(), torch.no_grad():
-        found = [
+        scored = [
             (rows, finite(score(policy, params, part, stats), rows, what))
             for rows, part in pieces(rollouts, microbatch, progress, what)
         ]
-        return gather(found, rollouts)
+        return gather(scored, rollouts)
 
 
 def scores_of_many(
@@ -72,14 +72,14 @@ def scores_of_many(
     """
     rollouts = to_device(rollouts, policy.device)
     stacked = {name: torch.stack([params[name] for params in several]) for name in several[0]}
-    found: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
+    parts: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
     with forward_arithmetic(policy, order), torch.no_grad():
         for rows, part in pieces(rollouts, microbatch, progress, what):
             run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
             together = run(stacked)
-            for k, own in enumerate(found):
+            for k, own in enumerate(parts):
                 own.append((rows, finite(each(lambda x, k=k: x[k], together), rows, what)))
-        return [gather(own, rollouts) for own in found]
+        return [gather(own, rollouts) for own in parts]
 
 
 def pieces(
@@ -94,16 +94,16 @@ def pieces(
             progress(what, done, total)
 
 
-def gather(found: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:
+def gather(parts: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:
     """Put the scores of microbatches back into the order of the batch, functionally: vmap may be watching."""
-    order = torch.argsort(torch.cat([rows for rows, _ in found]))
+    order = torch.argsort(torch.cat([rows for rows, _ in parts]))
     width = rollouts.completion_mask.shape[1]
 
     def join(*parts: Tensor) -> Tensor:
         padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts]
         return torch.cat(padded)[order.to(parts[0].device)]
 
-    return each(join, *(scores for _, scores in found))
+    return each(join, *(scores for _, scores in parts))
 
 
 def detached(scores: TokenScores) -> TokenScores:
@@ -121,17 +121,17 @@ def fields(scores: TokenScores) -> Tensor:
     return torch.stack([scores.logp, scores.entropy, *scores.extra.values()])
 
 
-def finite(found: TokenScores, rows: Tensor, what: str) -> TokenScores:
+def finite(scores: TokenScores, rows: Tensor, what: str) -> TokenScores:
     """Return the scores of the given rows of the batch, if all of them are finite.
 
     Raises:
         NumericsError: Naming the sequences, otherwise.
     """
-    healthy = torch.isfinite(found.logp.detach() + found.entropy.detach()).all(dim=1)
+    healthy = torch.isfinite(scores.logp.detach() + scores.entropy.detach()).all(dim=1)
     if not bool(healthy.all()):
         bad = listed(sorted(rows.to(healthy.device)[~healthy].tolist()))
         raise NumericsError(
             f"The model returned log-probabilities that are not finite for sequence {bad} (in: {what}); check "
             "the weights, or load the model in a wider dtype."
         )
-    return found
+    return scores

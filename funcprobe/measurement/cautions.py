@@ -122,8 +122,9 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
     if fraction >= threshold:
         return
     text = (
-        f"The effective sample size is {fraction:.1%} of the evaluation rollouts, below {threshold:.0%}: the step is "
-        "too large for these rollouts to measure it; take a smaller learning rate or more rollouts."
+        f"The effective sample size is {100 * fraction:.1f} % of the evaluation rollouts, below "
+        f"{100 * threshold:.0f} %: the step is too large for these rollouts to measure it; take a smaller learning "
+        "rate or more rollouts."
     )
     if action == "raise":
         raise EffectiveSampleSizeError(text, quantity=observable.name, found=fraction, expected=threshold)

@@ -295,7 +295,7 @@ def _is_within_bars(measurement: Measurement, difference: Measured) -> bool:
 
 
 def _is_fine(measurement: Measurement, difference: Measured) -> bool:
-    """Return whether float error leaves every ΔF alone, and with an order of 2 its excess over first order too."""
+    """Return whether the float error of every ΔF that moves is a small share of it and, where it is known, of δF₂."""
     evidence, errors, subtractions = difference.evidence, difference.errors, difference.subtractions
     curved = evidence.along is not None and evidence.along.curvatures is not None
     for name, o in measurement.observables.items():

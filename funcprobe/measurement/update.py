@@ -20,10 +20,13 @@ Depth = Literal["delta", "gradient", "batch"]
 
 _DEPTHS: tuple[Depth, ...] = ("delta", "gradient", "batch")
 
+#: Where two checkpoints tell only Δθ, the first one tells the rest.
+_OF_A_RUN = "of a checkpoint with load_checkpoint(folder).update(objective, U)"
+
 #: What an update of each depth has that one of less has not.
 _KNOWS = {
-    "gradient": "a gradient and an optimizer; make it with Update.from_step or Update.from_gradient",
-    "batch": "the tokens of U; make it from a batch, with Update.from_step",
+    "gradient": "a gradient and an optimizer; make it with Update.from_step or Update.from_gradient, or " + _OF_A_RUN,
+    "batch": "the tokens of U; make it from a batch, with Update.from_step, or " + _OF_A_RUN,
 }
 
 

@@ -111,7 +111,7 @@ class LiftedOptimizer:
         return after, {name: _stored(name, state) for name, state in states.items()}
 
     def _gradients(self, params: Params, gradient: Gradients, wide: bool) -> Params:
-        """Return copies of the gradients that exist, as a leaf of that dtype would have them."""
+        """Return copies of the gradients that exist, rounded to the dtype of their leaf; in float64 where `wide`."""
         return {
             name: dense(g.to(params[name].dtype), torch.float64 if wide else params[name].dtype)
             for name, g in reached(gradient).items()

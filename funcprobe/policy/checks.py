@@ -26,11 +26,11 @@ from funcprobe.types import Params
 #: cap or position is off by far more; kernels that sum in another order by about the root of the hidden size.
 ROUNDING_UNITS = 32.0
 
-#: Entries of a leaf up to which its gradient is made to see whether it is finite.
-SMALL = 2**20
-
 #: And never asked to be closer than this: parts of a float64 transformers model are float32 inside.
 COARSEST_FLOAT32 = 1e-5
+
+#: Entries of a leaf up to which its gradient is made to see whether it is finite.
+SMALL = 2**20
 
 
 class Finding(NamedTuple):
@@ -104,12 +104,12 @@ class Trial(NamedTuple):
         return max(COARSEST_FLOAT32, ROUNDING_UNITS * self.seen.watch.eps) * (1 + self.largest)
 
     def gap(self, logits: Sequence[Tensor]) -> float:
-        """Return the largest distance to the module's logits; infinite where one is finite and the other is not."""
+        """Return the largest distance to the module's logits; beyond every tolerance where one alone is finite."""
         return max(gap(a, b) for a, b in zip(logits, self.seen.logits, strict=True))
 
 
 def prove(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
-    """Return the parts in the first way that agrees with the module, with notes of the proof in `checks`.
+    """Return the parts as they are, or with every row run alone, whichever agrees first; `checks` notes the proof.
 
     Raises:
         Rejected: If there is none.
@@ -126,7 +126,7 @@ def prove(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
 
 
 def decoding(decode: Decode, parts: Parts, params: Params, trial: Trial) -> float:
-    """Return how far the logits after a cached step on a left-padded batch are from scoring's; nan where it fails.
+    """Return how far the logits after a cached step on a left-padded batch are from the module's; nan where it fails.
 
     Raises:
         torch.OutOfMemoryError: As it came.
@@ -256,7 +256,7 @@ def _logits(parts: Parts, params: Params, ids: Tensor, mask: Tensor) -> list[Ten
 
 
 def gap(a: Tensor, b: Tensor) -> float:
-    """Return the largest distance of two arrays of logits; infinite where one alone is finite, or shapes differ."""
+    """Return the largest distance of two arrays of logits; beyond every tolerance where one alone is finite."""
     if a.shape != b.shape:
         return torch.inf
     a, b = a.detach().double(), b.detach().double()

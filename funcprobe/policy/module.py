@@ -1,9 +1,10 @@
 """Any `nn.Module` that returns next-token logits, as a pure policy and the tree of its trainable leaves.
 
 What runs is a structural copy that shares the module's tensors, in eval mode, through `torch.func.functional_call`. The
-copy proves itself on a few tokens (see `checks`): the module is run once for that, and left as it was. A Hugging Face
-causal language model is split at its head into *features* (the backbone's last hidden states) and *readout* (whatever
-the model does from there to logits), so that logits over the whole vocabulary need never exist for all positions.
+copy proves itself on a few tokens (see `checks`): the module is run for that on three short rows, and left as it was.
+A Hugging Face causal language model is split at its head into *features* (the backbone's last hidden states) and
+*readout* (whatever the model does from there to logits), so that logits over the whole vocabulary need never exist for
+all positions.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ def from_module(module: nn.Module, *, device: str | torch.device | None = None) 
     own says the same; autocast that it brings is kept. `policy.checks` says what was found.
 
     Raises:
-        InputError: If the module has no trainable leaf or returns no logits of the right shape; or if a copy of it is
-            not the module: it writes to its parameters, draws random numbers, or is bound to the original.
+        InputError: If the module has no trainable leaf, returns no logits of the right shape or is not causal; or if a
+            copy of it is not the module: it writes to its parameters, draws random numbers, or is bound to the
+            original.
     """
     if device is not None and not _is_on(module, torch.device(device)):
         parameters = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in module.parameters()}

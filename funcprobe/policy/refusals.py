@@ -80,7 +80,7 @@ def positions_of(module: nn.Module) -> int | None:
 
 
 def ids_below(module: nn.Module) -> int:
-    """Return a bound that small token ids stay below: the vocabulary, where a module names its input embedding."""
+    """Return a bound on trial ids, from 2 to 64: at most the input embedding's size, or, unnamed, the least table's."""
     own = next((size for part in module.modules() if (size := _vocabulary(part)) is not None), None)
     # a table that is not the ids' may be of positions, or shorter
     sizes = (

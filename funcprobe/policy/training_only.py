@@ -110,13 +110,13 @@ def _router_losses(module: nn.Module, coefficient: float | None) -> Iterator[Tra
         if not hasattr(config, "output_router_logits") or not value:
             continue
         routers = tuple(name for name, part in module.named_modules() if "router" in type(part).__name__.lower())
-        asked = "asks for it" if config.output_router_logits else "has the coefficient"
+        request = "asks for it" if config.output_router_logits else "has the coefficient"
         yield TrainingTerm(
             "router loss",
             "router_aux_loss_coef",
             float(value),
             routers,
-            f"The router's load-balancing loss is not in the step: the configuration {asked}, and TRL (from 1.7 on) "
+            f"The router's load-balancing loss is not in the step: the configuration {request}, and TRL (from 1.7 on) "
             f"adds {value:g} times it, whatever output_router_logits says; router_aux_loss_coef=0 leaves it out.",
         )
 
@@ -188,9 +188,9 @@ def _scored(skeleton: Skeleton, padding: int) -> _Scored:
     return _Scored(logits.float().log_softmax(-1), looked_up, float(logits.abs().max()), eps)
 
 
-def _last(found: Any) -> Tensor:
+def _last(output: Any) -> Tensor:
     """Return a table's entries for the row's own tokens `[ROW, D]`, or nothing of them where it has another shape."""
-    return found.reshape(-1, found.shape[-1])[-ROW:] if isinstance(found, Tensor) else torch.zeros(0)
+    return output.reshape(-1, output.shape[-1])[-ROW:] if isinstance(output, Tensor) else torch.zeros(0)
 
 
 def _same(a: Tensor, b: Tensor | None) -> bool:

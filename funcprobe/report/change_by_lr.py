@@ -161,8 +161,8 @@ def _slope(sweep: Curve, fit: Fit | None, up_to: float) -> str:
     if fit is None:
         return "a slope takes two learning rates"
     last = max(lr for lr in sweep.lrs if lr <= up_to * (1 + 1e-9))
-    said = "" if any(r.float_error is not None for r in sweep.readings()) else "\nfloat error not estimated"
-    return f"{fit_text(fit)}, from {fit.points} learning rates up to {lr_text(last)}{said}"
+    missing = "" if any(r.float_error is not None for r in sweep.readings()) else "\nfloat error not estimated"
+    return f"{fit_text(fit)}, from {fit.points} learning rates up to {lr_text(last)}{missing}"
 
 
 def _words(ax: Axes, sweep: Curve, name: str | None, symbol: str, slope: str) -> None:

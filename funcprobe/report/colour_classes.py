@@ -36,9 +36,9 @@ class Classes(NamedTuple):
 
     def legend(self, values: NDArray[np.float64]) -> list[LegendRow]:
         """Return a row for every class, from lowering most to raising most, with the share of `values` in it."""
-        found, rows = self.of(values), []
+        classes, rows = self.of(values), []
         for k in range(-DEPTH, DEPTH + 1):
-            inside = values[found == k]
+            inside = values[classes == k]
             bound = math.copysign(self.edges[abs(k) - 1], k) if k and self.edges else 0.0
             rows.append(LegendRow(class_name(k), bound, len(inside), math.fsum(inside)))
         return rows

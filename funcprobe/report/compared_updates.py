@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.report.canvas import legend_outside, new_axes
 from funcprobe.results.comparison import Comparison
+from funcprobe.results.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,10 +37,10 @@ def plot_comparison(
         if differences:
             _draw(ax, place, comparison.difference(update, name))
             continue
-        found = comparison.reading(update, name)
-        _draw(ax, place, found.bars.get("change", Bar(found.change, math.inf, -math.inf, math.inf)))
-        if found.first_order:
-            ax.plot([found.first_order], [place], "|", color=_LIGHT, markersize=16, markeredgewidth=2, zorder=4)
+        reading = comparison.reading(update, name)
+        _draw(ax, place, reading.bars.get("change", Bar(reading.change, math.inf, -math.inf, math.inf)))
+        if reading.first_order:
+            ax.plot([reading.first_order], [place], "|", color=_LIGHT, markersize=16, markeredgewidth=2, zorder=4)
     ax.set_yticks(range(len(updates)), [update.replace("$", r"\$") for update in updates])
     ax.set_ylim(len(updates) - 0.5, -0.5)
     what = f"ΔF − that of '{comparison.baseline}'" if differences else "ΔF"
@@ -49,17 +50,17 @@ def plot_comparison(
     return ax
 
 
-def _draw(ax: Axes, place: int, found: Bar) -> None:
-    told = not (found.low <= 0 <= found.high) or math.isinf(found.error)
-    if math.isfinite(found.error):
-        ax.plot([found.low, found.high], [place, place], "-", color=_DARK, linewidth=1.6, zorder=2)
+def _draw(ax: Axes, place: int, bar: Bar) -> None:
+    excludes_0 = not (bar.low <= 0 <= bar.high) or math.isinf(bar.error)
+    if math.isfinite(bar.error):
+        ax.plot([bar.low, bar.high], [place, place], "-", color=_DARK, linewidth=1.6, zorder=2)
     ax.plot(
-        [found.value], [place], "o", color=_DARK, markerfacecolor=_DARK if told else "white", markersize=7, zorder=3
+        [bar.value], [place], "o", color=_DARK, markerfacecolor=_DARK if excludes_0 else "white", markersize=7, zorder=3
     )
 
 
 def _legend(ax: Axes, comparison: Comparison, differences: bool) -> None:
-    interval = f"{comparison.level:.0%} interval over prompts"
+    interval = f"{percent(comparison.level, 0)} interval over prompts"
     ax.plot([], [], "o-", color=_DARK, label=f"measured, {interval}")
     ax.plot([], [], "o", color=_DARK, markerfacecolor="white", label="interval holds 0")
     if not differences:

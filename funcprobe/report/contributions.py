@@ -13,6 +13,7 @@ from funcprobe.report.canvas import legend_outside, new_axes
 from funcprobe.report.figure_text import drawable, set_families
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.probe_words import named, step_of
+from funcprobe.results.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +89,7 @@ def plot_movers(
         MissingExtraError: If matplotlib is not installed.
     """
     if table not in _LABELS:
-        raise InputError(f"Movers are drawn of {', '.join(_LABELS)}, and {table!r} was asked for.")
+        raise InputError(f"Movers are drawn of {', '.join(_LABELS)}, found {table!r}; give one of them.")
     if count < 1:
         raise InputError(f"count is {count!r}; expected how many bars there are either way, at least 1.")
     up, down = movers(attribution.columns(table, of), count)
@@ -198,7 +199,7 @@ def _shares(ax: Axes, values: Sequence[float], ends: Sequence[tuple[float, float
     """Write at the end of every bar, or of its interval, its share of δF₁."""
     for k, x in enumerate(values if whole else ()):
         size = abs(x / whole)
-        text = f"{x / whole:.{2 if size < 0.1 else 1 if size < 1 else 0}%}".replace("%", " %").replace("-", "−")
+        text = percent(x / whole, 2 if size < 0.1 else 1 if size < 1 else 0).replace("-", "−")
         away: dict[str, Any] = {"xytext": (4 if x > 0 else -4, 0), "ha": "left" if x > 0 else "right"}
         tip = max(x, ends[k][1]) if x > 0 else min(x, ends[k][0])
         ax.annotate(text, (tip, k), textcoords="offset points", va="center", fontsize=7, **away)

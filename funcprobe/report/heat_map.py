@@ -62,15 +62,15 @@ def environment() -> Environment:
     except ImportError as error:
         missing = missing_extra("jinja2", "app", "writing a heat map")
         raise missing from error
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("funcprobe.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.policies["json.dumps_kwargs"] = {}  # keys stay in their order
-    return found
+    environment.policies["json.dumps_kwargs"] = {}  # keys stay in their order
+    return environment
 
 
 def _chunks(templates: Environment, page: Page) -> Iterator[str]:

@@ -18,6 +18,7 @@ from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.probe_words import headline_of, named
 from funcprobe.results.visible_text import visible
+from funcprobe.results.words import percent
 
 
 class Run(NamedTuple):
@@ -114,8 +115,8 @@ def _omitted(sequences: Columns, kept: NDArray[np.int64]) -> str:
     size = np.abs(sequences["contribution"])
     return (
         f"This page shows {len(kept):,} of {every:,} sequences, {length[kept].sum():,} of {length.sum():,} tokens: "
-        f"those with the largest |contribution|, {size[kept].sum() / (size.sum() or 1):.1%} of Σ|Σ of a sequence|. "
-        "Sums of prompts, the legend and the table above count all of them."
+        f"those with the largest |contribution|, {percent(size[kept].sum() / (size.sum() or 1))} of Σ|Σ of a "
+        "sequence|. Sums of prompts, the legend and the table above count all of them."
     )
 
 
@@ -130,7 +131,7 @@ def _prompts(
     members: dict[int, list[int]] = {}
     for b in kept.tolist():
         members.setdefault(int(sequences["prompt"][b]), []).append(b)
-    found = []
+    prompts = []
     for place, number in enumerate(table["prompt"].tolist()):
         if not (rows := members.get(number)):
             continue
@@ -144,8 +145,8 @@ def _prompts(
             views.append(SequenceView(b, starts[b], total, facts, "" if own == ask else own, runs))
         views.sort(key=lambda view: -abs(view.total))
         facts = _prompt_facts(table, place, len(views), whole)
-        found.append(PromptView(number, place, float(table["contribution"][place]), facts, ask, views))
-    return sorted(found, key=lambda view: -abs(view.total))
+        prompts.append(PromptView(number, place, float(table["contribution"][place]), facts, ask, views))
+    return sorted(prompts, key=lambda view: -abs(view.total))
 
 
 class _Vocabulary:

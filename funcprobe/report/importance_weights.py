@@ -52,20 +52,20 @@ def plot_weights(weighed: Weighed, ax: Axes | None = None) -> Axes:
         InputError: If the log-weights are not a vector of finite numbers with at least one entry.
         MissingExtraError: If matplotlib is not installed.
     """
-    found = sizes_of(weighed)
+    sizes = sizes_of(weighed)
     ax = new_axes() if ax is None else ax
-    logs, count = found.logs.numpy(), len(found.logs)
+    logs, count = sizes.logs.numpy(), len(sizes.logs)
     edges = _edges(logs)
     ax.hist(logs, edges, color="#d9dde6", edgecolor="0.6", linewidth=0.8, label="sequences")
     outline: dict[str, Any] = {"histtype": "step", "color": "#1b2a49", "linewidth": 1.6}
-    ax.hist(logs, edges, weights=count * found.shares.numpy(), label="their share of the\nweight, times N", **outline)
+    ax.hist(logs, edges, weights=count * sizes.shares.numpy(), label="their share of the\nweight, times N", **outline)
     ax.axvline(0.0, color="0.35", linestyle="--", linewidth=1, label="as likely as before")
     ax.set_xlabel("sequence log-weight log p(θ′) − log p(θ), nats")
     ax.set_ylabel("sequences")
-    khat = "not fitted" if found.khat is None else f"{found.khat:.2f}"
-    of = f"{count} sequences" if abs(found.ess_base - count) < 1e-6 else f"{found.ess_base:.1f} by base weight alone"
+    khat = "not fitted" if sizes.khat is None else f"{sizes.khat:.2f}"
+    of = f"{count} sequences" if abs(sizes.ess_base - count) < 1e-6 else f"{sizes.ess_base:.1f} by base weight alone"
     ax.set_title(
-        f"Importance weights after the step\nESS {found.ess:.1f} of {of}, Pareto k̂ {khat}", loc="left", size=10
+        f"Importance weights after the step\nESS {sizes.ess:.1f} of {of}, Pareto k̂ {khat}", loc="left", size=10
     )
     legend_outside(ax)
     return ax

@@ -25,11 +25,11 @@ def plot_influence(attribution: Parts, ax: Axes | None = None) -> Axes:
         InputError: If there is no influence matrix.
         MissingExtraError: If matplotlib is not installed.
     """
-    found = attribution.influence
-    if found is None:
+    influence = attribution.influence
+    if influence is None:
         raise InputError("This attribution has no influence matrix; call attribute(..., influence='prompts').")
     ax = new_axes() if ax is None else ax
-    matrix = found.matrix.numpy()
+    matrix = influence.matrix.numpy()
     sizes = np.abs(matrix)
     limit = float(np.quantile(sizes, 0.99, method="higher")) or 1.0
     image = ax.imshow(matrix, cmap="cividis", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
@@ -38,10 +38,10 @@ def plot_influence(attribution: Parts, ax: Axes | None = None) -> Axes:
     bar = figure.colorbar(image, ax=ax, extend="both" if sizes.max() > limit else "neither")
     bar.set_label(f"contribution, {attribution.unit}")
     ax.set_xlabel("sequence of U")
-    ax.set_ylabel(f"{found.by[:-1]} of E")
-    rows = found.rows.tolist()
+    ax.set_ylabel(f"{influence.by[:-1]} of E")
+    rows = influence.rows.tolist()
     places = range(0, len(rows), 1 + len(rows) // 12)
     ax.set_yticks(list(places), [str(rows[k]) for k in places])
     ax.locator_params(axis="x", integer=True)
-    title(ax, attribution, f"by sequences of U on {found.by} of E")
+    title(ax, attribution, f"by sequences of U on {influence.by} of E")
     return ax

@@ -47,11 +47,11 @@ def marks_of(sweep: Curve, name: str | None, what: str) -> list[Mark]:
     Raises:
         InputError: If there is no such observable.
     """
-    found = []
+    marks = []
     for lr, r in zip(sweep.lrs, sweep.readings(name), strict=True):
         value, lost = getattr(r, what), is_lost(getattr(r, what), r.float_error)
-        found.append(Mark(lr, value, r.method, r.bars.get(what), bool(r.caveats), lost))
-    return found
+        marks.append(Mark(lr, value, r.method, r.bars.get(what), bool(r.caveats), lost))
+    return marks
 
 
 def draw_marks(ax: Axes, marks: list[Mark], what: str) -> None:

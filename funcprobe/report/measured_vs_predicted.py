@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from funcprobe.report.canvas import legend_outside, new_axes
@@ -39,7 +40,7 @@ def plot_measured_vs_predicted(result: ProbeResult, ax: Axes | None = None) -> A
     main, others = points(result)
     shown = [*others, main]
     scale, unit = _scale(max(max(abs(p.measured), abs(p.predicted)) for p in shown))
-    low, high = _limits([c * scale for p in shown for c in (p.measured, p.predicted)])
+    low, high = limits([c * scale for p in shown for c in (p.measured, p.predicted)])
     ax.plot([low, high], [low, high], "--", color="0.45", linewidth=1, zorder=1, label="linear: ΔF = δF₁")
     for place in (ax.axhline, ax.axvline):
         place(0, color="0.85", linewidth=0.8, zorder=0)
@@ -47,6 +48,8 @@ def plot_measured_vs_predicted(result: ProbeResult, ax: Axes | None = None) -> A
     for p in others:
         _draw(ax, p, scale, ringed=False)
     ax.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+    ax.locator_params(nbins=6)  # labels of narrow limits are long
+    ax.ticklabel_format(useOffset=False)
     ax.set_xlabel(f"predicted δF₁, {unit} |F(θ)|")
     ax.set_ylabel(f"measured ΔF, {unit} |F(θ)|")
     values = f"ΔF = {result.change:+.3e}, δF₁ = {result.first_order:+.3e} {result.unit}".replace("-", "−")
@@ -108,8 +111,17 @@ def _scale(largest: float) -> tuple[float, str]:
     return 10.0**-exponent, f"10$^{{{exponent}}}$"
 
 
-def _limits(values: list[float]) -> tuple[float, float]:
-    """Return limits shared by both axes, holding every value and the origin, with a margin."""
-    low, high = min(0.0, *values), max(0.0, *values)
-    margin = 0.12 * (high - low) or 1.0
+def limits(values: Sequence[float]) -> tuple[float, float]:
+    """Return limits shared by both axes, holding every value with a margin.
+
+    The origin is held too where it is no further off than the values are from each other: beyond that they would huddle
+    in a corner. One value alone lies halfway between the origin and the end.
+    """
+    low, high = min(values), max(values)
+    if low == high:
+        reach = abs(low) or 1.0
+        return low - reach, high + reach
+    if max(low, -high) <= high - low:
+        low, high = min(0.0, low), max(0.0, high)
+    margin = 0.12 * (high - low)
     return low - margin, high + margin

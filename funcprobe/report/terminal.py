@@ -80,7 +80,8 @@ def _line(block: Sentence | Remark) -> Text:
     if isinstance(block, Sentence):
         return Text(visible(block.text), _TONES[block.tone])
     style = _LABELS[block.kind]
-    return Text.assemble((f"{visible(block.label)}: ", style), (visible(block.text), "dim" if style == "dim" else ""))
+    label, text = f"{visible(block.label)}: ", visible(block.sentence)
+    return Text.assemble((label, style), (text, "dim" if style == "dim" else ""))
 
 
 def _table(block: Table) -> RenderableType:

@@ -8,10 +8,13 @@ from funcprobe.attribution.token_tables import Columns, correlations, movers
 from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table, pairs
 from funcprobe.results.parts import Parts
 from funcprobe.results.probe_words import MEASURED, PREDICTED, headline_of
-from funcprobe.results.words import closing, sizes_of, with_error
+from funcprobe.results.words import closing, percent, sizes_of, with_error
 
 #: How many rows of a table are shown either way.
 SHOWN = 3
+
+#: The symbols of the table of correlations.
+CORRELATIONS = "Correlations: r is Pearson's, of values; ρ is Spearman's, of ranks"
 
 #: What contributions of U are held against: the words, and the column of tokens and of sequences that holds it.
 _BESIDE = (
@@ -85,7 +88,7 @@ def share(part: float, whole: float) -> str:
         >>> share(-1.0, -4.0), share(1.0, 0.0)
         ('25.0 %', 'of nothing')
     """
-    return f"{part / whole + 0.0:.1%}".replace("%", " %") if whole else "of nothing"  # + 0.0: no "-0.0 %"
+    return percent(part / whole + 0.0) if whole else "of nothing"  # + 0.0: no "-0.0 %"
 
 
 def movers_table(parts: Parts, table: str) -> Table:
@@ -112,7 +115,7 @@ def correlation_table(parts: Parts) -> Table:
         if any(cell is not None for cell in cells):
             rows.append(Row((words, *(text for cell in cells for text in _pair(cell)))))
     numbers = (Column(f"{of} {which}", "right") for of in found for which in ("r", "ρ"))
-    return Table((Column("contribution of U goes with"), *numbers), tuple(rows))
+    return Table((Column("contribution of U goes with"), *numbers), tuple(rows), CORRELATIONS)
 
 
 def _label(table: str, rows: Columns, k: int) -> str:

@@ -7,11 +7,18 @@ terminal in `report/`. Text of tokens, prompts and names is made safe by the ren
 from __future__ import annotations
 
 import html
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from funcprobe.results.visible_text import visible
+from funcprobe.results.visible_text import shortened, visible
+
+#: Columns of plain text.
+WIDTH = 100
+
+#: Stands for a space at which no line is broken; `visible` leaves none of it in a text.
+_JOINED = "\x00"
 
 #: How much weight a text has: the answer is strong, what is only beside it quiet.
 Tone = Literal["plain", "strong", "quiet"]
@@ -64,6 +71,11 @@ class Remark(NamedTuple):
         """The word that it begins with."""
         return f"{self.kind.capitalize()}{f' ({self.about})' if self.about else ''}"
 
+    @property
+    def sentence(self) -> str:
+        """The text with a full stop, where it ends without a mark."""
+        return self.text if self.text.endswith((".", "!", "?")) else f"{self.text}."
+
 
 class Figure(NamedTuple):
     """A figure that `funcprobe.report.figures` can draw of the same result; texts leave it out."""
@@ -96,10 +108,10 @@ def in_groups(blocks: Iterable[Block]) -> list[list[Sentence | Remark] | Table]:
     return groups
 
 
-def as_text(blocks: Iterable[Block]) -> str:
-    """Return blocks as plain text, tables aligned, no line broken."""
+def as_text(blocks: Iterable[Block], width: int = WIDTH) -> str:
+    """Return blocks as plain text of at most `width` columns, but for tables with cells that stay whole."""
     return "\n\n".join(
-        "\n".join(_table_lines(group) if isinstance(group, Table) else [_line(block) for block in group])
+        "\n".join(_table_lines(group, width) if isinstance(group, Table) else _lines(group, width))
         for group in in_groups(blocks)
     )
 
@@ -112,16 +124,45 @@ def as_html(blocks: Iterable[Block]) -> str:
     )
 
 
+def _lines(blocks: Iterable[Sentence | Remark], width: int) -> list[str]:
+    return [line for block in blocks for line in _broken(_line(block), width)]
+
+
 def _line(block: Sentence | Remark) -> str:
-    return visible(block.text if isinstance(block, Sentence) else f"{block.label}: {block.text}")
+    return visible(block.text if isinstance(block, Sentence) else f"{block.label}: {block.sentence}")
 
 
-def _table_lines(table: Table) -> list[str]:
+def _table_lines(table: Table, width: int) -> list[str]:
     headings = [Row(tuple(column.heading for column in table.columns))] if table.has_headings else []
     rows = [_cells(table, row) for row in (*headings, *table.rows)]
     widths = [max(map(_width, cells)) for cells in zip(*rows, strict=True)]
-    lines = ["  ".join(map(_set, row, widths, table.columns)).rstrip() for row in rows]
-    return [*([visible(table.caption)] if table.caption else []), *lines]
+    room = max(len(table.columns[-1].heading), width - sum(widths[:-1]) - 2 * len(widths[:-1]))
+    lines = [
+        "  ".join(map(_set, line, widths, table.columns)).rstrip()
+        for row in rows
+        for line in _fitted(row, table.columns[-1], room)
+    ]
+    return [*(_broken(visible(table.caption), width) if table.caption else []), *lines]
+
+
+def _fitted(row: Sequence[str], last: Column, room: int) -> list[list[str]]:
+    """Return the lines of a row, whose last cell is broken or cut where it may be and is wider than there is room."""
+    *cells, text = row
+    if last.narrow == "whole" or _width(text) <= room:
+        return [list(row)]
+    if last.narrow == "cut":
+        return [[*cells, shortened(text, room)]]
+    first, *others = _broken(text, room)
+    return [[*cells, first], *([*[""] * len(cells), other] for other in others)]
+
+
+def _broken(line: str, width: int) -> list[str]:
+    """Return a line as lines, broken between words where it is too wide, but never before a percent sign."""
+    if _width(line) <= width:
+        return [line]
+    joined = line.replace(" %", f"{_JOINED}%")
+    lines = textwrap.wrap(joined, width, break_long_words=False, break_on_hyphens=False)
+    return [part.replace(_JOINED, " ") for part in lines]
 
 
 def _cells(table: Table, row: Row) -> list[str]:
@@ -144,7 +185,7 @@ def _width(text: str) -> int:
 
 def _html_line(block: Sentence | Remark) -> str:
     if isinstance(block, Remark):
-        return f"<p><b>{_escaped(block.label)}.</b> {_escaped(block.text)}</p>"
+        return f"<p><b>{_escaped(block.label)}.</b> {_escaped(block.sentence)}</p>"
     text = _escaped(block.text)
     return f"<p><b>{text}</b></p>" if block.tone == "strong" else f"<p>{text}</p>"
 

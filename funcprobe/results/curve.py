@@ -95,7 +95,7 @@ class Curve:
     def remainder_slope(self, name: str | None = None, *, up_to: float = math.inf) -> Fit:
         """Return the line through log |ΔF − δF₁| against log η: slope 2 where the second order leads.
 
-        A remainder whose float error is known, and above a tenth of it, takes no part.
+        A remainder whose float error is known, and above a tenth of it or of ΔF, takes no part.
 
         Raises:
             InputError: If there is no such observable, or fewer than two learning rates up to `up_to` left a remainder.

@@ -9,7 +9,7 @@ from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
 from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table, pairs
 from funcprobe.results.provenance import Provenance
-from funcprobe.results.words import closing, is_stored_narrower, sizes_of, storage_of, with_error
+from funcprobe.results.words import closing, is_stored_narrower, percent, sizes_of, storage_of, with_error
 from funcprobe.types import Estimate
 
 #: What tables call the integrands and weightings of the entropy family.
@@ -82,7 +82,7 @@ def caption_of(reading: Reading) -> str:
 def rows_of(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
     """Return the numbers as (name, value) rows, most important first."""
     main, health, n = outcome.main, outcome.health, provenance.evaluation.sequences
-    share = f"  ({main.ratio:.2%} of ΔF)" if main.change and not main.is_lost else ""
+    share = f"  ({percent(main.ratio, 2)} of ΔF)" if main.change and not main.is_lost else ""
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
     at = "" if outcome.lr is None else f" at lr {outcome.lr:g}"
     return [
@@ -98,7 +98,7 @@ def rows_of(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
         *_others(outcome),
         *_routing(outcome),
         ("step  ‖Δθ‖₂", f"{outcome.delta_norm:.6e}{at}"),
-        ("entries too small to move", f"{outcome.unmoved:.2%}"),
+        ("entries too small to move", percent(outcome.unmoved, 2)),
         (
             "effective sample",
             f"{health.ess_sequence:.1f} of {n} sequences, prefixes at least {health.ess_prefix_min:.1f}",
@@ -147,7 +147,7 @@ def told_apart(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]
 
 
 def _percent(share: float) -> str:
-    return "below 0.01%" if 0 < share < 0.00005 else f"{share:.2%}"
+    return "below 0.01 %" if 0 < share < 0.00005 else percent(share, 2)
 
 
 def _verdict(main: Reading) -> str:
@@ -158,7 +158,7 @@ def _verdict(main: Reading) -> str:
         return f"First order predicts the other direction: {main.first_order:+.3g}."
     if abs(share - 1) < 0.0005:
         return "First order predicts all of it."
-    return f"First order predicts {share:.1%} of it."
+    return f"First order predicts {percent(share)} of it."
 
 
 def _as_stored(main: Reading, provenance: Provenance) -> str:
@@ -190,7 +190,7 @@ def _lost(reading: Reading) -> str:
 def _routing(outcome: Outcome) -> list[tuple[str, str]]:
     if (found := outcome.routing) is None:
         return []
-    return [("tokens that change experts", f"{found.changed} of {found.tokens} ({found.fraction:.2%})")]
+    return [("tokens that change experts", f"{found.changed} of {found.tokens} ({percent(found.fraction, 2)})")]
 
 
 def _rounding(outcome: Outcome) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from funcprobe.measurement.readings import Reading, is_lost
 from funcprobe.results.curve import Curve, lr_of
 from funcprobe.results.sweep_law import law_of, remainder_fit, subtraction_error
 from funcprobe.results.sweep_words import fit_text, lr_text
-from funcprobe.results.words import is_stored_narrower, storage_of
+from funcprobe.results.words import is_stored_narrower, percent, storage_of
 
 
 def table_of(curve: Curve, name: str | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -72,8 +72,8 @@ def _stored_apart(curve: Curve) -> list[str]:
     low, high = min(p.rounding_ratio for p in apart), max(p.rounding_ratio for p in apart)
     return [
         f"ΔF is that of {what}: at {len(apart)} of {len(curve.points)} learning rates, up to lr "
-        f"{lr_text(lr_of(apart[-1]))}, storing θ′ in {storage_of(curve.provenance)} loses {low:.0%} to {high:.0%} of "
-        "‖Δθ‖."
+        f"{lr_text(lr_of(apart[-1]))}, storing θ′ in {storage_of(curve.provenance)} loses "
+        f"{percent(low, 0)} to {percent(high, 0)} of ‖Δθ‖."
     ]
 
 

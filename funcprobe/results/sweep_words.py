@@ -6,6 +6,7 @@ import math
 
 from funcprobe.results.curve import Curve, Fit
 from funcprobe.results.sweep_law import CLOSE, Law, close_at, law_of
+from funcprobe.results.words import percent
 
 #: A step moves in proportion where its slope is within this much of the order that leads.
 STRAIGHT = 0.05
@@ -81,7 +82,7 @@ def _without_slope(curve: Curve, name: str | None, law: Law) -> str:
         return f"At {where} {what} stays at {readings[0].before:.6g} {readings[0].unit}."
     lr, r = moved[-1]
     moves = f"{'rises' if r.change > 0 else 'falls'} by {abs(r.change):.3g} {r.unit}"
-    said = f"first order predicts {r.first_order / r.change:.1%} of it, " if r.first_order else ""
+    said = f"first order predicts {percent(r.first_order / r.change)} of it, " if r.first_order else ""
     return (
         f"At lr {lr_text(lr)} {what} {moves} ({said}a slope needs two learning rates that move it); "
         f"{_verdict(curve, name, law)}."
@@ -115,7 +116,7 @@ def _verdict(curve: Curve, name: str | None, law: Law) -> str:
         lr, r = off[-1]
         return (
             f"by its second order, first order is within 5 % up to lr {lr_text(until, 2)}, but it misses "
-            f"{r.nonlinearity:.0%} at lr {lr_text(lr)}"
+            f"{percent(r.nonlinearity, 0)} at lr {lr_text(lr)}"
         )
     beside = ", below what was swept" if until < curve.lrs[0] else ""
     beside = ", beyond what was swept" if until > curve.lrs[-1] else beside

@@ -95,8 +95,8 @@ class Step:
             InputError: If the objective cannot use the rollouts, or no score depends on any leaf.
             NumericsError: If a score or the gradient is not finite; the message names the sequence or the leaf.
         """
-        found = self.loss_gradient(params, rollouts, progress)
-        return found.gradient, found.info
+        loss = self.loss_gradient(params, rollouts, progress)
+        return loss.gradient, loss.info
 
     def loss_gradient(self, params: Params, rollouts: Rollouts, progress: Progress | None = None) -> LossGradient:
         """Return the gradient and info as `gradient` does, and the scores `[B, T]` of U at which it was taken.
@@ -108,7 +108,7 @@ class Step:
             InputError: As `gradient`.
             NumericsError: As `gradient`.
         """
-        found = engine.gradient(
+        taken = engine.gradient(
             self.objective,
             self.policy,
             {name: leaf.detach() for name, leaf in params.items()},
@@ -120,13 +120,13 @@ class Step:
             what="gradient",
         )
         self._caution(rollouts)
-        gradient = {name: None if name in found.unreached else g for name, g in found.gradient.items()}
+        gradient = {name: None if name in taken.unreached else g for name, g in taken.gradient.items()}
         check_reached(gradient)
-        check_finite(found.gradient, "gradient of the loss")
-        info = {"loss": float(found.value), **{name: float(x) for name, x in found.info.items()}}
-        mismatch = sampler_mismatch(found.scores, rollouts)
+        check_finite(taken.gradient, "gradient of the loss")
+        info = {"loss": float(taken.value), **{name: float(x) for name, x in taken.info.items()}}
+        mismatch = sampler_mismatch(taken.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
-        return LossGradient(gradient, {**info, **sampler}, found.scores)
+        return LossGradient(gradient, {**info, **sampler}, taken.scores)
 
     def _caution(self, rollouts: Rollouts) -> None:
         terms = () if self.policy.checks is None else self.policy.checks.training

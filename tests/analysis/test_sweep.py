@@ -363,7 +363,7 @@ def test_an_error_names_its_learning_rate() -> None:
 
 
 def test_a_warning_names_its_learning_rate_and_is_said_once() -> None:
-    with pytest.warns(FuncprobeWarning, match=r"^At lr 3: The effective sample size is .* below 90%") as caught:
+    with pytest.warns(FuncprobeWarning, match=r"^At lr 3: The effective sample size is .* below 90 %") as caught:
         result = case().sweep([1e-3, 3.0], ess_threshold=0.9)
     assert len(result.warnings) == len(caught) == 1
     assert result.points[0].warnings == ()

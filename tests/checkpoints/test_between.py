@@ -92,6 +92,37 @@ def test_what_are_no_two_checkpoints_of_one_run_is_refused(run: Run, adapter: Ru
         fp.between(folder(run, 1), other)
 
 
+def test_the_update_of_a_loaded_checkpoint_is_compared_with_the_step_that_it_would_take(run: Run) -> None:
+    loaded = fp.load_checkpoint(folder(run, 1))
+    way = fp.between(loaded, folder(run, 2))
+    assert way.policy is loaded.policy
+    assert way.params is loaded.params
+    assert_same(way.take().delta, fp.between(folder(run, 1), folder(run, 2)).take().delta)
+    evaluation = drawn(loaded.policy, loaded.params)._replace(rewards=torch.arange(8, dtype=torch.float64))
+    own = loaded.update(fp.grpo(), evaluation)
+    compared = fp.compare({"ours": own, "the run": way}, evaluation, method="difference")
+    alone = fp.probe(way, evaluation, method="difference")
+    assert compared.outcomes["the run"].delta_norm == alone.outcome.delta_norm > 0
+    # another load of the same folder is another policy: its parameters could have moved since
+    with pytest.raises(InputError, match=r"between\(run, folder\)"):
+        fp.compare({"ours": own, "the run": fp.between(folder(run, 1), folder(run, 2))}, evaluation)
+    with pytest.raises(CheckpointError, match=r"the loaded checkpoint and .* have different trainable leaves"):
+        fp.between(fp.from_training(qwen2()), folder(run, 2))
+
+
+def test_a_refusal_says_how_two_checkpoints_come_to_know_more(run: Run) -> None:
+    way = fp.between(folder(run, 1), folder(run, 2))
+    evaluation = drawn(way.policy, way.params)
+    remedy = r"load_checkpoint\(folder\)\.update\(objective, U\)"
+    for ask in (lambda: fp.attribute(way, evaluation), lambda: way.at(1e-3)):
+        with pytest.raises(InputError, match=remedy):
+            ask()
+    batch = evaluation._replace(rewards=torch.arange(8, dtype=torch.float64))
+    able = fp.load_checkpoint(folder(run, 1)).update(fp.grpo(), batch)  # the remedy, as it stands
+    assert able.depth == "batch"
+    assert able.at(1e-3).lr == 1e-3
+
+
 def test_a_live_pair_gives_the_step_that_is_about_to_be_taken() -> None:
     model = gpt2().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

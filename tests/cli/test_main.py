@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from funcprobe import __version__
 from funcprobe.cli.config import load_config
-from funcprobe.cli.main import main
+from funcprobe.cli.main import COMMANDS, main
 from funcprobe.cli.run import COMMAND
 from funcprobe.data.files import write_rollouts
 from funcprobe.report.terminal import text_of
@@ -110,7 +110,7 @@ def test_overrides_are_part_of_the_configuration_as_run(world: World, tmp_path: 
         ({"top_k": 2}, lambda result: len(result.top) == 2),
         ({"max_grad_norm": 1e-3}, lambda result: result.outcome.info["clip_coefficient"] < 0.5),
         ({"observable": {"integrand": "surprisal", "per": "sequence"}}, lambda r: r.unit == "nats per sequence"),
-        ({"ess_threshold": 1.0, "lr": 0.1}, lambda result: any("below 100%" in w for w in result.warnings)),
+        ({"ess_threshold": 1.0, "lr": 0.1}, lambda result: any("below 100 %" in w for w in result.warnings)),
         ({"rounding": True}, lambda result: result.outcome.rounding is not None),
         ({"rounding": False}, lambda result: result.outcome.rounding is None),
         ({"dtype": "float64"}, lambda result: result.environment["dtype"] == "float64"),
@@ -365,6 +365,14 @@ def test_help_teaches(words: list[str], parts: list[str], capsys: pytest.Capture
     out = capsys.readouterr().out
     for part in parts:
         assert part in out
+
+
+def test_help_sets_every_command_and_its_meaning_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name, registered in COMMANDS.items():
+        assert f"  {name:<11}{registered.help}" in lines
 
 
 # the demo

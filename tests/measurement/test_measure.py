@@ -187,7 +187,7 @@ def test_a_degenerate_sample_warns_or_raises() -> None:
     c = Case("two lines", lr=3.0)
     with pytest.warns(FuncprobeWarning, match="effective sample size is"):
         result = c.probe(ess_threshold=0.9)
-    assert any("below 90%" in w for w in result.warnings)
+    assert any("below 90 %" in w for w in result.warnings)
     with pytest.raises(EffectiveSampleSizeError, match="take a smaller learning rate or more rollouts"):
         c.probe(ess_threshold=0.9, on_low_ess="raise")
 

@@ -68,7 +68,7 @@ def test_tokens_that_change_experts_are_counted(chooser: str, seed: int) -> None
     changed = sum(old != new for old, new in pairs)
     assert changed > 0
     assert result.outcome.routing == Routing(changed, len(ids), 1)
-    assert f"{changed} of {len(ids)} ({changed / len(ids):.2%})" in result.summary()
+    assert f"{changed} of {len(ids)} ({100 * changed / len(ids):.2f} %)" in result.summary()
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])

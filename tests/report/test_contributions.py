@@ -229,7 +229,7 @@ def test_where_nothing_moves_the_figures_say_so() -> None:
 
 
 def test_bad_asking_is_one_calm_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="Movers are drawn of tokens, sequences, prompts, and 'layers' was asked for"):
+    with pytest.raises(InputError, match="Movers are drawn of tokens, sequences, prompts, found 'layers'"):
         plot_movers(attribution(), "layers")
     with pytest.raises(InputError, match="count is 0"):
         plot_movers(attribution(), count=0)

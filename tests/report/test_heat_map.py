@@ -172,7 +172,7 @@ def test_an_enormous_batch_shows_the_largest_sequences_and_says_so(drawn: Any) -
     document = drawn(found, limit=45)
     assert set(articles(document)) == set(np.argsort(-sums)[:4].tolist())
     said_so = document.one("p", **{"class": "omitted"}).text
-    part = f"{100 * np.sort(sums)[-4:].sum() / sums.sum():.1f}%"
+    part = f"{100 * np.sort(sums)[-4:].sum() / sums.sum():.1f} %"
     assert f"shows 4 of 12 sequences, 40 of 120 tokens: those with the largest |contribution|, {part}" in said_so
     assert len(data(document)["token"]) == 40
     for b, article in articles(document).items():  # the data goes with the sequences that are left

@@ -10,7 +10,7 @@ import pytest
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.report.canvas import new_axes, write
 from funcprobe.report.figures import draw
-from funcprobe.report.measured_vs_predicted import plot_measured_vs_predicted, points
+from funcprobe.report.measured_vs_predicted import limits, plot_measured_vs_predicted, points
 from funcprobe.results.blocks import Figure
 from funcprobe.types import Estimate
 from tests.cases.written_probe import family, result
@@ -55,6 +55,15 @@ def test_the_axes_name_their_unit_at_every_scale(scale: float, unit: str) -> Non
     assert ax.get_xlabel().endswith(unit)
     assert "nats per token" in ax.get_title(loc="left")
     assert max(abs(limit) for limit in ax.get_xlim()) < 1000
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_changes_that_agree_fill_the_figure_and_the_origin_is_held_where_it_is_near(sign: int) -> None:
+    low, high = limits([sign * 0.60, sign * 0.62, sign * 0.64])
+    assert 0.04 < high - low < 0.06  # three values over 0.04, and a margin: not the 0.64 down to the origin
+    assert limits([sign * 1.0, sign * 3.0])[0 if sign > 0 else 1] * sign < 0
+    assert limits([sign * 0.5, sign * 0.5]) == (sign * 0.5 - 0.5, sign * 0.5 + 0.5)
+    assert limits([0.0, 0.0]) == (-1.0, 1.0)
 
 
 def test_what_was_asked_for_is_ringed() -> None:

@@ -28,8 +28,8 @@ def headline(found: ProbeResult) -> str:
 @pytest.mark.parametrize(
     ("change", "first_order", "expected"),
     [
-        (-0.015, -0.012, "lowers the entropy by 0.015 nats per token (1.00%). First order predicts 80.0% of it."),
-        (0.03, 0.0309, "raises the entropy by 0.03 nats per token (2.00%). First order predicts 103.0% of it."),
+        (-0.015, -0.012, "lowers the entropy by 0.015 nats per token (1.00 %). First order predicts 80.0 % of it."),
+        (0.03, 0.0309, "raises the entropy by 0.03 nats per token (2.00 %). First order predicts 103.0 % of it."),
         (0.03, -0.001, "First order predicts the other direction: -0.001."),
         (0.03, 0.030001, "First order predicts all of it."),
         (0.0, 0.0, "leaves the entropy at 1.5 nats per token. First order predicts +0."),

@@ -44,8 +44,8 @@ def test_every_observable_has_a_sentence_and_a_table() -> None:
 
 def test_sizes_notes_and_warnings_are_shown() -> None:
     text = text_of(sweep(warnings=warned("the first thing to know", "the second"), notes=warned("what was decided")))
-    assert "Warning: the first thing to know\nWarning: the second\n" in text
-    assert "Note: what was decided\n" in text
+    assert "Warning: the first thing to know.\nWarning: the second.\n" in text
+    assert "Note: what was decided.\n" in text
     assert "E: 512 sequences, 3136 tokens, 40 prompts\nU: 128 sequences, 757 tokens, 16 prompts\n" in text
     assert "First order in forward mode, float32 on cpu, 12,345 trainable parameters, 3.5 s" in text
     assert "± is one standard error over 40 prompts." in text

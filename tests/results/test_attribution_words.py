@@ -13,7 +13,7 @@ import pytest
 import funcprobe as fp
 from funcprobe.errors import Note
 from funcprobe.results.attribution_words import SHOWN, ledger_rows, movers_table, share, ways_rows
-from funcprobe.results.blocks import Remark, Table
+from funcprobe.results.blocks import Remark, Table, as_text
 from funcprobe.results.words import with_error
 from tests.cases.attributions import Stepped
 from tests.cases.tokenizers import tokenizer
@@ -57,8 +57,8 @@ def test_the_two_ways_of_tokens_sum_to_the_whole() -> None:
 
 
 def test_the_answer_comes_first_and_then_what_it_is_of() -> None:
-    lines = found().summary().splitlines()
-    assert lines[0] == found().probe.summary().splitlines()[0]
+    lines = as_text(found().blocks(), 1000).splitlines()
+    assert lines[0] == as_text(found().probe.blocks(), 1000).splitlines()[0]
     assert lines[1].startswith("Of δF₁: ")
     assert lines[2] == "E: 10 sequences, 45 tokens, 5 prompts"
     assert lines[3] == "U: 12 sequences, 45 tokens, 3 prompts"

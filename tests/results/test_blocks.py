@@ -13,16 +13,7 @@ from hypothesis import strategies as st
 from funcprobe.report.terminal import console, rendered
 from funcprobe.results.blocks import Block, Column, Figure, Remark, Row, Sentence, Table, as_html, as_text, pairs
 from tests.cases.written_attribution import NASTY, attribution, nasty
-from tests.cases.written_comparison import comparison
-from tests.cases.written_probe import result, warned
-from tests.cases.written_sweep import DIVERGENCE, ENTROPY, sweep
-
-RESULTS = {
-    "probe": result(second_order=1e-5, warnings=warned("careful")),
-    "sweep": sweep({"entropy": ENTROPY, "kl": DIVERGENCE}, warnings=warned("one", "two"), notes=warned("decided")),
-    "comparison": comparison(notes=warned("decided")),
-    "attribution": attribution(warnings=warned("careful")),
-}
+from tests.cases.written_results import RESULTS
 
 
 def words(block: Block) -> list[str]:
@@ -73,12 +64,12 @@ def on_terminal(blocks: tuple[Block, ...], width: int = 1000) -> str:
 def test_all_renderers_say_the_same_in_the_same_order(kind: str) -> None:
     blocks = RESULTS[kind].blocks()
     expected = [word for block in blocks for word in words(block) if word]
-    assert in_order(as_text(blocks), expected)
+    assert in_order(" ".join(as_text(blocks).split()), [" ".join(word.split()) for word in expected])
     assert in_order(Texts(as_html(blocks)).text, expected)
     assert in_order(on_terminal(blocks), expected)
     assert as_text(blocks) == RESULTS[kind].summary()
     lines = [line.rstrip() for line in on_terminal(blocks).splitlines()]
-    assert lines == as_text(blocks).splitlines()  # down to the columns
+    assert lines == as_text(blocks, 1000).splitlines()  # down to the columns
 
 
 @pytest.mark.parametrize("kind", RESULTS)
@@ -91,7 +82,7 @@ def test_every_result_names_its_figures_once(kind: str) -> None:
 def test_tables_stand_apart_and_sentences_together() -> None:
     table = pairs([("a", "1"), ("long", "2")], caption="what")
     blocks = (Sentence("One."), Sentence("Two."), table, Figure("f"), table, Remark("note", "three"), Figure("g"))
-    lines = ["One.", "Two.", "", "what", "a     1", "long  2", "", "what", "a     1", "long  2", "", "Note: three"]
+    lines = ["One.", "Two.", "", "what", "a     1", "long  2", "", "what", "a     1", "long  2", "", "Note: three."]
     assert as_text(blocks).splitlines() == lines
 
 
@@ -106,8 +97,20 @@ def test_short_rows_sides_and_headings() -> None:
 
 
 def test_a_remark_names_the_variant_that_it_is_about() -> None:
-    assert as_text([Remark("warning", "hm", "grpo")]) == "Warning (grpo): hm"
-    assert as_html([Remark("warning", "hm")]) == "<p><b>Warning.</b> hm</p>"
+    assert as_text([Remark("warning", "hm", "grpo")]) == "Warning (grpo): hm."
+    assert as_html([Remark("warning", "hm")]) == "<p><b>Warning.</b> hm.</p>"
+
+
+def test_plain_text_is_broken_between_words_and_never_before_a_percent_sign() -> None:
+    said = Sentence("one two 5 % of it")
+    assert as_text([said], 9).splitlines() == ["one two", "5 % of it"]
+    assert as_text([said], 10).splitlines() == ["one two", "5 % of it"]
+    table = Table((Column(), Column(narrow="broken")), (Row(("name", "one two three")),))
+    assert as_text([table], 13).splitlines() == ["name  one two", "      three"]
+    cut = table._replace(columns=(Column(), Column(narrow="cut")))
+    assert as_text([cut], 13).splitlines() == ["name  one tw…"]
+    whole = table._replace(columns=(Column(), Column()))
+    assert as_text([whole], 13).splitlines() == ["name  one two three"]
 
 
 ANYTHING = st.sampled_from([*NASTY, "<b>", "\r", "\x9b1m", "a\nb"]) | st.text(max_size=20)
@@ -124,7 +127,7 @@ def test_no_text_does_anything(texts: list[str]) -> None:
     for text in (as_text(blocks), on_terminal(blocks)):
         assert not [c for c in text if c != "\n" and (ord(c) < 32 or 127 <= ord(c) < 160 or c in "\u202e\u200f\u2028")]
     assert Texts(as_html(blocks)).tags <= {"p", "b", "table", "caption", "tr", "th", "td"}
-    lines = as_text(blocks).count("\n") + 1
+    lines = as_text(blocks, 1000).count("\n") + 1
     # sentence, blank, row, blank, remark, and caption and headings where there are some: nothing in them breaks a line
     assert lines == 5 + bool(one) + bool(two)
 

@@ -34,14 +34,14 @@ def test_it_reads_as_its_outcome_and_its_provenance() -> None:
 def test_the_summary_says_the_numbers() -> None:
     found = result(warnings=warned("a <b> & c"))
     text, page = found.summary(), found._repr_html_()
-    assert text.startswith("One step at lr 2e-06 lowers the entropy by 0.001 nats per token (0.07%). First order pred")
+    assert text.startswith("One step at lr 2e-06 lowers the entropy by 0.001 nats per token (0.07 %). First order pred")
     for number in (found.change, found.first_order, found.remainder):
         assert f"{number:+.6e}" in text
         assert f"{number:+.6e}" in page
     assert "rao_blackwell/per_decision/token, nats per token\n" in text
     assert "E: 256 sequences, 5000 tokens, 32 prompts\nU: 128 sequences, 2500 tokens, 16 prompts\n" in text
     assert "1.000e-02  model.layers.0.mlp.up_proj.weight" in text
-    assert text.endswith("Warning: a <b> & c")
+    assert text.endswith("Warning: a <b> & c.")
     assert "<table>" in page
     assert "a &lt;b&gt; &amp; c" in page
     assert "<b> &" not in page

@@ -6,6 +6,7 @@ import pytest
 
 from funcprobe.errors import InputError
 from funcprobe.estimators.uncertainty import Bar
+from funcprobe.results.blocks import as_text
 from funcprobe.results.curve import Fit
 from funcprobe.results.sweep import SweepResult
 from funcprobe.results.sweep_numbers import remarks_of, table_of
@@ -77,7 +78,7 @@ TURNS = (-1e-3, 10.0, 0.0)  # falls below η = 1e-4, rises above
         ),
         (
             sweep(lrs=(1e-5,)),
-            "At lr 1e-5 the entropy falls by 0.000226 nats per token (first order predicts 100.2% of it, a slope",
+            "At lr 1e-5 the entropy falls by 0.000226 nats per token (first order predicts 100.2 % of it, a slope",
             "); first order is within 5 % up to lr 3.1e-4, beyond what was swept.",
         ),
         (
@@ -98,7 +99,7 @@ TURNS = (-1e-3, 10.0, 0.0)  # falls below η = 1e-4, rises above
         (
             sweep({"entropy": (-22.6, 1.0, 6e6)}, order=2),
             "From lr 1e-9 to 1e-3 the entropy falls in proportion",
-            "by its second order, first order is within 5 % up to lr 1.1e0, but it misses 36% at lr 1e-3.",
+            "by its second order, first order is within 5 % up to lr 1.1e0, but it misses 36 % at lr 1e-3.",
         ),
     ],
 )
@@ -185,14 +186,14 @@ def test_remarks_say_nothing_of_what_was_not_found() -> None:
 
 def test_the_summary_holds_every_observable_and_warning() -> None:
     found = sweep({"entropy": ENTROPY, "reward": REWARD}, warnings=warned("careful"))
-    text = found.summary()
+    text = as_text(found.blocks(), 1000)
     assert text.startswith(headline_of(found))
     assert headline_of(found, "reward") in text
     for name in found.observables:
         for row in table_of(found, name)[1]:
             assert [line.split() for line in text.splitlines()].count(" ".join(row).split()) == 1
     assert all(text.count(remark) == 1 for remark in remarks_of(found))
-    assert text.endswith("\nWarning: careful")
+    assert text.endswith("\nWarning: careful.")
 
 
 def test_the_html_holds_the_same_and_is_escaped() -> None:
