@@ -61,7 +61,7 @@ def test_a_point_of_the_sweep_is_a_run(world: World, swept: Path, tmp_path: Path
     point = SweepResult.load(swept / "results-sweep").readings()[2]
     assert point.first_order == pytest.approx(one.first_order, rel=1e-5)  # a scaled tangent against one of its own
     assert point.change == pytest.approx(one.change, rel=1e-3)  # by the path, or by float32 subtraction
-    assert point.second_order == pytest.approx(one.second_order, rel=1e-4)
+    assert point.second_order == pytest.approx(one.second_order, rel=1e-2)  # as the curve bends, or by nested mode
 
 
 def test_the_table_is_printed_and_the_last_line_says_where_it_is(
@@ -84,19 +84,49 @@ def test_the_table_is_printed_and_the_last_line_says_where_it_is(
 
 
 class Watching(command.Bars):
-    """Bars that keep what they were told, and pull the plug at a scoring pass."""
+    """Bars that keep what they were told, and pull the plug at a pass."""
 
     passes: ClassVar[list[str]] = []
-    limit = 0
+    limit, at = 0, "E at θ′"
 
     def __call__(self, what: str, done: int, total: int) -> None:
         self.passes.append(what)
-        if self.limit and self.passes.count("E at θ′") >= self.limit:
+        if self.limit and self.passes.count(self.at) >= self.limit:
             raise KeyboardInterrupt
 
 
 class Killed(Watching):
-    limit = 4  # the first learning rate has two: storing loses so much of it that θ + Δθ is measured beside θ′
+    limit = 3  # the first learning rate has two: storing loses so much of it that θ + Δθ is measured beside θ′
+
+
+class KilledOnACurve(Watching):
+    limit, at = 3, "E along the line"
+
+
+def test_killed_on_its_curve_it_goes_on_with_the_next_derivative(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["sweep", str(world.config(tmp_path)), *LRS]
+    Watching.passes.clear()
+    monkeypatch.setattr(command, "Bars", KilledOnACurve)
+    assert main(words) == 130
+    journal = tmp_path / "results-sweep.unfinished.jsonl"
+    assert len(journal.read_text().splitlines()) == 1 + 2  # its title, and the two derivatives that were finished
+    Watching.passes.clear()
+    monkeypatch.setattr(command, "Bars", Watching)
+    assert main(words) == 0
+    again = Watching.passes.count("E along the line")
+    found = SweepResult.load(tmp_path / "results-sweep")
+    Watching.passes.clear()
+    assert main([*words, "--output", str(tmp_path / "whole")]) == 0
+    assert Watching.passes.count("E along the line") == again + 2
+    whole = SweepResult.load(tmp_path / "whole")
+    # kept as ds/dη, which is scaled and scaled back: a rounding of each derivative
+    assert [r.change for r in found.readings()] == pytest.approx([r.change for r in whole.readings()], rel=1e-12)
+
+
+#: One learning rate at a time, as it is without a curve.
+ONE_BY_ONE = ("--method", "difference")
 
 
 @pytest.fixture
@@ -116,7 +146,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
 def test_killed_it_goes_on_where_it_was(
     world: World, tmp_path: Path, killed: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sweep", str(world.config(tmp_path)), *LRS]
+    words = ["sweep", str(world.config(tmp_path)), *LRS, *ONE_BY_ONE]
     killed(words)
     assert "the same command goes on from the learning rates that are done" in capsys.readouterr().err
     assert not (tmp_path / "results-sweep").exists()
@@ -132,11 +162,11 @@ def test_the_journal_of_another_sweep_is_refused(
     world: World, tmp_path: Path, refused: Refused, killed: Callable[[list[str]], None]
 ) -> None:
     config = world.config(tmp_path)
-    killed(["sweep", str(config), *LRS])
+    killed(["sweep", str(config), *LRS, *ONE_BY_ONE])
     kept = (tmp_path / "results-sweep.unfinished.jsonl").read_bytes()
-    assert "belongs to another sweep" in refused("sweep", config, *LRS, "--objective.epsilon", "0.3")
+    assert "belongs to another sweep" in refused("sweep", config, *LRS, *ONE_BY_ONE, "--objective.epsilon", "0.3")
     assert (tmp_path / "results-sweep.unfinished.jsonl").read_bytes() == kept
-    assert main(["sweep", str(config), *LRS]) == 0
+    assert main(["sweep", str(config), *LRS, *ONE_BY_ONE]) == 0
 
 
 @pytest.mark.parametrize(
