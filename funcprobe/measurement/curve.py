@@ -38,8 +38,8 @@ from funcprobe.types import Observable, Rollouts, TokenScores
 SMALL = 1e-2
 
 #: The curve is held against one with a node more on a part of E: this share of the rows, and at least so many. Three
-#: rules on an eighth of E cost what .75 of a node costs.
-SHARE, FEWEST = 8, 32
+#: rules on a sixteenth of E cost less than half a node.
+SHARE, FEWEST = 16, 32
 
 #: By what factor the error that a part of E shows may be above that of all of it: within that factor, all of E decide.
 PART_KNOWS = 2.0
