@@ -8,7 +8,8 @@ from typing import NamedTuple, Unpack
 
 from funcprobe.errors import InputError, Note, NumericsError
 from funcprobe.measurement.bounds import Bounds, Found, bisected, check_relative
-from funcprobe.measurement.cautions import before_measuring, left_alone
+from funcprobe.measurement.cautions import before_measuring, ess_fraction, left_alone
+from funcprobe.measurement.continuity import disagree
 from funcprobe.measurement.curve import ScoreCurve, fitted
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement
@@ -107,6 +108,7 @@ class _Search:
     def __init__(self, family: LearningRates, bounds: Bounds, relative: float) -> None:
         self.family, self.bounds, self.relative = family, bounds, relative
         self.scored = 0
+        self._last: Outcome | None = None
         self._curve: ScoreCurve | None = None
 
     def found(self, low: float, high: float) -> Found:
@@ -122,6 +124,8 @@ class _Search:
         if not on_curve.kept:
             return bisected(self._score, low, high, self.relative)
         confirmed = self._score(on_curve.lr)
+        if isinstance(confirmed, str) and self._is_the_same(on_curve.kept[-1]):
+            confirmed = on_curve.kept[-1]  # which the float error of two evaluations takes across the bound
         if isinstance(confirmed, str):  # the answer is below, by the error of the curve, or by what storing does
             near = max(low, on_curve.lr / (1 + max(self.relative, NEAR)))
             by_score = bisected(self._score, near, on_curve.lr, self.relative)
@@ -129,6 +133,15 @@ class _Search:
         if on_curve.limited_by is None and reach < high:
             return bisected(self._score, reach, high, self.relative)
         return on_curve._replace(kept=(*on_curve.kept[:-1], confirmed))
+
+    def _is_the_same(self, on_curve: Outcome) -> bool:
+        """Return whether the outcome that was scored last differs from the curve's by float errors alone."""
+        if self._last is None:
+            return False
+        a, b = on_curve.main, self._last.main
+        ess = [ess_fraction(outcome.health, self.family.measurement.main[1]) for outcome in (on_curve, self._last)]
+        errors = [reading.float_error or 0.0 for reading in (a, b)]
+        return not disagree(a.change - b.change, *errors) and math.isclose(*ess, rel_tol=NEAR)
 
     def _on_curve(self, lr: float) -> Outcome | str:
         assert self._curve is not None
@@ -138,8 +151,9 @@ class _Search:
         return self._tried(lambda: self._scored(lr))
 
     def _scored(self, lr: float) -> Outcome:
-        self.scored += 1
-        return self.family.point(lr, self.family.move(lr))
+        self.scored, self._last = self.scored + 1, None
+        self._last = self.family.point(lr, self.family.move(lr))
+        return self._last
 
     def _tried(self, take: Callable[[], Outcome]) -> Outcome | str:
         """Return an outcome, or the bound that it breaks."""

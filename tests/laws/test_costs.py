@@ -1,0 +1,94 @@
+"""The totals that README states, counted: forward passes over U (u) and E (e), in FLOPs of the same model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import funcprobe as fp
+from funcprobe import engine
+from tests.cases import models
+from tests.cases.probes import Case, prompted
+from tests.cases.tables import observables
+
+E, U = prompted(64, 8, seed=1), prompted(16, 8, seed=2, first=100)
+THREE = observables("entropy", "reward", "kl")
+
+#: What is not a pass over E or U: arithmetic is looked up on two tokens, a first tangent is tried on seven.
+SLACK = 0.05
+
+
+def flops(run: Callable[[], Any]) -> int:
+    with engine.math_attention(), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@functools.cache
+def case(dtype: torch.dtype = torch.float32) -> Case:
+    """Return a case whose model has made its trials."""
+    made = Case(models.qwen2(dtype))
+    made.probe(1e-4, evaluation=E, batch=U)
+    return made
+
+
+@functools.cache
+def of_one_pass(rollouts: str) -> int:
+    made = case()
+    return flops(lambda: fp.score(made.policy, made.params, {"E": E, "U": U}[rollouts]))
+
+
+def beyond(run: Callable[[], Any]) -> float:
+    """Return the passes over E that a run takes beside three over U, which its gradient is."""
+    passes = of_one_pass("U"), of_one_pass("E")  # and the trials of the model are made
+    return (flops(run) - 3 * passes[0]) / passes[1]
+
+
+def test_a_probe_by_difference_is_four() -> None:
+    def probed() -> fp.ProbeResult:
+        return case().probe(1e-3, evaluation=E, batch=U, method="difference", rounding=False)
+
+    assert 3.5 < beyond(probed) <= 4 + SLACK
+
+
+@pytest.mark.parametrize("lr", [3e-3, 1e-4, 1e-5, 1e-6, 1e-8])
+def test_a_default_probe_is_at_most_seven_and_two_more_with_the_rounding_row(lr: float) -> None:
+    results: list[fp.ProbeResult] = []
+    cost = beyond(lambda: results.append(case().probe(lr, evaluation=E, batch=U, observables=THREE)))
+    (result,) = results
+    stored = any(reading.stored is not None for reading in result.readings.values())
+    row = result.outcome.rounding is not None
+    # where storing sets θ′ apart from θ + Δθ there are two steps, each by one node of a path at most
+    assert cost <= (7 if not stored else 11) + 2 * row + SLACK
+
+
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_sweep_is_at_most_thirteen_for_any_number_of_learning_rates(count: int) -> None:
+    lrs = list(np.geomspace(1e-8, 3e-4, count))
+    results: list[fp.SweepResult] = []
+
+    def swept() -> None:
+        results.append(case().sweep(lrs, evaluation=E, batch=U, observables=THREE, bars=None))
+
+    cost = beyond(swept)
+    assert {reading.method for reading in results[0].readings()} == {"path"}
+    nodes = results[0].readings()[0].nodes
+    assert nodes <= 2
+    # the anchor with its tangents, the nodes, the end, and rules of one node more at a time on a sixteenth of E
+    assert cost <= 3 + 3 * nodes + 1 + 3 * sum(range(1, nodes + 2)) / 16 + SLACK <= 13
+
+
+def test_the_largest_learning_rate_is_one_curve_and_one_pass() -> None:
+    found: list[fp.LargestLr] = []
+
+    def searched() -> None:
+        found.append(case().largest(evaluation=E, batch=U, max_nonlinearity=0.01, between=(1e-8, 1e-2), relative=1e-3))
+
+    assert beyond(searched) <= 14 + SLACK
+    assert found[0].tried == 1
