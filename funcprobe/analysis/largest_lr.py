@@ -25,7 +25,10 @@ IDLE: Collection[str] = (
 )
 
 #: How finely first order is searched, and by what factor the curve goes beyond the place that it tells.
-RELATIVE_OF_A_GUESS, BEYOND_A_GUESS = 0.1, 2.0
+RELATIVE_OF_A_GUESS, BEYOND_A_GUESS = 0.1, 4.0
+
+#: How many curves are tried, each longer by that factor, while bounds are kept to their ends.
+EXTENSIONS = 4
 
 #: How far below an answer of the curve that scores do not confirm the true one is looked for first.
 NEAR = 1e-3
@@ -113,15 +116,8 @@ class _Search:
 
     def found(self, low: float, high: float) -> Found:
         """Return where the bounds begin to be broken; the answer was scored."""
-        if self.family.first.along is not None:
-            self._curve = ScoreCurve.straight(self.family)
-            guess = bisected(self._on_curve, low, high, RELATIVE_OF_A_GUESS).lr
-            self._curve = fitted(self.family, min(high, BEYOND_A_GUESS * guess), low=low)
-        if self._curve is None or self._curve.reach <= low:
-            return bisected(self._score, low, high, self.relative)
-        reach = min(high, self._curve.reach)
-        on_curve = bisected(self._on_curve, low, reach, self.relative)
-        if not on_curve.kept:
+        on_curve = self._searched(low, high)
+        if on_curve is None or not on_curve.kept:
             return bisected(self._score, low, high, self.relative)
         confirmed = self._score(on_curve.lr)
         if isinstance(confirmed, str) and self._is_the_same(on_curve.kept[-1]):
@@ -130,9 +126,26 @@ class _Search:
             near = max(low, on_curve.lr / (1 + max(self.relative, NEAR)))
             by_score = bisected(self._score, near, on_curve.lr, self.relative)
             return by_score if by_score.kept else bisected(self._score, low, near, self.relative)
-        if on_curve.limited_by is None and reach < high:
-            return bisected(self._score, reach, high, self.relative)
+        if on_curve.limited_by is None and on_curve.lr < high:
+            return bisected(self._score, on_curve.lr, high, self.relative)
         return on_curve._replace(kept=(*on_curve.kept[:-1], confirmed))
+
+    def _searched(self, low: float, high: float) -> Found | None:
+        """Return where bounds begin to be broken on a curve, or its end where none is; None without a curve."""
+        if self.family.first.along is None:
+            return None
+        self._curve, found = ScoreCurve.straight(self.family), None
+        top = BEYOND_A_GUESS * bisected(self._on_curve, low, high, RELATIVE_OF_A_GUESS).lr
+        for _ in range(EXTENSIONS):
+            top = min(high, top)
+            self._curve = fitted(self.family, top, low=low)
+            if self._curve is None or self._curve.reach <= low:
+                break
+            found = bisected(self._on_curve, low, min(high, self._curve.reach), self.relative)
+            if found.limited_by is not None or top == high or self._curve.reach < top * (1 - 1e-9):
+                break
+            top *= BEYOND_A_GUESS
+        return found
 
     def _is_the_same(self, on_curve: Outcome) -> bool:
         """Return whether the outcome that was scored last differs from the curve's by float errors alone."""

@@ -90,5 +90,6 @@ def test_the_largest_learning_rate_is_one_curve_and_one_pass() -> None:
     def searched() -> None:
         found.append(case().largest(evaluation=E, batch=U, max_nonlinearity=0.01, between=(1e-8, 1e-2), relative=1e-3))
 
-    assert beyond(searched) <= 14 + SLACK
+    # three nodes at most, the end of the curve and the answer, and four rules on a sixteenth of E
+    assert beyond(searched) <= 3 + 9 + 1 + 1 + 3 * 10 / 16 + SLACK
     assert found[0].tried == 1
