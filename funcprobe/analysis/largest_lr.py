@@ -10,7 +10,8 @@ from funcprobe.errors import InputError, Note, NumericsError
 from funcprobe.measurement.bounds import Bounds, Found, bisected, check_relative
 from funcprobe.measurement.cautions import before_measuring, ess_fraction, left_alone
 from funcprobe.measurement.continuity import disagree
-from funcprobe.measurement.curve import ScoreCurve, fitted
+from funcprobe.measurement.curve import ScoreCurve
+from funcprobe.measurement.curve_fit import fitted
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of

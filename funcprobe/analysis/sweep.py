@@ -12,7 +12,8 @@ from typing import Any, Literal, TypedDict, Unpack
 from funcprobe.analysis.probe import provenance_of
 from funcprobe.errors import ForwardModeError, InputError, Note
 from funcprobe.measurement.cautions import before_measuring, left_alone
-from funcprobe.measurement.curve import Keep, ScoreCurve, fitted, points_of
+from funcprobe.measurement.curve import ScoreCurve, points_of
+from funcprobe.measurement.curve_fit import Keep, fitted
 from funcprobe.measurement.identity import identity_of
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.measurement import Measurement, Observables

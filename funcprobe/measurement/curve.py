@@ -3,67 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from torch import Tensor
-
-from funcprobe import engine
-from funcprobe.data.rollouts import take
-from funcprobe.estimators.importance import effective_sample_size, log_ratios, sequence_weights
 from funcprobe.measurement.apart import told_apart
-from funcprobe.measurement.change import (
-    LOW_PRECISION_UNITS,
-    Measured,
-    difference_of,
-    eps_of,
-    is_walkable,
-    one_rounding,
-    told_otherwise,
-)
+from funcprobe.measurement.change import Measured, eps_of, one_rounding
 from funcprobe.measurement.continuity import DISAGREE
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.learning_rates import LearningRates, naming
-from funcprobe.measurement.line import Line, even, steepness, tangents_along, walk
+from funcprobe.measurement.line import Line, steepness
 from funcprobe.measurement.measure import Both, outcome_of, stored_of
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.path import EPS64
-from funcprobe.types import Observable, Rollouts, TokenScores
 
 #: Where ΔF cancels below this part of Σ|terms|, the tolerance is relative to that part in its place.
 SMALL = 1e-2
 
-#: The curve is held against one with a node more on a part of E: this share of the rows, and at least so many. Three
-#: rules on a sixteenth of E cost less than half a node.
-SHARE, FEWEST = 16, 32
-
-#: By what factor the error that a part of E shows may be above that of all of it: within that factor, all of E decide.
-PART_KNOWS = 2.0
-
-#: The most nodes that are tried before the curve is made shorter, by what factor, and how often.
-MOST_NODES, SHORTER, ATTEMPTS = 4, 4.0, 6
-
-#: Effective sample that first order must leave, as a fraction: beyond it θ′ is another policy, and is scored.
-LEAST_SAMPLE = 0.2
-
-#: Where curves are compared, in units of the largest learning rate.
-COMPARED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.03, 0.01, 0.001)
-
 #: What two float32 tangents agree to, in units of eps of Σ|terms|.
 TANGENT_UNITS = 8.0
-
-
-class Held(NamedTuple):
-    """The curve on some rows of E, and one with a node more, which it is held against."""
-
-    rollouts: Rollouts  #: those rows
-    total: int  #: how many there are
-    coarse: Line
-    fine: Line
 
 
 @dataclass(frozen=True)
@@ -143,66 +102,6 @@ class ScoreCurve:
         return Measured(evidence, "path", self.nodes, errors, subtractions, None)
 
 
-#: Returns ds/dη at the node of a learning rate η: those that were kept, or those that the function computes.
-Keep = Callable[[float, Callable[[], TokenScores]], TokenScores]
-
-
-def computed(lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
-    """Return ds/dη at the node of a learning rate, computed: nothing is kept."""
-    return compute()
-
-
-def fitted(
-    family: LearningRates,
-    lr_max: float,
-    keep: Keep | None = None,
-    low: float = 0.0,
-) -> ScoreCurve | None:
-    """Return the curve up to a learning rate, or as far as one reaches; None where there is none.
-
-    It is fitted on a part of E, with a node more each time until that changes nothing beyond the tolerance, and then
-    taken on all of it; at its end it is held against two evaluations, in which a jump of F shows. Where no curve of few
-    nodes is as good, a shorter one is fitted.
-
-    There is none where forward mode cannot be used, the arithmetic is too coarse, tokens go to experts, steps are not
-    proportional to the learning rate, or F jumps: the measurement's messages say so.
-    """
-    if not _is_possible(family, lr_max):
-        return None
-    tolerance = family.measurement.options.curve_tolerance
-    passes, move, along = family.measurement.passes, family.reference, family.first.along
-    assert along is not None
-    tangents_at, keep = tangents_along(passes, move.params, move.delta), keep or computed
-
-    def on_all(x: float) -> TokenScores:
-        lr = family.reference_lr
-        kept = keep(x * lr, lambda: engine.each(lambda t: t / lr, tangents_at(x)))
-        return engine.each(lambda t: t * lr, kept)
-
-    rows, few = _part(passes.evaluation)
-    total = passes.evaluation.ids.shape[0]
-    whole = len(rows) == total
-    on_few = on_all if whole else tangents_along(passes.over_rows(few), move.params, move.delta)
-    along_few = along if whole else _of_rows(along, rows, few.completion_mask.shape[1])
-    length = _sampled_length(family, lr_max / family.reference_lr)
-    for _ in range(ATTEMPTS):
-        coarse = walk(along_few, even(1), on_few, length)
-        for n in range(2, MOST_NODES + 2):
-            fine = walk(along_few, even(n), on_few, length)
-            worst = _worst(family, Held(few, total, coarse, fine), tolerance if whole else PART_KNOWS * tolerance)
-            if worst is not None:
-                line = fine if whole else walk(along, even(n - 1), on_all, length)
-                curve = _ended(family, line, worst)
-                if curve is None or curve.is_within(tolerance):
-                    return curve
-            coarse = fine
-        length /= SHORTER
-        if length * family.reference_lr <= low:
-            break
-    family.measurement.messages.note("no curve", NO_CURVE)
-    return None
-
-
 def points_of(
     family: LearningRates, curve: ScoreCurve | None, lrs: Sequence[float], chunk: int = 1, stored: bool | None = None
 ) -> Iterator[Outcome]:
@@ -217,115 +116,3 @@ def points_of(
         else:
             yield point
     yield from family.points(beyond, chunk)
-
-
-NO_CURVE = (
-    "learning rates were scored one by one, because no curve of a few tangents follows the scores, however short it is"
-)
-WITH_JUMPS = (
-    "learning rates were scored one by one, because tokens go to experts: F jumps where one goes elsewhere, and a "
-    "curve misses it"
-)
-TOO_COARSE = (
-    "learning rates were scored one by one, because the model's arithmetic (eps {eps:.1e}) is too coarse for a curve; "
-    "load it in float32"
-)
-JUMPED = (
-    "learning rates were scored one by one, because {names} at lr {lr:g} is not that of a curve, by more than the "
-    "float error of both: F jumps on the way"
-)
-
-
-def _is_possible(family: LearningRates, lr_max: float) -> bool:
-    """Return whether there can be a curve; why not goes to the messages, where nothing else says it."""
-    measurement, first = family.measurement, family.first
-    if measurement.options.method == "difference" or first.along is None:
-        return False
-    if first.choices:
-        measurement.messages.note("no curve", WITH_JUMPS)
-        return False
-    eps = eps_of(first)
-    if eps > measurement.options.path_tolerance and not is_walkable(measurement, family.reference):
-        measurement.messages.note("no curve", TOO_COARSE.format(eps=eps))
-        return False
-    return all(family.is_multiple(family.move(lr), lr) for lr in (lr_max, 0.01 * lr_max))
-
-
-def _sampled_length(family: LearningRates, length: float) -> float:
-    """Return the longest line, by factors, at whose end first order leaves a sample."""
-    passes, along = family.measurement.passes, family.first.along
-    assert along is not None
-    rollouts = passes.evaluation
-    for _ in range(ATTEMPTS * 4):
-        end = Line.straight(along, length).scores(length)
-        weights = sequence_weights(log_ratios(end, along.scores, rollouts), rollouts.weight)
-        if float(effective_sample_size(weights) / effective_sample_size(rollouts.weight)) >= LEAST_SAMPLE:
-            break
-        length /= SHORTER
-    return length
-
-
-def _part(rollouts: Rollouts) -> tuple[Tensor, Rollouts]:
-    """Return some rows of E and their rollouts, neighbours in pairs, spread evenly; all where that is not many fewer.
-
-    Rollouts of a prompt are neighbours by their groups; an observable may compare them with one another.
-    """
-    total = rollouts.ids.shape[0]
-    rows = rollouts.group_ids.argsort(stable=True)
-    fewer = total // max(FEWEST, total // SHARE)  # of so many pairs one is taken
-    if fewer > 1:
-        rows = rows[: total - total % 2].reshape(-1, 2)[::fewer].flatten().sort().values
-    return rows, take(rollouts, rows)
-
-
-def _of_rows(along: engine.Directional, rows: Tensor, width: int) -> engine.Directional:
-    def part(x: Tensor) -> Tensor:
-        return x[rows.to(x.device), :width]
-
-    return engine.Directional(engine.each(part, along.scores), engine.each(part, along.tangents))
-
-
-def _worst(family: LearningRates, held: Held, tolerance: float) -> dict[str, float] | None:
-    """Return the most that a node more changes of ΔF anywhere, relative to Σ|terms|; None if beyond the tolerance."""
-    eps, worst = eps_of(family.first), {}
-    floor = (LOW_PRECISION_UNITS if eps > tolerance else TANGENT_UNITS) * eps
-    for name, o in family.measurement.observables.items():
-        found = [_off(held, x * held.coarse.length, o) for x in COMPARED]
-        if not all(off <= max(tolerance * max(change, SMALL), floor) for off, change in found):
-            return None
-        worst[name] = max(off for off, _ in found)
-    return worst
-
-
-def _off(held: Held, x: float, observable: Observable) -> tuple[float, float]:
-    """Return by how much a node more changes ΔF of all of E, and |ΔF|, both relative to Σ|terms|.
-
-    What it changes is a sum over rows, of which some are known: with their mean μ and spread σ the sum over all N is
-    `√(N²μ² + Nσ²)`, where μ² is what the n known ones show, less σ² (1/n − 1/N), which is chance.
-    """
-    evidence = Evidence(held.rollouts, held.fine.anchor, held.fine.scores(x))
-    size = evidence.magnitude(observable)
-    if size <= evidence.noise(observable):
-        return 0.0, 0.0
-    c = engine.cotangents(evidence.of(observable), evidence.after)
-    parts = engine.each(lambda c, one, other: (c * (one - other)).sum(1), c, held.coarse.scores(x), evidence.after)
-    rows, total = engine.fields(parts).sum(0), held.total
-    n, spread = len(rows), float(rows.var()) if len(rows) > 1 else 0.0
-    square = max(0.0, float(rows.mean()) ** 2 - spread * (1 / n - 1 / total))
-    off = math.sqrt(total**2 * square + (total * spread if total > n else 0.0))
-    return off * n / total / size, abs(float(evidence.change(observable))) / size
-
-
-def _ended(family: LearningRates, line: Line, worst: Mapping[str, float]) -> ScoreCurve | None:
-    """Return the curve, held against two evaluations at its end; None where F jumps on the way."""
-    measurement, lr = family.measurement._replace(messages=Messages(quiet=True)), line.length * family.reference_lr
-    with naming(lr):
-        move, first = family.move(lr), family.first.scaled(line.length)
-        end = difference_of(measurement, move, first, None)
-        curve = ScoreCurve(family, line, worst, end)
-        names = told_otherwise(measurement, move, first, end, curve.measured(line.length, first))
-    if names:
-        listed = "ΔF of " + ", ".join(f"'{name}'" for name in names)
-        family.measurement.messages.note("no curve", JUMPED.format(names=listed, lr=lr))
-        return None
-    return curve

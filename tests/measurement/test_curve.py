@@ -13,8 +13,8 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe.data.rollouts import take
 from funcprobe.errors import InputError
-from funcprobe.measurement import curve as curves
-from funcprobe.measurement.curve import Held, _off
+from funcprobe.measurement import curve_fit
+from funcprobe.measurement.curve_fit import Held, _off, _part
 from funcprobe.measurement.line import Line
 from funcprobe.results.any_lr import CurveResult
 from funcprobe.types import TokenScores
@@ -62,19 +62,34 @@ def test_any_number_of_learning_rates_takes_the_same_passes() -> None:
 
 
 def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole passes over E are the anchor's, the chosen nodes' and the end's; a part of E is an eighth."""
-    monkeypatch.setattr(curves, "FEWEST", 4)
+    """Whole passes over E are the anchor's, the chosen nodes' and the end's; a part of E is a sixteenth."""
+    monkeypatch.setattr(curve_fit, "FEWEST", 4)
     large = prompted(16, 4, seed=5)
     rows: list[int] = []
     c = case()
     watched = c.watched_rows(rows)
     result = watched.curve(TOP / 20, evaluation=large, microbatch=None, observables=THREE)
     assert rows.count(64) == 1 + result.nodes + 1
-    assert rows.count(8) == sum(range(1, result.nodes + 2))
+    assert rows.count(4) == sum(range(1, result.nodes + 2))
     for lr in (1e-6, TOP / 60, TOP / 20):
         expected = c.probe(lr, evaluation=large, observables=THREE, method="path", tolerance=1e-7)
         for name, reading in result.at(lr).readings.items():
             assert reading.change == pytest.approx(expected.readings[name].change, rel=2e-4)
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 5])
+def test_rows_of_a_part_come_in_pairs_of_a_prompt(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve_fit, "FEWEST", 4)
+    large = prompted(60 // each, each, seed=5)
+    rows, part = _part(large)
+    assert 4 <= len(rows) < 60 / 3
+    assert rows.tolist() == sorted(set(rows.tolist()))
+    counts = part.group_ids.unique(return_counts=True)[1]
+    assert set((counts % 2).tolist()) == ({1} if each == 1 else {0})
+    torch.testing.assert_close(part.ids, large.ids[rows][:, : part.ids.shape[1]])
+    if each > 1:  # which refuses a prompt of one rollout
+        compared = fp.expected_reward(control_variate=True)
+        assert case().curve(TOP / 20, evaluation=large, observables=compared, bars=None).nodes >= 1
 
 
 def test_what_a_part_tells_of_the_whole() -> None:
