@@ -24,12 +24,12 @@ predicts it by first-order theory, and shows how far to trust either."""
 
 EPILOG = """\
 commands to begin with:
-  funcprobe demo                        make a small policy and run everything on it
-  funcprobe run config.yaml             measure one step of your own checkpoint
-  funcprobe run config.yaml --lr 2e-8   the same, with another value of one key
-  funcprobe sweep config.yaml --lrs 1e-8:1e-4:9   the same at nine learning rates
-  funcprobe attribute config.yaml       which layers, prompts and tokens did it
-  funcprobe run --help                  every key of a configuration"""
+  funcprobe demo                            make a small policy and run everything on it
+  funcprobe run config.yaml                 measure one step of your own checkpoint
+  funcprobe run config.yaml --lr 2e-8       the same, with another value of one key
+  funcprobe curve config.yaml --lr-max 1e-4 the same at every learning rate up to there
+  funcprobe attribute config.yaml           which layers, prompts and tokens did it
+  funcprobe run --help                      every key of a configuration"""
 
 
 class Registered(NamedTuple):

@@ -77,7 +77,7 @@ def test_another_kind_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a result of kind 'attribution', and one of kind 'probe' was asked for; func"):
         fp.ProbeResult.load(tmp_path / "out")
     changed(tmp_path / "out", kind="tomorrow")
-    with pytest.raises(InputError, match="of kind 'tomorrow'; this funcprobe reads probe, sweep, comparison, attribut"):
+    with pytest.raises(InputError, match="of kind 'tomorrow'; this funcprobe reads probe, sweep, curve, comparison"):
         fp.load(tmp_path / "out")
 
 
