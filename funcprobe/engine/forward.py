@@ -208,18 +208,12 @@ def derivative(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
 
 def second_derivative(f: Functional, along: Directional) -> Tensor:
     """Return `d²/dε² f(s(ε))` at 0, that is `f″[ṡ, ṡ] + f′·s̈`, from the result of `directional(order=2)`."""
-    zero = torch.zeros_like(along.scores.logp[0, 0])
-    one = torch.ones_like(zero)
-
-    def slope(e: Tensor) -> Tensor:
-        return torch.func.jvp(lambda e: f(_curve(along, e)), (e,), (one,))[1]
-
-    return torch.func.jvp(slope, (zero,), (one,))[1]
-
-
-def _curve(along: Directional, e: Tensor) -> TokenScores:
     assert along.curvatures is not None, "the second order was not asked for"
-    return each(lambda s, ds, dds: s + e * ds + 0.5 * e * e * dds, along.scores, along.tangents, along.curvatures)
+
+    def slope(s: TokenScores, ds: TokenScores) -> Tensor:
+        return torch.func.jvp(f, (s,), (ds,))[1]  # s, ṡ -> f′·ṡ
+
+    return torch.func.jvp(slope, (along.scores, along.tangents), (along.tangents, along.curvatures))[1]
 
 
 def cotangents(f: Functional, at: TokenScores) -> TokenScores:
