@@ -25,11 +25,11 @@ def _scaled(x: Tensor, c: Any, y: Tensor, dx: Tensor) -> Tensor:
 
 
 def _shifted(x: Tensor, c: Any, y: Tensor, dx: Tensor) -> Tensor:
-    return dx.expand_as(y)
+    return dx.expand_as(y).clone()  # the model may write to its result in place, and x keeps its tangent
 
 
 def _subtracted(x: Tensor, c: Any, y: Tensor, dx: Tensor) -> Tensor:
-    return (-dx).expand_as(y)
+    return -dx.expand_as(y)
 
 
 def _divided(x: Tensor, c: Any, y: Tensor, dx: Tensor) -> Tensor:
@@ -89,5 +89,6 @@ _RULES: dict[Any, tuple[Rule, Rule]] = {
     **dict.fromkeys((torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__), (_scaled, _scaled)),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__), (_shifted, _shifted)),
     **dict.fromkeys((torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__), (_shifted, _subtracted)),
+    **dict.fromkeys((torch.rsub, Tensor.__rsub__), (_subtracted, _shifted)),
     **dict.fromkeys((torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__), (_divided, _divisor)),
 }

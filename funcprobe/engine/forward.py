@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, pieces
+from funcprobe.engine.constants import ConstantOperands
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
     TrainedRows,
@@ -159,7 +160,8 @@ def _pushing(policy: Policy, order: Literal[1, 2], as_training: bool) -> Iterato
     """Hold a policy to forward mode of that order, with the settings of the stack that each order needs."""
     once = OnceDifferentiable() if order == 1 else nullcontext()
     trained = TrainedRows() if as_training else whole_derivative(policy)
-    with forward_arithmetic(policy, order), once, trained, torch.set_grad_enabled(order == 2), forward_mode_errors():
+    kernels = forward_arithmetic(policy, order)
+    with ConstantOperands(), kernels, once, trained, torch.set_grad_enabled(order == 2), forward_mode_errors():
         yield
 
 
@@ -202,7 +204,8 @@ def _push(run: Callable[..., TokenScores], params: Params, direction: Params, or
 
 def derivative(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
     """Return `f(s)` and `Df(s)[ṡ]` for scores and tangents that `directional` returned; no model is run."""
-    value, slope = torch.func.jvp(f, (along.scores,), (along.tangents,))  # type: ignore[misc]
+    with ConstantOperands():
+        value, slope = torch.func.jvp(f, (along.scores,), (along.tangents,))  # type: ignore[misc]
     return value, slope
 
 
@@ -213,7 +216,8 @@ def second_derivative(f: Functional, along: Directional) -> Tensor:
     def slope(s: TokenScores, ds: TokenScores) -> Tensor:
         return torch.func.jvp(f, (s,), (ds,))[1]  # s, ṡ -> f′·ṡ
 
-    return torch.func.jvp(slope, (along.scores, along.tangents), (along.tangents, along.curvatures))[1]
+    with ConstantOperands():
+        return torch.func.jvp(slope, (along.scores, along.tangents), (along.tangents, along.curvatures))[1]
 
 
 def cotangents(f: Functional, at: TokenScores) -> TokenScores:
