@@ -13,7 +13,14 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch._C._functorch import TransformType, peek_interpreter_stack
+from torch._C._functorch import (
+    TransformType,
+    _unwrap_for_grad,
+    _wrap_for_grad,
+    get_interpreter_stack,
+    peek_interpreter_stack,
+)
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import TorchFunctionMode
 
 #: (dual, constant, their result, its tangent by the dual's) in terms of plain tensors.
@@ -43,9 +50,9 @@ def _divisor(x: Tensor, c: Any, y: Tensor, dx: Tensor) -> Tensor:
 class ConstantOperands(TorchFunctionMode):
     """A context in which `+ − × ÷` of a dual number and a constant go by a rule with one tangent term.
 
-    The rules are those of torch without the terms that are zero, in operations that have derivatives themselves: they
-    nest, as `jvp` written by hand does, and are batched by vmap. In place, with a further argument, of mixed dtypes or
-    under another transform than `torch.func.jvp`, an operation is torch's own.
+    The rules are those of torch without the terms that are zero. Of nested `jvp`s the outer one differentiates what the
+    inner one's rule is made of, by rules again; vmap batches them. In place, with a further argument, of mixed dtypes
+    or directly under another transform than `torch.func.jvp`, an operation is torch's own.
     """
 
     def __torch_function__(
@@ -62,10 +69,25 @@ class ConstantOperands(TorchFunctionMode):
                 fixed = args[other]
                 if not _same_arithmetic(args[place], fixed):
                     break
-                x = moving.primal
-                y = func(x, fixed) if place == 0 else func(fixed, x)
-                return forward_ad.make_dual(y, rules[place](x, fixed, y, moving.tangent))
+                return self._ruled(func, rules[place], moving.primal, moving.tangent, fixed, place)
         return func(*args)
+
+    def _ruled(self, func: Any, rule: Rule, x: Tensor, dx: Tensor, c: Any, place: int) -> Tensor:
+        """Return the dual of value and tangent, made at the level below where that is one of another `jvp`."""
+        if not _nested():
+            y = func(x, c) if place == 0 else func(c, x)
+            return forward_ad.make_dual(y, rule(x, c, y, dx))
+        interpreter = retrieve_current_functorch_interpreter()
+        level = interpreter.level()
+        x, dx, c = (_unwrap_for_grad(z, level) if isinstance(z, Tensor) else z for z in (x, dx, c))
+        with interpreter.lower(), self:  # neither moves at this level, so nothing of it is lost
+            y = func(x, c) if place == 0 else func(c, x)
+            dy = rule(x, c, y, dx)
+        return forward_ad.make_dual(_wrap_for_grad(y, level), _wrap_for_grad(dy, level))
+
+
+def _nested() -> bool:
+    return any(level.key() == TransformType.Jvp for level in get_interpreter_stack()[:-1])
 
 
 def _under_jvp() -> bool:

@@ -211,13 +211,20 @@ def derivative(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
 
 def second_derivative(f: Functional, along: Directional) -> Tensor:
     """Return `d²/dε² f(s(ε))` at 0, that is `f″[ṡ, ṡ] + f′·s̈`, from the result of `directional(order=2)`."""
+    return derivatives(f, along)[1]
+
+
+def derivatives(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
+    """Return `f′·ṡ` and `f″[ṡ, ṡ] + f′·s̈`, the first and second derivative along the line, from one nested pass."""
     assert along.curvatures is not None, "the second order was not asked for"
 
     def slope(s: TokenScores, ds: TokenScores) -> Tensor:
         return torch.func.jvp(f, (s,), (ds,))[1]  # s, ṡ -> f′·ṡ
 
+    at, toward = (along.scores, along.tangents), (along.tangents, along.curvatures)
     with ConstantOperands():
-        return torch.func.jvp(slope, (along.scores, along.tangents), (along.tangents, along.curvatures))[1]
+        first, second = torch.func.jvp(slope, at, toward)  # type: ignore[misc]
+    return first, second
 
 
 def cotangents(f: Functional, at: TokenScores) -> TokenScores:

@@ -149,8 +149,11 @@ def sample(
     def quantities(a: Tensor) -> Tensor:
         zero, found = a.sum() * 0.0, []
         for o in observables.values():
-            found += [evidence.change(o, a), zero if evidence.along is None else evidence.first_order(o, a)]
-            found += [evidence.second_order(o, a) if second else zero]
+            found.append(evidence.change(o, a))
+            if second:
+                found += evidence.orders(o, a)
+            else:
+                found += [zero if evidence.along is None else evidence.first_order(o, a), zero]
         return torch.stack(found)
 
     cells = evidence.rollouts.completion_mask.numel() * (2 + 2 * second) * len(observables)

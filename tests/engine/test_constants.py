@@ -107,6 +107,40 @@ def test_constants_are_batched_by_vmap() -> None:
         assert torch.equal(torch.vmap(push)(rows), own)
 
 
+def curve(x: Tensor, c: Tensor) -> Tensor:
+    return (1.0 - (x * x * c + c) / (c * c + 2.0)).exp()
+
+
+def push(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.func.jvp(f, (x,), (V,))[1]
+
+
+NESTINGS: dict[str, Callable[[], Tensor]] = {
+    "three times": lambda: push(push(push(lambda x: curve(x, CONSTANTS["row"]))))(X),
+    "twice under vmap of a constant": lambda: torch.vmap(lambda c: push(push(lambda x: curve(x, c)))(X))(
+        CONSTANTS["wider"].reshape(4, 3)
+    ),
+    "vmap between": lambda: push(lambda x: torch.vmap(lambda v: torch.func.jvp(cubed, (x,), (v,))[1])(PAIR))(X),
+    "gradient between": lambda: push(lambda x: torch.func.grad(lambda y: push(cubed)(y).sum())(x))(X),
+    "gradient outside": lambda: torch.func.grad(lambda x: push(push(cubed))(x).sum())(X),
+    "gradient inside": lambda: push(push(lambda x: torch.func.grad(lambda y: cubed(y).sum())(x)))(X),
+    "a constant that moves outside": lambda: push(lambda c: push(lambda x: curve(x, c + 2.0))(X))(X),
+}
+PAIR = torch.stack([V, 2 - V])
+
+
+def cubed(x: Tensor) -> Tensor:
+    return curve(x, CONSTANTS["row"])
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_rules_nest_with_one_another_and_with_other_transforms(nesting: str) -> None:
+    own = NESTINGS[nesting]()
+    with ConstantOperands():
+        made = NESTINGS[nesting]()
+    assert_same((made,), (own,))
+
+
 @pytest.mark.parametrize(
     "f",
     [
