@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from funcprobe import __version__
+from funcprobe.cli.allocation import keep_freed_memory
 from funcprobe.cli.options import Parser
 from funcprobe.errors import FuncprobeError
 
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: Any = None
     try:
         name, words = _chosen(list(sys.argv[1:] if argv is None else argv))
+        keep_freed_memory()
         command = importlib.import_module(COMMANDS[name].module).COMMAND
         command.main(words)
         return 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
 from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, pieces
+from funcprobe.engine.constants import ConstantOperands
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
     TrainedRows,
@@ -159,7 +160,8 @@ def _pushing(policy: Policy, order: Literal[1, 2], as_training: bool) -> Iterato
     """Hold a policy to forward mode of that order, with the settings of the stack that each order needs."""
     once = OnceDifferentiable() if order == 1 else nullcontext()
     trained = TrainedRows() if as_training else whole_derivative(policy)
-    with forward_arithmetic(policy, order), once, trained, torch.set_grad_enabled(order == 2), forward_mode_errors():
+    kernels = forward_arithmetic(policy, order)
+    with ConstantOperands(), kernels, once, trained, torch.set_grad_enabled(order == 2), forward_mode_errors():
         yield
 
 
@@ -202,24 +204,27 @@ def _push(run: Callable[..., TokenScores], params: Params, direction: Params, or
 
 def derivative(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
     """Return `f(s)` and `Df(s)[ṡ]` for scores and tangents that `directional` returned; no model is run."""
-    value, slope = torch.func.jvp(f, (along.scores,), (along.tangents,))  # type: ignore[misc]
+    with ConstantOperands():
+        value, slope = torch.func.jvp(f, (along.scores,), (along.tangents,))  # type: ignore[misc]
     return value, slope
 
 
 def second_derivative(f: Functional, along: Directional) -> Tensor:
     """Return `d²/dε² f(s(ε))` at 0, that is `f″[ṡ, ṡ] + f′·s̈`, from the result of `directional(order=2)`."""
-    zero = torch.zeros_like(along.scores.logp[0, 0])
-    one = torch.ones_like(zero)
-
-    def slope(e: Tensor) -> Tensor:
-        return torch.func.jvp(lambda e: f(_curve(along, e)), (e,), (one,))[1]
-
-    return torch.func.jvp(slope, (zero,), (one,))[1]
+    return derivatives(f, along)[1]
 
 
-def _curve(along: Directional, e: Tensor) -> TokenScores:
+def derivatives(f: Functional, along: Directional) -> tuple[Tensor, Tensor]:
+    """Return `f′·ṡ` and `f″[ṡ, ṡ] + f′·s̈`, the first and second derivative along the line, from one nested pass."""
     assert along.curvatures is not None, "the second order was not asked for"
-    return each(lambda s, ds, dds: s + e * ds + 0.5 * e * e * dds, along.scores, along.tangents, along.curvatures)
+
+    def slope(s: TokenScores, ds: TokenScores) -> Tensor:
+        return torch.func.jvp(f, (s,), (ds,))[1]  # s, ṡ -> f′·ṡ
+
+    at, toward = (along.scores, along.tangents), (along.tangents, along.curvatures)
+    with ConstantOperands():
+        first, second = torch.func.jvp(slope, at, toward)  # type: ignore[misc]
+    return first, second
 
 
 def cotangents(f: Functional, at: TokenScores) -> TokenScores:

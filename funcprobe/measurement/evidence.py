@@ -49,6 +49,12 @@ class Evidence(NamedTuple):
         assert self.along is not None
         return 0.5 * engine.second_derivative(self.of(observable, a), self.along)
 
+    def orders(self, observable: Observable, a: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return δF₁ and δF₂ from one pass over the functions of scores, where curvatures were taken."""
+        assert self.along is not None
+        first, second = engine.derivatives(self.of(observable, a), self.along)
+        return first, 0.5 * second
+
     def noise(self, observable: Observable) -> float:
         """Return the size below which a change of the observable is float64 rounding of F alone."""
         return NOISE * abs(float(self.before(observable)))

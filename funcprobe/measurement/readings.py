@@ -177,10 +177,12 @@ def sample_orders(
     second = evidence.along is not None and evidence.along.curvatures is not None
 
     def quantities(a: Tensor) -> Tensor:
-        zero, found = a.sum() * 0.0, []
+        zero, found = a.sum() * 0.0, list[Tensor]()
         for o in observables.values():
-            found += [zero if evidence.along is None else evidence.first_order(o, a)]
-            found += [evidence.second_order(o, a) if second else zero]
+            if second:
+                found += evidence.orders(o, a)
+            else:
+                found += [zero if evidence.along is None else evidence.first_order(o, a), zero]
         return torch.stack(found)
 
     labels = [f"The {what} of '{name}'" for name in observables for what in ("first order", "second order")]

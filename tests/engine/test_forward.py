@@ -16,7 +16,7 @@ from funcprobe import engine, tree
 from funcprobe.data.rollouts import concatenate
 from funcprobe.engine import kernels
 from funcprobe.errors import ForwardModeError, NumericsError
-from funcprobe.types import Rollouts
+from funcprobe.types import Rollouts, TokenScores
 from tests.cases import models, tables
 from tests.cases.engines import entropy_of, setting
 
@@ -158,3 +158,27 @@ def test_a_padding_row_moves_observables_and_not_the_training_step() -> None:
     trained = engine.gradient(f, policy, params, rollouts).gradient
     assert float(trained["embed.weight"][3].abs().max()) == 0.0  # as a training loop's .backward() leaves it
     torch.testing.assert_close(trained["embed.weight"][4], exact["embed.weight"][4], rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("build", ["two lines", "qwen2, tied"])
+def test_both_orders_of_a_function_of_scores_come_from_one_pass(build: str) -> None:
+    policy, params, v, rollouts = setting(build)
+    along = engine.directional(policy, params, v, rollouts, order=2)
+    assert along.curvatures is not None
+
+    def f(scores: TokenScores) -> Tensor:
+        return entropy_of(fp.entropy(), engine.each(lambda s, at: 1.5 * s - 0.5 * at, scores, along.scores), rollouts)[
+            0
+        ]
+
+    def line(e: Tensor) -> Tensor:
+        return f(engine.each(lambda s, ds, dds: s + e * ds + 0.5 * e * e * dds, *along))
+
+    first, second = engine.derivatives(f, along)
+    assert torch.equal(first, engine.derivative(f, along)[1])
+    assert torch.equal(second, engine.second_derivative(f, along))
+    at = torch.zeros((), dtype=torch.float64)
+    slope, curvature = torch.func.grad(line), torch.func.grad(torch.func.grad(line))
+    # float64, by reverse mode twice: the roundings of sums of some hundred terms
+    torch.testing.assert_close(first, slope(at), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(second, curvature(at), rtol=1e-11, atol=1e-12)
