@@ -19,6 +19,7 @@ import torch
 
 from funcprobe import engine
 from funcprobe.analysis.probe import result_of
+from funcprobe.attribution.conditioning import cautions, concentrations
 from funcprobe.attribution.decoding import vocabulary_of
 from funcprobe.attribution.influence import check_influence, influence_of
 from funcprobe.attribution.parameter_parts import leaf_parts
@@ -108,11 +109,16 @@ def attribute(
     of_batch = _on_batch(measurement, parts, response, info["lr"])
     if form == "auto" and chosen == "jacobian":
         measurement.messages.note("jacobian", NO_ADDITIVE_FORM)
+    found = concentrations(parts, response.direction, of_batch.total.sum(1))
+    warned = tuple(cautions(found, chosen))
+    measurement.messages.warn(*warned)
     matrix = None
     if influence is not None:
         matrix = influence_of(measurement.passes, c, parts, by=influence, leaves=leaves, chunk=chunk)
     bars = part_bars(measurement, evidence, parts, bars_of, chunk)
-    outcome = dataclasses.replace(outcome, notes=tuple(measurement.messages.notes))
+    outcome = dataclasses.replace(
+        outcome, notes=tuple(measurement.messages.notes), warnings=(*outcome.warnings, *warned)
+    )
     return Attribution(
         probe=result_of(measurement, update, move, first, outcome, evidence),
         observable=name,
@@ -123,6 +129,7 @@ def attribute(
         influence=matrix,
         vocabulary=vocabulary,
         bars=bars,
+        concentrations=found,
     )
 
 

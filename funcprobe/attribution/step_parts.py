@@ -73,14 +73,15 @@ class StepParts:
             yield from offsets_of(self.rule, self.params, self.opt_state, self.gradient, self.lr).items()
         elif table in ("prompts", "sequences"):
             for number, rows in members(self.prepared, table):
-                yield str(number), self._moved_by(self._gradient_of(rows))
+                yield str(number), self._moved_by(self.gradient_of(rows))
         else:
             label_of = PARAMETER_TABLES.get(table)
             labels = {n: n if label_of is None else label_of(read_name(n)) for n in self.delta}
             for label in dict.fromkeys(found for found in labels.values() if found is not None):
                 yield label, {n: u if labels[n] == label else torch.zeros_like(u) for n, u in self.delta.items()}
 
-    def _gradient_of(self, rows: Tensor) -> Params:
+    def gradient_of(self, rows: Tensor) -> Params:
+        """Return what some rows of U add to the gradient of the loss on all of it."""
         part = take(self.prepared, rows)
         c = engine.rows_of(self.on_batch, rows, part)
         stats = self.step.objective.stats

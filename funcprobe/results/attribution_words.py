@@ -67,6 +67,11 @@ def ledger_rows(parts: Parts) -> list[tuple[str, str]]:
             for row, value in parts.ledger.items()
         ),
         ("parts − whole", f"{parts.completeness_error:.1e} of Σ|parts|"),
+        ("Σ|tokens of U| / |δF₁|", f"{parts.cancellation:.3g}"),
+        *(
+            ("largest entry of a sequence", f"{percent(row.share)} of sequence {row.sequence}, in {row.leaf}")
+            for row in sorted(parts.concentrations, key=lambda row: -row.share)[:1]
+        ),
     ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from funcprobe.attribution.conditioning import Concentration
 from funcprobe.attribution.influence import Influence
 from funcprobe.attribution.parameter_parts import PARAMETER_TABLES, LeafName, LeafPart, read_name, rolled_up
 from funcprobe.attribution.part_bars import PartBars
@@ -40,6 +41,7 @@ class Parts:
     influence: Influence | None = None  #: batch sequences on evaluation rows, where it was asked for
     vocabulary: dict[int, str] | None = None  #: the text of token ids; None where no tokenizer was given
     bars: PartBars = field(default_factory=dict)  #: error bars of parts, by table and row, of those asked for
+    concentrations: tuple[Concentration, ...] = ()  #: single entries in the sequences of U that contribute most
 
     def __post_init__(self) -> None:
         """Check that the observable is among the probe's.
@@ -95,6 +97,11 @@ class Parts:
     def completeness_error(self) -> float:
         """The largest of `completeness`: rounding, about 1e-15 in float64 and 1e-6 in float32."""
         return max(self.completeness.values())
+
+    @property
+    def cancellation(self) -> float:
+        """Σ|tokens of U| / |δF₁|: how much larger the parts are than what they leave; infinite where they leave 0."""
+        return self.batch.magnitude() / abs(self.first_order) if self.first_order else math.inf
 
     def columns(self, table: str = "tokens", of: Batch = "batch") -> Columns:
         """Return a table as plain columns; see `to_frame`.
