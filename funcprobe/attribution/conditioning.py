@@ -1,4 +1,4 @@
-"""Whether single parameter entries carry whole rows of U: what a sum of parts cannot show, being right all the same.
+"""Single parameter entries that carry whole rows of U, which sums of parts cannot show, being right all the same.
 
 In the additive form a sequence contributes `Σ_n u_n g_n` over parameter entries n, with u = scale ⊙ ∇F. AdamW's scale
 is about 1/|g| where the second moment was 0 before the step, and where the gradients of U nearly cancel in an entry,
@@ -28,7 +28,7 @@ CHUNK = 2**20
 
 
 class Concentration(NamedTuple):
-    """The parameter entry that carries most of what one sequence of U contributes."""
+    """The parameter entry that carries most of one sequence of U."""
 
     sequence: int  #: the row of U
     leaf: str  #: the leaf that the entry belongs to

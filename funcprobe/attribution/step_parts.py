@@ -81,7 +81,7 @@ class StepParts:
                 yield label, {n: u if labels[n] == label else torch.zeros_like(u) for n, u in self.delta.items()}
 
     def gradient_of(self, rows: Tensor) -> Params:
-        """Return what some rows of U add to the gradient of the loss on all of it."""
+        """Return the part of some rows of U in the gradient of the loss on all of it."""
         part = take(self.prepared, rows)
         c = engine.rows_of(self.on_batch, rows, part)
         stats = self.step.objective.stats

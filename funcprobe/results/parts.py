@@ -100,7 +100,7 @@ class Parts:
 
     @property
     def cancellation(self) -> float:
-        """Σ|tokens of U| / |δF₁|: how much larger the parts are than what they leave; infinite where they leave 0."""
+        """The size of the parts of U relative to their sum, Σ|tokens of U| / |δF₁|; infinite where they leave 0."""
         return self.batch.magnitude() / abs(self.first_order) if self.first_order else math.inf
 
     def columns(self, table: str = "tokens", of: Batch = "batch") -> Columns:
