@@ -24,8 +24,8 @@ KERNELS: dict[type[torch.optim.Optimizer], Kernel] = {
 }
 
 
-#: Entries of a leaf that are worked on at once; float64 temporaries of about ten times this many exist.
-CHUNK = 2**22
+#: Entries of a leaf that are worked on at once: the ten or so float64 temporaries of a chunk stay in a core's cache.
+CHUNK = 2**16
 
 
 class Affine(NamedTuple):

@@ -154,6 +154,8 @@ def _adam_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> T
 
 def _sqrt(v: Tensor) -> Tensor:
     """Return √v with derivative 0 at v = 0: a leaf entry that never had a gradient would give 0 · ∞ there."""
+    if not (v.requires_grad or torch._C._are_functorch_transforms_active()):
+        return torch.sqrt(v)
     zero = v == 0
     return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, v)))
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import NumericsError
@@ -74,13 +75,18 @@ class Rule:
         return {name: None if g is None else g * coefficient for name, g in gradient.items()}, coefficient, norm
 
 
+def _is_finite(leaf: Tensor) -> bool:
+    """Return whether all entries are finite: their sum is, or, should it have left the range, each of them is."""
+    return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())
+
+
 def check_finite(leaves: Params, what: str) -> None:
     """Check that every leaf is finite.
 
     Raises:
         NumericsError: If one is not; the message names it.
     """
-    bad = [name for name, leaf in leaves.items() if not bool(torch.isfinite(leaf).all())]
+    bad = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
     if bad:
         raise NumericsError(
             f"The {what} is not finite at '{bad[0]}' ({str(leaves[bad[0]].dtype).removeprefix('torch.')})"
