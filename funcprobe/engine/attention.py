@@ -23,7 +23,7 @@ from funcprobe.engine.attention_blocks import Block, Chunk, blocks_of, chunks_of
 
 #: Queries and keys in a block, and entries of the attention matrices that are made at once: on a processor what stays
 #: in its cache, on an accelerator what keeps it busy.
-BLOCKS = {"cpu": (128, 512, 2**17), "cuda": (512, 1024, 2**25)}
+BLOCKS = {"cpu": (128, 512, 2**17), "cuda": (1024, 1024, 2**25)}
 
 #: The most that a mask may add to all that a query sees: as large as scores are, which ℓ carries anyway.
 LARGEST_BIAS = 64.0
@@ -160,6 +160,7 @@ def _fused(
     if query.shape[-1] != value.shape[-1] or (causal and query.shape[-2] != key.shape[-2]):
         return None
     rows = query.shape[-2]
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if query.device.type == "cpu":
         hidden = _additive(mask, query.dtype)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -311,7 +312,8 @@ def _probabilities(
     """Return a block of P, `[n, G t, s]`."""
     k, groups = chunk.columns(key, block.keys), q.shape[1] // (block.queries.stop - block.queries.start)
     if q.dtype == torch.bfloat16:
-        p = _product(q, k.mT).mul_(scale).sub_(ell)
+        p = _product(q, k.mT)
+        p = torch.add(-ell, p, alpha=scale, out=p)  # one pass over memory
     else:
         p = torch.baddbmm(ell, q, k.mT, beta=-1, alpha=scale)
     by_group = p.unflatten(1, (groups, -1))  # a view: what is written to it is written to P
