@@ -71,6 +71,7 @@ SCRIPTS = (
     Script("predictors"),
     Script("startup"),
     Script("length", "", "", None),
+    Script("attention", "", "", f"--longest 256 --rounds 1 --json {os.devnull}"),
     Script("variance", quick=None),
     Script("coverage", quick=None),
 )

@@ -18,7 +18,7 @@ import funcprobe as fp
 from funcprobe import engine
 from funcprobe.analysis.probe import probe
 from funcprobe.data.rollouts import microbatches, take, to_device
-from funcprobe.engine import kernels
+from funcprobe.engine import attention, kernels
 from funcprobe.policy.module import Policy
 from funcprobe.types import Objective, Params, Rollouts, TokenScores
 
@@ -100,11 +100,20 @@ def forward_mode(work: Workload) -> Any:
     return engine.directional(work.policy, work.params, work.params, work.rollouts, microbatch=work.size.microbatch)
 
 
-def forward_uncut(work: Workload) -> Any:
-    """Do the same with attention in one piece."""
-    budget, kernels.ATTENTION_BUDGET = kernels.ATTENTION_BUDGET, 2**62
+def forward_math(work: Workload) -> Any:
+    """Do the same with attention in the math kernel, a block of queries at a time."""
+    own, attention.attend = attention.attend, lambda *_, **__: None  # type: ignore[assignment]
     try:
         return forward_mode(work)
+    finally:
+        attention.attend = own
+
+
+def forward_uncut(work: Workload) -> Any:
+    """Do that with attention in one piece."""
+    budget, kernels.ATTENTION_BUDGET = kernels.ATTENTION_BUDGET, 2**62
+    try:
+        return forward_math(work)
     finally:
         kernels.ATTENTION_BUDGET = budget
 
@@ -179,6 +188,7 @@ PASSES: dict[str, Callable[[Workload], Any]] = {
     for f in (
         scoring,
         forward_mode,
+        forward_math,
         forward_uncut,
         second_order,
         reverse_mode,

@@ -64,8 +64,8 @@ def directional(
     """Return the scores of a batch and their tangents along `direction`, by one forward-mode pass.
 
     `ṡ = (∂s/∂θ) v`, with v taken in the dtype of the parameters, and with `order=2` also `s̈ = (∂²s/∂θ²)[v, v]` by
-    nesting. Nothing is stored for a backward pass. Attention runs in the math kernel, the one that has forward
-    derivatives, a block of queries at a time, so that its memory does not grow with the square of the length.
+    nesting. Nothing is stored for a backward pass. Attention runs in a fused kernel with tangents by blocks, at order 2
+    in torch's math kernel a block of queries at a time: its memory does not grow with the square of the length.
     `as_training` leaves out what reading the row `padding_idx` of an embedding contributes, as torch's backward pass
     does: the tangents are then the transpose of a training loop's gradient. With `leaves` only these move, which costs
     less: what does not move has no tangent product.

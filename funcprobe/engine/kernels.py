@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from funcprobe.engine import attention
 from funcprobe.errors import ForwardModeError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.running import Watch, first_sentence, running_module
@@ -129,14 +130,20 @@ def _by_query_blocks(
     is_causal: bool = False,
     **options: Any,
 ) -> Tensor:
-    kind = query.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        # the kernel is made of products, which autocast would cast one by one; a backward pass then meets both dtypes
-        low = torch.get_autocast_dtype(kind)
-        query, key, value = (x.to(low) if x.dtype == torch.float32 else x for x in (query, key, value))
-        attn_mask = attn_mask.to(low) if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-        with torch.autocast(kind, enabled=False):
-            return _by_query_blocks(query, key, value, attn_mask, dropout_p, is_causal, **options)
+    (query, key, value, attn_mask), nothing_more = attention.as_autocast(query, key, value, attn_mask)
+    with nothing_more:
+        return _blocks_of_queries(query, key, value, attn_mask, dropout_p, is_causal, **options)
+
+
+def _blocks_of_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    **options: Any,
+) -> Tensor:
     attend = partial(_attend, dropout_p=dropout_p, **options)
     queries, keys = query.shape[-2], key.shape[-2]
     block = max(SMALLEST_BLOCK, ATTENTION_BUDGET // (math.prod(query.shape[:-2]) * keys))
@@ -219,6 +226,25 @@ class _FrozenLinear(torch.autograd.Function):
         return torch.nn.functional.linear(tangent, ctx.saved_tensors[0])
 
 
+class FusedAttention(TorchFunctionMode):
+    """A context in which attention runs in a fused kernel and has a forward derivative, by a rule of its own.
+
+    Where the rule does not hold, and in nested forward mode, which would lose a term in silence, attention is left to
+    the math kernel. It is part of the arithmetic of forward mode, so that scores at one θ are subtracted from scores
+    at another that came from the same kernel.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func`, attention by its own rule."""
+        kwargs = kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        attended = attention.attend(*args, **kwargs)
+        return func(*args, **kwargs) if attended is None else attended
+
+
 class TwiceDifferentiable(TorchFunctionMode):
     """A context in which `layer_norm` is spelled out in elementary operations.
 
@@ -253,7 +279,7 @@ def _layer_norm(
 @contextmanager
 def forward_arithmetic(policy: Policy, order: Literal[1, 2] = 1) -> Iterator[None]:
     """Hold a policy to kernels and formulas that have forward derivatives up to an order."""
-    with differentiable_attention(policy), TwiceDifferentiable() if order == 2 else nullcontext():
+    with differentiable_attention(policy), TwiceDifferentiable() if order == 2 else FusedAttention():
         yield
 
 

