@@ -76,7 +76,8 @@ def costs(pair: Pair, options: Any) -> list[dict[str, Any]]:
             "curve": partial(curved, pair, lrs),
             "loop": partial(looped, pair, lrs),
         }
-        counted = {name: comparing.flops(run) for name, run in runs.items()}
+        # FLOPs are those of the CPU; older versions of torch cannot count a module's backward pass
+        counted = {name: comparing.flops(run) for name, run in runs.items()} if options.device == "cpu" else None
         taken = timing.side_by_side(runs["curve"], runs["loop"], options.rounds, options.device, number > 0)
         result = curved(pair, lrs)
         rows.append(
@@ -85,7 +86,7 @@ def costs(pair: Pair, options: Any) -> list[dict[str, Any]]:
                 "nodes": result.nodes,
                 "reach": result.reach,
                 "flops": counted,
-                "flops_ratio": counted["curve"] / counted["loop"],
+                "flops_ratio": None if counted is None else counted["curve"] / counted["loop"],
                 "time": taken._asdict(),
             }
         )
@@ -147,7 +148,7 @@ def main() -> None:
         [
             str(row["learning_rates"]),
             str(row["nodes"]),
-            f"{row['flops_ratio']:.3f}",
+            "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}",
             f"{row['time']['median']:.3f} ({row['time']['low']:.3f} .. {row['time']['high']:.3f})",
             f"{row['time']['cpu']:.3f}",
         ]
