@@ -20,8 +20,8 @@ from funcprobe.measurement.routing import Choices, watched
 from funcprobe.measurement.second_order import curved, second_by_reverse
 from funcprobe.types import Observable, Params, Rollouts, TokenScores
 
-_MATH_KERNEL = Note(
-    "kernels", "attention ran in the math kernel on E, because fused kernels have no forward derivative"
+_OWN_FORM = Note(
+    "kernels", "attention on E ran in a form that has a forward derivative, which torch's fused kernels have not"
 )
 _ONE_BY_ONE = Note("kernels", "experts ran one by one on E, because grouped products have no forward derivative")
 
@@ -166,7 +166,7 @@ def _along(
 
 def _kernels(arithmetic: engine.Arithmetic) -> list[Note]:
     """Say which kernels stood in for the policy's own."""
-    attention = [_MATH_KERNEL] if arithmetic.fused_attention else []
+    attention = [_OWN_FORM] if arithmetic.fused_attention else []
     return attention + ([_ONE_BY_ONE] if arithmetic.grouped_experts else [])
 
 
