@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import memory, record, timing, workload
+from harness import counting, memory, record, timing, workload
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from funcprobe import engine, tree
 from funcprobe.results.environment import describe_environment
@@ -102,7 +101,7 @@ def vocabulary(options: Options) -> Iterator[Row]:
 
 
 def flops(options: Options) -> Iterator[Row]:
-    """Count the FLOPs of whole probes; attention in the math kernel throughout, the one whose products are counted."""
+    """Count the FLOPs of whole probes; attention in the math kernel but in forward mode."""
     few = replace(
         workload.for_time(options.device), length=64, sequences=4, microbatch=2
     )  # counts are exact at any size
@@ -162,18 +161,12 @@ def _probe_flops(work: workload.Workload, lr: float, what: str, target: float | 
     """Yield the count over 3u + 4.3e, u and e being one scoring pass over U and over E."""
     held_out = workload.evaluation(work)
     with engine.math_attention():
-        u = _count(partial(workload.scoring, work))
-        e = _count(lambda: engine.scores(work.policy, work.params, held_out, microbatch=work.size.microbatch))
-        whole = _count(partial(workload.whole_probe, work, lr))
+        u = counting.flops(partial(workload.scoring, work))
+        e = counting.flops(lambda: engine.scores(work.policy, work.params, held_out, microbatch=work.size.microbatch))
+        whole = counting.flops(partial(workload.whole_probe, work, lr))
     in_e = (whole - 3 * u) / e
     detail = {"u": u, "e": e, "probe": whole, "lr": lr, "size": work.size.__dict__, "in_passes": f"3u + {in_e:.4f}e"}
     yield Row("flops", f"{what} / (3u + 4.3e)", whole / (3 * u + 4.3 * e), None, None, target, False, detail)
-
-
-def _count(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def _table(rows: list[Row], options: Options) -> Table:

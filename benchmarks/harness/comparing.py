@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from funcprobe import engine
 from funcprobe.results.environment import describe_environment
 from funcprobe.types import Params
 
-from . import memory, record
+from . import counting, memory, record
 from .pair import MODELS, Pair, Shape, build
 
 #: What `--quick` takes in place of the defaults; what is said beside it still counts.
@@ -60,10 +59,9 @@ def shape_of(options: argparse.Namespace) -> Shape:
 
 
 def flops(run: Callable[[], Any]) -> int:
-    """Return the FLOPs of a run, exactly; attention in the math kernel, because fused CPU kernels are not counted."""
-    with engine.math_attention(), FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+    """Return the FLOPs of a run, exactly; attention in the math kernel where that is free to choose."""
+    with engine.math_attention():
+        return counting.flops(run)
 
 
 def peak(options: argparse.Namespace, what: str) -> float:

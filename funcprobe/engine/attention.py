@@ -164,10 +164,8 @@ def _fused(
     if query.device.type == "cpu":
         hidden = _additive(mask, query.dtype)
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        # of a query that sees nothing it says O = 0 and ℓ = 0: finite, so that its row of P is the zero that it must be
         out, lse = kernel(query, key, value, 0.0, causal, attn_mask=hidden, scale=scale)
-        if hidden is not None:
-            # torch's kernel says ℓ = 0 of a query that sees nothing; with ∞ its row of P is the zero that it must be
-            lse = lse.masked_fill((hidden == -math.inf).all(-1), math.inf)
         return out, lse
     if query.device.type == "cuda" and mask is None and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256:
         if query.dtype in (torch.bfloat16, torch.float16):
@@ -218,7 +216,7 @@ def _by_rows(
             elif hidden is not None:
                 by_group.add_(chunk.of_mask(hidden, block, heads, groups))
             ell = torch.logsumexp(s, -1, keepdim=True)
-            ell = ell.masked_fill_(ell == -math.inf, math.inf)  # as above, of a query that sees nothing
+            ell = ell.masked_fill_(ell == -math.inf, math.inf)  # of a query that sees nothing: P = 0
             chunk.place(ell, norms, at)
             chunk.place(torch.bmm(s.sub_(ell).exp_(), chunk.columns(value, block.keys)), outs, at)
     return out.to(dtype), lse.squeeze(-1)
