@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import NumericsError
@@ -80,10 +81,15 @@ def check_finite(leaves: Params, what: str) -> None:
     Raises:
         NumericsError: If one is not; the message names it.
     """
-    bad = [name for name, leaf in leaves.items() if not bool(torch.isfinite(leaf).all())]
+    bad = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
     if bad:
         raise NumericsError(
             f"The {what} is not finite at '{bad[0]}' ({str(leaves[bad[0]].dtype).removeprefix('torch.')})"
             + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
             + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
         )
+
+
+def _is_finite(leaf: Tensor) -> bool:
+    """Return whether every entry is finite: so where their sum is, and counted where that overflows or is not."""
+    return bool(torch.isfinite(leaf.detach().sum())) or bool(torch.isfinite(leaf).all())
