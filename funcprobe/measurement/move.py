@@ -8,15 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from funcprobe import tree
 from funcprobe.types import Params
+
+#: Entries of a leaf that are worked on at once, on a CPU and on a GPU, where a piece costs its launches instead.
+CHUNK, DEVICE_CHUNK = 2**17, 2**22
 
 #: Above this ratio of rounding to update, θ′ as stored is another step than θ + Δθ, and both are told.
 WORTH_TELLING = 1e-2
-
-
-#: How many entries of a leaf are widened to float64 at once.
-CHUNK = 2**16
 
 
 class Movement(NamedTuple):
@@ -55,17 +53,22 @@ def displacement(params: Params, after: Params) -> Params:
 
 
 def movement(params: Params, after: Params, delta: Params) -> Movement:
-    """Return how far a step went, in one sweep over pieces of the leaves."""
-    norm, square, wanted, stuck = float(tree.norm(delta)), 0.0, 0, 0
-    for name, u in delta.items():
-        pieces = (x.reshape(-1).split(CHUNK) for x in (params[name], after[name], u))
-        for p, q, v in zip(*pieces, strict=True):
-            off = ((q.double() - p.double()) - v.double()).to(v.dtype).double()
-            square += float(torch.dot(off, off))
-            moves = v != 0
+    """Return how far a step went, in one pass over pieces of the leaves, which a cache holds."""
+    went = lost = 0.0
+    wanted = stuck = 0
+    for name, leaf in delta.items():
+        size = CHUNK if leaf.device.type == "cpu" else DEVICE_CHUNK
+        flat = (x.detach().reshape(-1).split(size) for x in (params[name], after[name], leaf))
+        for p, q, u in zip(*flat, strict=True):
+            wide = u.double()
+            off = (q.double() - p.double()).sub_(wide).to(u.dtype).double()
+            went += float(torch.dot(wide, wide))
+            lost += float(torch.dot(off, off))
+            moves = u != 0
             wanted += int(moves.sum())
-            stuck += int((moves & (q == p)).sum())
-    return Movement(norm, math.sqrt(square) / norm if norm > 0 else 0.0, stuck / wanted if wanted else 0.0)
+            stuck += int(moves.logical_and_(q == p).sum())
+    ratio = math.sqrt(lost) / math.sqrt(went) if went > 0 else 0.0
+    return Movement(math.sqrt(went), ratio, stuck / wanted if wanted else 0.0)
 
 
 def _off(params: Params, after: Params, delta: Params, name: str) -> Tensor:

@@ -142,14 +142,19 @@ def _adam_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> T
     (beta1, beta2), eta, decay = hyper["betas"], hyper["lr"], hyper["weight_decay"]
     theta, m, v = leaf.double(), state["exp_avg"].double(), state["exp_avg_sq"].double()
     sign, decoupled = (-1.0 if hyper["maximize"] else 1.0), hyper["decoupled_weight_decay"]
-    d = gradient.double() * sign + (0.0 if decoupled or decay == 0 else decay * theta)
-    v = beta2 * v + (1 - beta2) * d * d
+    d = gradient.double() if sign == 1.0 else gradient.double() * sign
+    d = d if decoupled or decay == 0 else d + decay * theta
+    v = ((1 - beta2) * d * d).add_(beta2 * v)
     v = torch.maximum(v, state["max_exp_avg_sq"].double()) if hyper["amsgrad"] else v
     t = float(state["step"]) + 1
-    denom = _sqrt(v) / (1 - beta2**t) ** 0.5 + hyper["eps"]
+    denom = (_sqrt(v) / (1 - beta2**t) ** 0.5).add_(hyper["eps"])
     base = (-eta / (1 - beta1**t)) / denom
     scale = base * (1 - beta1)
-    return Terms(scale * sign, base * (beta1 * m), (-eta * decay) * theta if decoupled else scale * (decay * theta))
+    return Terms(
+        scale if sign == 1.0 else scale * sign,
+        base * (beta1 * m),
+        (-eta * decay) * theta if decoupled else scale * (decay * theta),
+    )
 
 
 def _sqrt(v: Tensor) -> Tensor:

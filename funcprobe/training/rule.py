@@ -75,11 +75,6 @@ class Rule:
         return {name: None if g is None else g * coefficient for name, g in gradient.items()}, coefficient, norm
 
 
-def _is_finite(leaf: Tensor) -> bool:
-    """Return whether all entries are finite: their sum is, or, should it have left the range, each of them is."""
-    return bool(torch.isfinite(leaf.sum())) or bool(torch.isfinite(leaf).all())
-
-
 def check_finite(leaves: Params, what: str) -> None:
     """Check that every leaf is finite.
 
@@ -93,3 +88,8 @@ def check_finite(leaves: Params, what: str) -> None:
             + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
             + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
         )
+
+
+def _is_finite(leaf: Tensor) -> bool:
+    """Return whether every entry is finite: so where their sum is, and counted where that overflows or is not."""
+    return bool(torch.isfinite(leaf.detach().sum())) or bool(torch.isfinite(leaf).all())
