@@ -12,6 +12,7 @@ from torch import Tensor
 
 import funcprobe as fp
 from funcprobe import tree
+from funcprobe.errors import FuncprobeWarning
 from funcprobe.types import Params, Rollouts, Statistic, TokenScores
 from tests.cases.attributions import Stepped
 from tests.cases.probes import E, U
@@ -110,7 +111,10 @@ def test_the_two_forms_answer_two_questions(name: str) -> None:
 def test_a_first_step_of_adam_is_a_sign_and_hardly_answers_to_a_weight() -> None:
     """With cold moments Δθ = −η g/(|g| + ε): additively all of it is the gradient's; its slope is ε/|g| of that."""
     case = Stepped("two lines", "grpo", fp.adamw(LR, weight_decay=0.0), cold=True)
-    additive, jacobian = (case.attribute(form=form) for form in ("additive", "jacobian"))
+    # where g nearly cancels over U, its sign is one entry's that carries whole rows
+    with pytest.warns(FuncprobeWarning, match="One entry of head.weight carries"):
+        additive = case.attribute(form="additive")
+    jacobian = case.attribute(form="jacobian")
     assert additive.ledger["gradient on U"] == pytest.approx(additive.first_order, rel=1e-12)
     assert jacobian.batch.magnitude() < 1e-3 * additive.batch.magnitude()
     assert jacobian.ledger["rest"] == pytest.approx(jacobian.first_order, rel=1e-2)
