@@ -254,7 +254,7 @@ def _tangents(point: _Point, moves: _Moves, causal: bool, scale: float) -> Tenso
     if kind != "cuda" or dtype != torch.bfloat16:  # whose products an accelerator sums in float32 by itself
         query, key, value, out = (_wide(x) for x in (query, key, value, out))
         moves = _Moves(*(None if x is None else _wide(x) for x in moves))
-    moved = torch.zeros(moves.many, *out.shape, dtype=dtype, device=query.device)
+    moved, halved = torch.zeros(moves.many, *out.shape, dtype=dtype, device=query.device), dtype.itemsize < 4
     sides = _sides(query, key, moves)
     queries_of, outs, norms, moved_of = (x.unflatten(-3, (heads, -1)) for x in (query, out, lse[..., None], moved))
     lefts = None if sides is None else sides[0].unflatten(-3, (heads, -1))
@@ -267,9 +267,13 @@ def _tangents(point: _Point, moves: _Moves, causal: bool, scale: float) -> Tenso
             q, o, ell = (chunk.rows(x, at) for x in (queries_of, outs, norms))
             sums = [torch.zeros_like(o, dtype=ell.dtype) for _ in range(moves.many)]
             means = [torch.zeros_like(ell) for _ in range(moves.many)]
+            # rowsum(P∘Ṡ) grows with the scores, and would multiply the rounding of an O that half precision keeps
+            o = torch.zeros_like(o, dtype=ell.dtype) if halved else o
             for block in row:
                 p = _probabilities(q, key, ell, mask, causal, scale, chunk, block, heads)
                 v = chunk.columns(value, block.keys)
+                if halved:
+                    _add_product(o, p, v)
                 for k in range(moves.many):
                     if lefts is not None and sides is not None:
                         ds = _product(chunk.rows(lefts[k], at), chunk.columns(sides[1][k], block.keys).mT).mul_(p)

@@ -161,8 +161,10 @@ def test_where_the_rule_does_not_hold_it_says_so() -> None:
 
 @pytest.mark.parametrize(("dtype", "by"), [(torch.float32, 4.0), (torch.bfloat16, 2.0)])
 @pytest.mark.parametrize("mask", ["causal", "boolean"])
-def test_it_rounds_as_the_math_kernel_does(dtype: torch.dtype, by: float, mask: str) -> None:
+@pytest.mark.parametrize("sharp", [1.0, 8.0])
+def test_it_rounds_as_the_math_kernel_does(dtype: torch.dtype, by: float, mask: str, sharp: float) -> None:
     wide = problem(3, 64, 64, 2, 3, (4,), mask)
+    wide = wide._replace(**{wide._fields[0]: (sharp * wide[0][0], *wide[0][1:])})
     low = Problem(*((tuple(x.to(dtype) for x in given)) for given in wide[:2]), wide.options)
     truth = pushed(
         math_kernel, Problem(*(tuple(x.double() for x in given) for given in low[:2]), wide.options), (0, 1, 2)
@@ -172,8 +174,8 @@ def test_it_rounds_as_the_math_kernel_does(dtype: torch.dtype, by: float, mask: 
         return (pushed(attend, low, (0, 1, 2))[1].double() - truth[1]).square().mean().sqrt()
 
     # In float32, ℓ and the sum that O is subtracted from round terms as large as the math kernel has once each: two
-    # more roundings beside its two or three. In bfloat16, O is rounded before it is multiplied, by a mean of Ṡ whose
-    # size is that of Ȯ: one more beside the last.
+    # more roundings beside its two or three. In bfloat16 all sums are float32, that of O too: the mean of Ṡ that it is
+    # multiplied by grows with the scores, and would multiply the rounding of an O in half precision.
     assert error(own) <= by * error(math_kernel)
 
 

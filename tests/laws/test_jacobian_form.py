@@ -113,8 +113,7 @@ def test_a_first_step_of_adam_is_a_sign_and_hardly_answers_to_a_weight() -> None
     case = Stepped("two lines", "grpo", fp.adamw(LR, weight_decay=0.0), cold=True)
     # where g nearly cancels over U, its sign is one entry's that carries whole rows
     with pytest.warns(FuncprobeWarning, match="One entry of head.weight carries"):
-        additive = case.attribute(form="additive")
-    jacobian = case.attribute(form="jacobian")
+        additive, jacobian = (case.attribute(form=form) for form in ("additive", "jacobian"))
     assert additive.ledger["gradient on U"] == pytest.approx(additive.first_order, rel=1e-12)
     assert jacobian.batch.magnitude() < 1e-3 * additive.batch.magnitude()
     assert jacobian.ledger["rest"] == pytest.approx(jacobian.first_order, rel=1e-2)
