@@ -12,12 +12,20 @@ from torch import Tensor
 from funcprobe import engine
 from funcprobe.data.rollouts import take
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, sequence_weights
-from funcprobe.measurement.change import LOW_PRECISION_UNITS, difference_of, eps_of, is_walkable, told_otherwise
+from funcprobe.measurement.change import (
+    LOW_PRECISION_UNITS,
+    difference_of,
+    eps_of,
+    is_walkable,
+    one_rounding,
+    told_otherwise,
+)
 from funcprobe.measurement.curve import SMALL, TANGENT_UNITS, ScoreCurve
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.learning_rates import LearningRates, naming
 from funcprobe.measurement.line import Line, even, tangents_along, walk
 from funcprobe.measurement.messages import Messages
+from funcprobe.measurement.path import EPS64
 from funcprobe.types import Observable, Rollouts, TokenScores
 
 #: The curve is held against one with a node more on a part of E: this share of the rows, and at least so many. Three
@@ -206,7 +214,9 @@ def _off(held: Held, x: float, observable: Observable) -> tuple[float, float]:
     n, spread = len(rows), float(rows.var()) if len(rows) > 1 else 0.0
     square = max(0.0, float(rows.mean()) ** 2 - spread * (1 / n - 1 / total))
     off = math.sqrt(total**2 * square + (total * spread if total > n else 0.0))
-    return off * n / total / size, abs(float(evidence.change(observable))) / size
+    # scores are sums of the anchor and a change, rounded to float64: of a tiny change that is all that differs
+    rounding = 2 * one_rounding(evidence, observable, EPS64)
+    return max(0.0, off * n / total - rounding) / size, abs(float(evidence.change(observable))) / size
 
 
 def _ended(family: LearningRates, line: Line, worst: Mapping[str, float]) -> ScoreCurve | None:

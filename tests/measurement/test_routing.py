@@ -28,14 +28,19 @@ SHORT, OFFSET = 1e-8, 1e-12
 
 
 @functools.cache
-def crossing(chooser: str, seed: int = 0) -> Case:
+def crossing(chooser: str, seed: int = 0, frozen: float | None = None) -> Case:
     """Return a case whose step at `SHORT` sends one token of the vocabulary to another expert.
+
+    With `frozen` the experts do not move, and are of that size.
 
     An expert that is chosen moves otherwise than one that is not, so a token may shun the tie from both sides.
     """
     choose, count = cases.CHOOSERS.get(chooser, (cases.above_zero, None))
     for token, offset in itertools.product(range(cases.V), (OFFSET, -OFFSET)):
-        case = Case(cases.gated(choose, seed))
+        module = cases.gated(choose, seed)
+        if frozen is not None:
+            module.experts.requires_grad_(False).mul_(frozen)  # type: ignore[union-attr, operator]
+        case = Case(module)
         case.params = cases.near_tie(case.params, token, count, offset)
         # a finite difference across a tie, which tries the copy of a module, is no derivative
         case.policy = dataclasses.replace(case.policy, checks=None)
@@ -292,3 +297,12 @@ def test_no_curve_leads_past_a_jump(chooser: str, note: str) -> None:
     assert [reading.method for reading in result.readings()] == ["difference"] * 2
     # the curve would have had a thousandth of it
     assert abs(result.readings()[1].change) > 1e3 * abs(result.readings()[1].first_order)
+
+
+def test_a_jump_that_tangents_hardly_show_is_told_at_the_end_of_the_curve() -> None:
+    """Experts so small that derivatives are the same on either side, to a millionth; F jumps by about what it moves."""
+    case, batch = crossing("threshold", frozen=1e-6), models.rollouts(9, seed=2)
+    result = case.curve(SHORT, batch=batch, lrs=[SHORT / 1e6, SHORT], order=1)
+    assert result.nodes == 0
+    assert any("F jumps on the way" in note for note in result.notes)
+    assert abs(result.readings()[1].remainder) > 0.1 * abs(result.readings()[1].first_order)
