@@ -95,7 +95,7 @@ def fitted(
     whole = len(rows) == total
     on_few = on_all if whole else tangents_along(passes.over_rows(few), move.params, move.delta)
     along_few = along if whole else _of_rows(along, rows, few.completion_mask.shape[1])
-    length = _sampled_length(family, lr_max / family.reference_lr)
+    length, jumps = _sampled_length(family, lr_max / family.reference_lr), 0
     for _ in range(ATTEMPTS):
         coarse = walk(along_few, even(1), on_few, length)
         for n in range(2, MOST_NODES + 2):
@@ -103,9 +103,13 @@ def fitted(
             worst = _worst(family, Held(few, total, coarse, fine), tolerance if whole else PART_KNOWS * tolerance)
             if worst is not None:
                 line = fine if whole else walk(along, even(n - 1), on_all, length)
-                curve = _ended(family, line, worst)
-                if curve is None or curve.is_within(tolerance):
+                curve, jumped = _ended(family, line, worst)
+                if jumped and jumps:  # a node more does not mend it
+                    family.measurement.messages.note("no curve", JUMPED.format(names=jumped, lr=curve.reach))
+                    return None
+                if not jumped and curve.is_within(tolerance):
                     return curve
+                jumps += bool(jumped)
             coarse = fine
         length /= SHORTER
         if length * family.reference_lr <= low:
@@ -219,16 +223,15 @@ def _off(held: Held, x: float, observable: Observable) -> tuple[float, float]:
     return max(0.0, off * n / total - rounding) / size, abs(float(evidence.change(observable))) / size
 
 
-def _ended(family: LearningRates, line: Line, worst: Mapping[str, float]) -> ScoreCurve | None:
-    """Return the curve, held against two evaluations at its end; None where F jumps on the way."""
+def _ended(family: LearningRates, line: Line, worst: Mapping[str, float]) -> tuple[ScoreCurve, str]:
+    """Return the curve with two evaluations at its end, and the observables that these tell otherwise, as words.
+
+    Either F jumps on the way, or a part of E has told too small an error of the curve.
+    """
     measurement, lr = family.measurement._replace(messages=Messages(quiet=True)), line.length * family.reference_lr
     with naming(lr):
         move, first = family.move(lr), family.first.scaled(line.length)
         end = difference_of(measurement, move, first, None)
         curve = ScoreCurve(family, line, worst, end)
         names = told_otherwise(measurement, move, first, end, curve.measured(line.length, first))
-    if names:
-        listed = "ΔF of " + ", ".join(f"'{name}'" for name in names)
-        family.measurement.messages.note("no curve", JUMPED.format(names=listed, lr=lr))
-        return None
-    return curve
+    return curve, "ΔF of " + ", ".join(f"'{name}'" for name in names) if names else ""

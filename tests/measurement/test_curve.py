@@ -77,6 +77,18 @@ def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(monkeypatch: pytest.Mo
             assert reading.change == pytest.approx(expected.readings[name].change, rel=2e-4)
 
 
+@pytest.mark.parametrize(("seed", "lr"), [(5, TOP / 5), (6, TOP / 7)])
+def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows find one node good; the end of that curve, on all rows, does not: it is no jump, and takes another."""
+    monkeypatch.setattr(curve_fit, "FEWEST", 4)
+    large, rows = prompted(16, 4, seed=seed), list[int]()
+    result = case().watched_rows(rows).curve(lr, evaluation=large, microbatch=None, observables=THREE, bars=None)
+    assert (result.nodes, result.reach) == (2, pytest.approx(lr))
+    # the anchor's, one node with its end, two nodes with theirs; and what tells rounding of θ′ from a jump
+    assert rows.count(64) in (1 + 2 + 3, 1 + 2 + 3 + 1)
+    assert not any("jumps" in note for note in result.notes)
+
+
 @pytest.mark.parametrize("each", [1, 2, 3, 5])
 def test_rows_of_a_part_come_in_pairs_of_a_prompt(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curve_fit, "FEWEST", 4)

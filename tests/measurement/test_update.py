@@ -66,7 +66,9 @@ def test_depths_are_compared_with_one_another() -> None:
     each = depths(Case("gpt2"))
     found = fp.compare(each, E, OBSERVABLES)
     for name, quantity in itertools.product(("gradient", "delta"), ("change", "first_order")):
-        assert found.difference(name, quantity=quantity).value == 0.0
+        # the same scores and tangents: some processors' batched products round by an entry's place among the tangents
+        size = abs(getattr(found.outcomes[name].main, quantity))
+        assert abs(found.difference(name, quantity=quantity).value) <= 1e-11 * size
 
 
 def test_a_gradient_is_still_clipped_where_a_bound_is_given() -> None:  # so that the law above can fail
