@@ -99,3 +99,28 @@ def test_the_largest_learning_rate_is_one_curve_and_one_pass() -> None:
     # three nodes at most, the end of the curve and the answer, and four rules on a sixteenth of E
     assert beyond(searched) <= 3 + 9 + 1 + 1 + 3 * 10 / 16 + SLACK
     assert found[0].tried == 1
+
+
+def test_a_comparison_shares_its_pass_with_tangents() -> None:
+    def compared() -> None:
+        own = {"grpo": fp.grpo(), "dapo": fp.dapo(), "dr_grpo": fp.dr_grpo()}
+        update = case().update(1e-3, batch=U)
+        fp.compare(
+            {name: update.vary(objective=objective) for name, objective in own.items()},
+            E,
+            method="difference",
+        )
+
+    # a gradient and a scoring pass each, and one pass with three tangents: 1 + 2·3 passes
+    passes = flops(compared), of_one_pass("U"), of_one_pass("E")
+    assert (passes[0] - 9 * passes[1]) / passes[2] <= 1 + 3 * 3 + 2 * SLACK
+
+
+def test_an_attribution_is_a_probe_and_three_passes_over_either_side() -> None:
+    options: dict[str, Any] = {"method": "difference", "rounding": False}
+    passes = of_one_pass("U"), of_one_pass("E")
+    update = case().update(1e-3, batch=U)
+    probed = flops(lambda: fp.probe(case().update(1e-3, batch=U), E, **options))
+    attributed = flops(lambda: fp.attribute(update, E, **options))
+    # beside it ∇F by reverse mode, ∇F carried back along U in forward mode, and a gradient of each of three rows of U
+    assert (attributed - probed) <= 3 * passes[1] + 3 * passes[0] + 9 * passes[0] / len(U.ids) + SLACK * passes[1]
