@@ -157,6 +157,16 @@ def listed(names: Iterable[object], limit: int = 5) -> str:
     return ", ".join(every[:limit]) + (f" and {len(every) - limit} more" if len(every) > limit else "")
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """Return a share in percent, as every text writes it: with a space before the sign.
+
+    Example:
+        >>> percent(0.05, 0), percent(1.0161)
+        ('5 %', '101.6 %')
+    """
+    return f"{share:.{digits}%}".replace("%", " %")
+
+
 def missing_extra(package: str, extra: str, purpose: str) -> MissingExtraError:
     """Return the error for an optional dependency that is not installed, naming the extra that brings it.
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from funcprobe import tree
 from funcprobe.data.rollouts import rollouts_from_lists, to_device
 from funcprobe.engine.kernels import arithmetic, differentiable_attention
+from funcprobe.errors import percent
 from funcprobe.policy.checks import Checks
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
@@ -164,11 +165,11 @@ def _holds(mode: str, checks: Checks, held: Difference, found: Sequence[Tensor])
         checks.undetached = True
         checks.found(
             "tangent",
-            f"the module detaches what its output depends on ({_share(trained, whole):.1%} of a derivative): on E that "
-            "is taken along, in the gradient on U it is left out, as training does",
+            f"the module detaches what its output depends on ({percent(_share(trained, whole))} of a derivative): on "
+            "E that is taken along, in the gradient on U it is left out, as training does",
         )
     off = held.off(whole if checks.undetached else trained)
-    checks.results[f"the {mode} derivative is the derivative"] = f"no: off by {off:.1%}" if off else "yes"
+    checks.results[f"the {mode} derivative is the derivative"] = f"no: off by {percent(off)}" if off else "yes"
     return off == 0.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from funcprobe.data.rollouts import overlap
-from funcprobe.errors import EffectiveSampleSizeError, Note, listed
+from funcprobe.errors import EffectiveSampleSizeError, Note, listed, percent
 from funcprobe.estimators.importance import SamplerMismatch, WeightHealth, sampler_mismatch
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.messages import Messages
@@ -122,8 +122,8 @@ def check_ess(health: WeightHealth, observable: Observable, threshold: float, ac
     if fraction >= threshold:
         return
     text = (
-        f"The effective sample size is {100 * fraction:.1f} % of the evaluation rollouts, below "
-        f"{100 * threshold:.0f} %: the step is too large for these rollouts to measure it; take a smaller learning "
+        f"The effective sample size is {percent(fraction)} of the evaluation rollouts, below "
+        f"{percent(threshold, 0)}: the step is too large for these rollouts to measure it; take a smaller learning "
         "rate or more rollouts."
     )
     if action == "raise":

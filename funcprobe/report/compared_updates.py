@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from funcprobe.errors import percent
 from funcprobe.estimators.uncertainty import Bar
 from funcprobe.report.canvas import legend_outside, new_axes
 from funcprobe.results.comparison import Comparison
-from funcprobe.results.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from funcprobe.attribution.token_tables import Columns, movers
-from funcprobe.errors import InputError
+from funcprobe.errors import InputError, percent
 from funcprobe.report.canvas import legend_outside, new_axes
 from funcprobe.report.figure_text import drawable, set_families
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.probe_words import named, step_of
-from funcprobe.results.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

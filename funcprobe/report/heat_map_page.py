@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from funcprobe.attribution.decoding import shown
 from funcprobe.attribution.token_parts import TokenParts
 from funcprobe.attribution.token_tables import Columns, completion_ids, prompt_columns, sequence_columns, token_columns
+from funcprobe.errors import percent
 from funcprobe.report.colour_classes import LegendRow, class_name, classes_of
 from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.probe_words import headline_of, named
 from funcprobe.results.visible_text import visible
-from funcprobe.results.words import percent
 
 
 class Run(NamedTuple):

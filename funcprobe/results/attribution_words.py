@@ -5,10 +5,11 @@ from __future__ import annotations
 from math import isnan
 
 from funcprobe.attribution.token_tables import Columns, correlations, movers
+from funcprobe.errors import percent
 from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table, pairs
 from funcprobe.results.parts import Parts
 from funcprobe.results.probe_words import MEASURED, PREDICTED, headline_of
-from funcprobe.results.words import closing, percent, sizes_of, with_error
+from funcprobe.results.words import closing, sizes_of, with_error
 
 #: How many rows of a table are shown either way.
 SHOWN = 3

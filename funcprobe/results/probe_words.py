@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from funcprobe.errors import percent
 from funcprobe.measurement.move import WORTH_TELLING
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
 from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table, pairs
 from funcprobe.results.provenance import Provenance
-from funcprobe.results.words import closing, is_stored_narrower, percent, sizes_of, storage_of, with_error
+from funcprobe.results.words import closing, is_stored_narrower, sizes_of, storage_of, with_error
 from funcprobe.types import Estimate
 
 #: What tables call the integrands and weightings of the entropy family.

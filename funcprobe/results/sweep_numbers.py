@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+from funcprobe.errors import percent
 from funcprobe.measurement.readings import Reading, is_lost
 from funcprobe.results.curve import Curve, lr_of
 from funcprobe.results.sweep_law import law_of, remainder_fit, subtraction_error
 from funcprobe.results.sweep_words import fit_text, lr_text
-from funcprobe.results.words import is_stored_narrower, percent, storage_of
+from funcprobe.results.words import is_stored_narrower, storage_of
 
 
 def table_of(curve: Curve, name: str | None = None) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
+from funcprobe.errors import percent
 from funcprobe.results.curve import Curve, Fit
 from funcprobe.results.sweep_law import CLOSE, Law, close_at, law_of
-from funcprobe.results.words import percent
 
 #: A step moves in proportion where its slope is within this much of the order that leads.
 STRAIGHT = 0.05

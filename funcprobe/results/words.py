@@ -52,16 +52,6 @@ def is_stored_narrower(provenance: Provenance) -> bool:
     return storage_of(provenance) != str(provenance.environment.get("dtype") or "its dtype")
 
 
-def percent(share: float, digits: int = 1) -> str:
-    """Return a share in percent, as every text writes it: with a space before the sign.
-
-    Example:
-        >>> percent(0.05, 0), percent(1.0161)
-        ('5 %', '101.6 %')
-    """
-    return f"{share:.{digits}%}".replace("%", " %")
-
-
 def with_error(value: float, found: Bar | None, digits: int = 6) -> str:
     """Return a number with its standard error, where there is one.
 

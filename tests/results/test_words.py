@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from funcprobe.errors import percent
 from funcprobe.report.terminal import text_of
 from funcprobe.results.blocks import WIDTH, Remark, as_html, as_text
-from funcprobe.results.words import percent
 from tests.cases.written_results import RESULTS
 
 
