@@ -21,6 +21,9 @@ from funcprobe.types import Params
 #: How many entries of a leaf a float64 reduction widens at once (32 MiB).
 CHUNK = 2**22
 
+#: Entries of a leaf in a piece, on a CPU and on a GPU.
+PIECE, DEVICE_PIECE = 2**17, 2**22
+
 
 def add(a: Params, b: Params) -> Params:
     """Return a + b, leaf by leaf.
@@ -140,6 +143,15 @@ def same_keys(a: Params, b: Params, what: str = "trees") -> None:
 def is_finite(a: Params) -> bool:
     """Return whether every entry of every leaf is finite."""
     return all(math.isfinite(value) for value in leaf_norms(a).values())
+
+
+def pieces(leaf: Tensor) -> tuple[Tensor, ...]:
+    """Return a leaf as flat pieces, `[n]` each, which are views of it where it is contiguous.
+
+    What is worked on piece by piece has small temporaries, which stay in a processor's cache and whose memory is used
+    again: fresh pages cost more than arithmetic. On a GPU a piece costs its launches instead, and is larger.
+    """
+    return leaf.reshape(-1).split(PIECE if leaf.device.type == "cpu" else DEVICE_PIECE)
 
 
 def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcprobe import tree
 from funcprobe.attribution.step_parts import StepParts
-from funcprobe.errors import Note
+from funcprobe.errors import Note, percent
 from funcprobe.types import Params
 
 #: How many sequences of U are looked into: those that contribute most.
@@ -22,9 +23,6 @@ LOOKED_INTO = 3
 
 #: The share of Σ|entries| above which one entry outweighs all others together.
 OUTWEIGHS = 0.5
-
-#: How many entries of a leaf are widened to float64 at once.
-CHUNK = 2**20
 
 
 class Concentration(NamedTuple):
@@ -60,7 +58,7 @@ def cautions(found: Sequence[Concentration], form: str) -> Iterator[Note]:
     )
     yield Note(
         "conditioning",
-        f"One entry of {worst.leaf} carries {100 * worst.share:.0f} % of the parts of sequence {worst.sequence} of U "
+        f"One entry of {worst.leaf} carries {percent(worst.share, 0)} of the parts of sequence {worst.sequence} of U "
         f"(so it is for {rows} of the {len(found)} sequences that contribute most): the optimizer divides there by a "
         f"gradient that nearly cancels over U, and other rounding would move these rows; {better}.",
     )
@@ -69,7 +67,7 @@ def cautions(found: Sequence[Concentration], form: str) -> Iterator[Note]:
 def _of_row(row: int, direction: Params, gradient: Params) -> Concentration:
     leaf, largest, total = "", -1.0, 0.0
     for name, u in direction.items():
-        pieces = zip(u.flatten().split(CHUNK), gradient[name].flatten().split(CHUNK), strict=True)
+        pieces = zip(tree.pieces(u), tree.pieces(gradient[name]), strict=True)
         for product in ((a.double() * b.double()).abs() for a, b in pieces):
             total += float(product.sum())
             if product.numel() and float(product.max()) > largest:

@@ -8,10 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from funcprobe import tree
 from funcprobe.types import Params
-
-#: Entries of a leaf that are worked on at once, on a CPU and on a GPU, where a piece costs its launches instead.
-CHUNK, DEVICE_CHUNK = 2**17, 2**22
 
 #: Above this ratio of rounding to update, θ′ as stored is another step than θ + Δθ, and both are told.
 WORTH_TELLING = 1e-2
@@ -57,9 +55,8 @@ def movement(params: Params, after: Params, delta: Params) -> Movement:
     went = lost = 0.0
     wanted = stuck = 0
     for name, leaf in delta.items():
-        size = CHUNK if leaf.device.type == "cpu" else DEVICE_CHUNK
-        flat = (x.detach().reshape(-1).split(size) for x in (params[name], after[name], leaf))
-        for p, q, u in zip(*flat, strict=True):
+        sides = (params[name], after[name], leaf)
+        for p, q, u in zip(*(tree.pieces(x.detach()) for x in sides), strict=True):
             wide = u.double()
             off = (q.double() - p.double()).sub_(wide).to(u.dtype).double()
             went += float(torch.dot(wide, wide))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from funcprobe import tree
 from funcprobe.optimizers import kernels
 from funcprobe.optimizers.groups import Group, assignments, check_gradient
 from funcprobe.optimizers.kernels import Kernel, State, Terms, dense, laid_out_as, still
@@ -22,14 +23,6 @@ KERNELS: dict[type[torch.optim.Optimizer], Kernel] = {
     torch.optim.Adam: kernels.ADAM,
     torch.optim.AdamW: kernels.ADAM,
 }
-
-
-#: Entries of a leaf that are worked on at once; float64 temporaries of about ten times this many exist. Small enough
-#: that they stay in a processor's cache and that their memory is used again: fresh pages cost more than the arithmetic.
-CHUNK = 2**17
-
-#: The same on a GPU, where a piece costs its launches instead.
-DEVICE_CHUNK = 2**22
 
 
 class Affine(NamedTuple):
@@ -178,10 +171,11 @@ class PureOptimizer:
         for name, p in params.items():
             leaf, whole = p.detach(), gradient[name]
             if whole is None:
-                yield from ((name, torch.zeros_like(theta), still(theta)) for theta in _chunks(leaf))
+                yield from ((name, torch.zeros_like(theta), still(theta)) for theta in tree.pieces(leaf))
                 continue
             state = self._state(name, params, opt_state, leaves[name])
-            for theta, g, entries in zip(_chunks(leaf), _chunks(whole), _state_chunks(state, leaf), strict=True):
+            sides = tree.pieces(leaf), tree.pieces(whole), _state_pieces(state, leaf)
+            for theta, g, entries in zip(*sides, strict=True):
                 g = g.to(leaf.dtype) if as_stored else g
                 yield name, g, self._kernel.terms(theta, g, entries, leaves[name])
 
@@ -223,13 +217,9 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _chunks(leaf: Tensor) -> tuple[Tensor, ...]:
-    return leaf.reshape(-1).split(CHUNK if leaf.device.type == "cpu" else DEVICE_CHUNK)
-
-
-def _state_chunks(state: State, leaf: Tensor) -> Iterator[State]:
-    """Yield the part of a leaf's state that belongs to each of its chunks; `step` belongs to all of them."""
-    cut = {key: _chunks(value) for key, value in state.items() if key != "step"}
+def _state_pieces(state: State, leaf: Tensor) -> Iterator[State]:
+    """Yield the part of a leaf's state that belongs to each of its pieces; `step` belongs to all of them."""
+    cut = {key: tree.pieces(value) for key, value in state.items() if key != "step"}
     whole = {key: value for key, value in state.items() if key == "step"}
-    for index in range(len(_chunks(leaf))):
+    for index in range(len(tree.pieces(leaf))):
         yield {**whole, **{key: parts[index] for key, parts in cut.items()}}
