@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from funcprobe.analysis.sweep import swept
-from funcprobe.errors import InputError
 from funcprobe.measurement.bounds import check_positive
 from funcprobe.measurement.measurement import Observables
 from funcprobe.measurement.options import Given
@@ -59,9 +58,7 @@ def curve(
         EffectiveSampleSizeError: As in `probe`.
     """
     check_positive("lr_max", lr_max)
-    table = spread(lr_max) if lrs is None else [float(lr) for lr in lrs]
-    if table and table[-1] > lr_max:
-        raise InputError(f"The table's largest learning rate, {table[-1]:g}, is above lr_max, {lr_max:g}.")
+    table = spread(lr_max) if lrs is None else lrs
     result, scores = swept(
         update,
         evaluation,

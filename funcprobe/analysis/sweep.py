@@ -1,4 +1,4 @@
-"""One gradient on U, one derivative on E, many learning rates: a scoring pass each is all that is left to do."""
+"""One gradient on U, a few derivatives on E, many learning rates: read from a curve, or scored where there is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, Unpack
 
 from funcprobe.analysis.probe import provenance_of
 from funcprobe.errors import ForwardModeError, InputError, Note
@@ -67,18 +67,18 @@ def sweep(
     """
     if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk is {chunk}; expected how many learning rates go together, 1 or more.")
-    more: Chosen = {"chunk": chunk, "stored": stored, "journal": journal, "progress": progress}
-    return swept(update, evaluation, lrs, observables, options, "a sweep", **more)[0]
-
-
-class Chosen(TypedDict, total=False):
-    """The parameters of a sweep or a curve that are no options of a measurement."""
-
-    chunk: int
-    stored: bool | None
-    lr_max: float | None
-    journal: str | os.PathLike[str] | None
-    progress: Progress | None
+    return swept(
+        update,
+        evaluation,
+        lrs,
+        observables,
+        options,
+        "a sweep",
+        chunk=chunk,
+        stored=stored,
+        journal=journal,
+        progress=progress,
+    )[0]
 
 
 def swept(
@@ -88,7 +88,12 @@ def swept(
     observables: Observables,
     options: Given,
     verb: str,
-    **more: Unpack[Chosen],
+    *,
+    chunk: int = 1,
+    stored: bool | None = None,
+    lr_max: float | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[SweepResult, ScoreCurve | None]:
     """Return a sweep, and the curve that it was read from where there is one: see `sweep` and `curve`.
 
@@ -101,7 +106,9 @@ def swept(
     update.need("gradient", verb[0].upper() + verb[1:])
     lrs = _numbers(lrs)
     check_lrs(lrs)
-    lr_max, journal, progress = more.get("lr_max") or lrs[-1], more.get("journal"), more.get("progress")
+    lr_max = lrs[-1] if lr_max is None else lr_max
+    if lrs[-1] > lr_max:
+        raise InputError(f"The table's largest learning rate, {lrs[-1]:g}, is above lr_max, {lr_max:g}.")
     given = options_of(options, verb, OF_ONE_STEP, rounding=False)
     measurement = Measurement.of(update, evaluation, observables, given, progress)
     messages = measurement.messages
@@ -111,9 +118,9 @@ def swept(
     messages.warn(*update.warnings)
     kept.begin(loss.gradient)
     todo = [lr for lr in lrs if lr not in kept.points]
-    family, curve = family_of(measurement, update, lr_max, kept.node)
+    family, curve = _family(measurement, update, lr_max, kept.node)
     messages.add(left_alone(loss.gradient))
-    for point in points_of(family, curve, todo, more.get("chunk", 1), more.get("stored")):
+    for point in points_of(family, curve, todo, chunk, stored):
         kept.add(point)
     points = tuple(kept.points[lr] for lr in lrs)
     largest = update.at(lr_max)
@@ -129,7 +136,7 @@ def swept(
     return result, curve
 
 
-def family_of(
+def _family(
     measurement: Measurement, update: Update, lr_max: float, keep: Keep | None = None
 ) -> tuple[LearningRates, ScoreCurve | None]:
     """Return the steps by learning rate, and the curve of their scores where there is one.

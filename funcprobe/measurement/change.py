@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcprobe import engine
-from funcprobe.errors import InputError, NumericsError
+from funcprobe.errors import InputError, NumericsError, percent
 from funcprobe.measurement.continuity import disagree
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder
@@ -82,8 +82,8 @@ def measure_change(
     if _is_within_bars(measurement, difference):
         measurement.messages.note(
             "subtraction",
-            f"ΔF is a subtraction: its float error is at most {SUBTRACTION_WITHIN_BARS:.0%} of it and "
-            f"{PART_OF_A_BAR:.0%} of its error bar, so no path was walked; method='path' walks one",
+            f"ΔF is a subtraction: its float error is at most {percent(SUBTRACTION_WITHIN_BARS, 0)} of it and "
+            f"{percent(PART_OF_A_BAR, 0)} of its error bar, so no path was walked; method='path' walks one",
         )
         return difference
     return _preferred(measurement, move, first, difference)
@@ -102,9 +102,8 @@ def _checked(measurement: Measurement, move: Move, first: FirstOrder, difference
         )
     found = _path(measurement, move, first)
     by_path = _by(found, difference)
-    if names := told_otherwise(
-        measurement, move, first, difference, by_path
-    ):  # which would keep rules from agreeing as well
+    # a jump first: it would keep rules from agreeing as well
+    if names := told_otherwise(measurement, move, first, difference, by_path):
         raise NumericsError(f"{_jumps(names)}; use method='auto' or 'difference'.")
     if not found.converged:
         raise NumericsError(_not_converged(measurement, found))

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from funcprobe.measurement.apart import told_apart
 from funcprobe.measurement.change import Measured, eps_of, one_rounding
-from funcprobe.measurement.continuity import DISAGREE
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.learning_rates import LearningRates, naming
@@ -64,29 +63,12 @@ class ScoreCurve:
             move = family.move(lr)
             if not family.is_multiple(move, lr):
                 return None
-            first = family.first.scaled(x) if bars else family.first._replace(orders=None).scaled(x)
+            first = family.first.scaled(x)
             measured = self.measured(x, first)
             both = Both(measured, True)
             if stored and (apart := told_apart(own, move, first)) is not None:
                 both = stored_of(own, apart, first, measured)
             return outcome_of(own, move, first, {"lr": lr}, both)[0]
-
-    def is_within(self, tolerance: float) -> bool:
-        """Return whether the curve is as good at its end as two evaluations tell, where its error is the largest.
-
-        They tell nothing where storing θ′ has moved it further than the tolerance.
-        """
-        assert self.end is not None
-        move, observables = self.family.move(self.reach), self.family.measurement.observables
-        if move.size.rounding_ratio > tolerance:
-            return True
-        measured = self.measured(self.line.length, self.family.first.scaled(self.line.length))
-        for name, o in observables.items():
-            change = float(measured.evidence.change(o))
-            allowed = tolerance * max(abs(change), SMALL * measured.evidence.magnitude(o))
-            if abs(change - self.end.subtractions[name]) > allowed + DISAGREE * self.end.errors[name]:
-                return False
-        return True
 
     def measured(self, x: float, first: FirstOrder) -> Measured:
         """Return ΔF of every observable at `x` times the reference's step, with its error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,16 +14,19 @@ from funcprobe.data.rollouts import take
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, sequence_weights
 from funcprobe.measurement.change import (
     LOW_PRECISION_UNITS,
+    Measured,
     difference_of,
     eps_of,
     is_walkable,
     one_rounding,
     told_otherwise,
 )
+from funcprobe.measurement.continuity import DISAGREE
 from funcprobe.measurement.curve import SMALL, TANGENT_UNITS, ScoreCurve
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.learning_rates import LearningRates, naming
 from funcprobe.measurement.line import Line, even, tangents_along, walk
+from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.path import EPS64
 from funcprobe.types import Observable, Rollouts, TokenScores
@@ -94,26 +97,31 @@ def fitted(
     total = passes.evaluation.ids.shape[0]
     whole = len(rows) == total
     on_few = on_all if whole else tangents_along(passes.over_rows(few), move.params, move.delta)
-    along_few = along if whole else _of_rows(along, rows, few.completion_mask.shape[1])
-    length, jumps = _sampled_length(family, lr_max / family.reference_lr), 0
-    for _ in range(ATTEMPTS):
-        coarse = walk(along_few, even(1), on_few, length)
-        for n in range(2, MOST_NODES + 2):
-            fine = walk(along_few, even(n), on_few, length)
-            worst = _worst(family, Held(few, total, coarse, fine), tolerance if whole else PART_KNOWS * tolerance)
-            if worst is not None:
-                line = fine if whole else walk(along, even(n - 1), on_all, length)
-                curve, jumped = _ended(family, line, worst)
-                if jumped and jumps:  # a node more does not mend it
-                    family.measurement.messages.note("no curve", JUMPED.format(names=jumped, lr=curve.reach))
-                    return None
-                if not jumped and curve.is_within(tolerance):
-                    return curve
-                jumps += bool(jumped)
-            coarse = fine
-        length /= SHORTER
-        if length * family.reference_lr <= low:
-            break
+    along_few = along if whole else engine.Directional(*(engine.rows_of(of, rows, few) for of in along[:2]))
+
+    def candidates() -> Iterator[tuple[Line, dict[str, float]]]:
+        """Yield curves that a node more does not change on a part of E, taken on all of it: the longest first."""
+        longest = _sampled_length(family, lr_max / family.reference_lr)
+        for length in (longest / SHORTER**k for k in range(ATTEMPTS)):
+            if length < longest and length * family.reference_lr <= low:
+                return
+            coarse = walk(along_few, even(1), on_few, length)
+            for n in range(2, MOST_NODES + 2):
+                fine = walk(along_few, even(n), on_few, length)
+                worst = _worst(family, Held(few, total, coarse, fine), tolerance if whole else PART_KNOWS * tolerance)
+                if worst is not None:
+                    yield fine if whole else walk(along, even(n - 1), on_all, length), worst
+                coarse = fine
+
+    jumps = 0
+    for line, worst in candidates():
+        curve, jumped, is_within = _ended(family, line, worst, tolerance)
+        if is_within:
+            return curve
+        if jumped and jumps:  # a node more does not mend it
+            family.measurement.messages.note("no curve", JUMPED.format(names=jumped, lr=curve.reach))
+            return None
+        jumps += bool(jumped)
     family.measurement.messages.note("no curve", NO_CURVE)
     return None
 
@@ -147,7 +155,8 @@ def _is_possible(family: LearningRates, lr_max: float) -> bool:
     if eps > measurement.options.path_tolerance and not is_walkable(measurement, family.reference):
         measurement.messages.note("no curve", TOO_COARSE.format(eps=eps))
         return False
-    return all(family.is_multiple(family.move(lr), lr) for lr in (lr_max, 0.01 * lr_max))
+    tried = (lr for lr in (lr_max, 0.01 * lr_max) if lr != family.reference_lr)
+    return all(family.is_multiple(family.move(lr), lr) for lr in tried)
 
 
 def _sampled_length(family: LearningRates, length: float) -> float:
@@ -183,13 +192,6 @@ def _part(rollouts: Rollouts) -> tuple[Tensor, Rollouts]:
     return rows.sort().values, take(rollouts, rows.sort().values)
 
 
-def _of_rows(along: engine.Directional, rows: Tensor, width: int) -> engine.Directional:
-    def part(x: Tensor) -> Tensor:
-        return x[rows.to(x.device), :width]
-
-    return engine.Directional(engine.each(part, along.scores), engine.each(part, along.tangents))
-
-
 def _worst(family: LearningRates, held: Held, tolerance: float) -> dict[str, float] | None:
     """Return the most that a node more changes of ΔF anywhere, relative to Σ|terms|; None if beyond the tolerance."""
     eps, worst = eps_of(family.first), {}
@@ -223,15 +225,32 @@ def _off(held: Held, x: float, observable: Observable) -> tuple[float, float]:
     return max(0.0, off * n / total - rounding) / size, abs(float(evidence.change(observable))) / size
 
 
-def _ended(family: LearningRates, line: Line, worst: Mapping[str, float]) -> tuple[ScoreCurve, str]:
-    """Return the curve with two evaluations at its end, and the observables that these tell otherwise, as words.
+def _ended(
+    family: LearningRates, line: Line, worst: Mapping[str, float], tolerance: float
+) -> tuple[ScoreCurve, str, bool]:
+    """Return the curve with two evaluations at its end, where its error is the largest, and how it compares with them.
 
-    Either F jumps on the way, or a part of E has told too small an error of the curve.
+    Where they tell ΔF of some observables otherwise, which come as words, either F jumps on the way, or a part of E has
+    told too small an error of the curve. And whether the curve is as good as they tell: they tell nothing where storing
+    θ′ has moved it further than the tolerance.
     """
     measurement, lr = family.measurement._replace(messages=Messages(quiet=True)), line.length * family.reference_lr
     with naming(lr):
         move, first = family.move(lr), family.first.scaled(line.length)
         end = difference_of(measurement, move, first, None)
         curve = ScoreCurve(family, line, worst, end)
-        names = told_otherwise(measurement, move, first, end, curve.measured(line.length, first))
-    return curve, "ΔF of " + ", ".join(f"'{name}'" for name in names) if names else ""
+        measured = curve.measured(line.length, first)
+        names = told_otherwise(measurement, move, first, end, measured)
+    unseen = move.size.rounding_ratio > tolerance
+    is_within = not names and (unseen or _is_within(measurement, measured, end, tolerance))
+    return curve, "ΔF of " + ", ".join(f"'{name}'" for name in names) if names else "", is_within
+
+
+def _is_within(measurement: Measurement, measured: Measured, end: Measured, tolerance: float) -> bool:
+    """Return whether every ΔF of a curve agrees with that of two evaluations, within the float error of these."""
+    for name, o in measurement.observables.items():
+        change = float(measured.evidence.change(o))
+        allowed = tolerance * max(abs(change), SMALL * measured.evidence.magnitude(o))
+        if abs(change - end.subtractions[name]) > allowed + DISAGREE * end.errors[name]:
+            return False
+    return True

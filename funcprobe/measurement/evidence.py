@@ -59,11 +59,13 @@ class Evidence(NamedTuple):
         """Return the size below which a change of the observable is float64 rounding of F alone."""
         return NOISE * abs(float(self.before(observable)))
 
-    def magnitude(self, observable: Observable) -> float:
+    def magnitude(self, observable: Observable, since: TokenScores | None = None) -> float:
         """Return Σ|∂F/∂s ⊙ (s(θ′) − s(θ))| over tokens and fields: the size of the terms that make ΔF.
 
         The cotangents are taken at θ′, where those of a divergence are not 0; for a small step this is Σ|terms| of δF₁.
+        With `since`, other scores stand in for those at θ: the size of what has changed since then.
         """
         c = engine.cotangents(self.of(observable), self.after)
-        parts = engine.each(lambda c, x, y: (c * (x - y)).abs().sum(), c, self.after, self.anchor)
+        before = self.anchor if since is None else since
+        parts = engine.each(lambda c, x, y: (c * (x - y)).abs().sum(), c, self.after, before)
         return float(engine.fields(parts).sum())
