@@ -131,38 +131,25 @@ def _by_query_blocks(
     **options: Any,
 ) -> Tensor:
     (query, key, value, attn_mask), nothing_more = attention.as_autocast(query, key, value, attn_mask)
-    with nothing_more:
-        return _blocks_of_queries(query, key, value, attn_mask, dropout_p, is_causal, **options)
-
-
-def _blocks_of_queries(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    **options: Any,
-) -> Tensor:
     attend = partial(_attend, dropout_p=dropout_p, **options)
     queries, keys = query.shape[-2], key.shape[-2]
     block = max(SMALLEST_BLOCK, ATTENTION_BUDGET // (math.prod(query.shape[:-2]) * keys))
-    if block >= queries:
-        return attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
-    out = []
-    for start in range(0, queries, block):
+
+    def rows(start: int) -> Tensor:
         stop = min(start + block, queries)
-        seen = (
-            min(stop, keys) if is_causal else keys
-        )  # torch aligns a causal mask with the first query and the first key
+        # torch aligns a causal mask with the first query and the first key
+        seen = min(stop, keys) if is_causal else keys
         mask: Tensor | None
         if is_causal:
             mask = torch.ones(stop - start, seen, dtype=torch.bool, device=query.device).tril(start)
         else:
             mask = attn_mask if attn_mask is None or attn_mask.shape[-2] == 1 else attn_mask[..., start:stop, :]
-        rows = query[..., start:stop, :]
-        out.append(attend(rows, key[..., :seen, :], value[..., :seen, :], attn_mask=mask))
-    return torch.cat(out, dim=-2)
+        return attend(query[..., start:stop, :], key[..., :seen, :], value[..., :seen, :], attn_mask=mask)
+
+    with nothing_more:
+        if block >= queries:
+            return attend(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+        return torch.cat([rows(start) for start in range(0, queries, block)], dim=-2)
 
 
 class Arithmetic(NamedTuple):

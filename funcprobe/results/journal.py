@@ -34,7 +34,7 @@ class Node(NamedTuple):
     tangents: TokenScores  #: [B, T]
 
 
-class Line(NamedTuple):
+class Entry(NamedTuple):
     """One line: the tangents of a node, or a finished point."""
 
     node: Node | None = None
@@ -57,9 +57,7 @@ class Journal:
         self.nodes: dict[float, TokenScores] = {}  #: ds/dη over E by the learning rate η
         self._norm: float | None = None
         if self.path is not None and self.path.exists():
-            self._norm, lines = _read(self.path, identity)
-            self.points = {_lr(line.point): line.point for line in lines if line.point is not None}
-            self.nodes = {line.node.lr: line.node.tangents for line in lines if line.node is not None}
+            self._norm, self.points, self.nodes = _read(self.path, identity)
 
     def begin(self, gradient: Gradients) -> None:
         """Write the first line; or hold the one there is to the gradient on U, in which frozen weights show.
@@ -84,18 +82,18 @@ class Journal:
     def add(self, point: Outcome) -> None:
         """Keep a finished point, on disk before this returns."""
         self.points[lr_of(point)] = point
-        self._keep(Line(point=point))
+        self._keep(Entry(point=point))
 
     def node(self, lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
         """Return ds/dη at the node of a learning rate η as it was kept, or computed now, and kept."""
         if lr not in self.nodes:
             self.nodes[lr] = compute()
-            self._keep(Line(node=Node(lr, self.nodes[lr])))
+            self._keep(Entry(node=Node(lr, self.nodes[lr])))
         return self.nodes[lr]
 
-    def _keep(self, line: Line) -> None:
+    def _keep(self, entry: Entry) -> None:
         if self.path is not None:
-            self._append(json.dumps(encode(line, Line, Inline()), allow_nan=False))
+            self._append(json.dumps(encode(entry, Entry, Inline()), allow_nan=False))
 
     def _append(self, line: str) -> None:
         assert self.path is not None
@@ -105,8 +103,8 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _read(path: Path, identity: str) -> tuple[float | None, list[Line]]:
-    """Return the gradient's norm and the lines; a last line that was cut off is dropped from the file.
+def _read(path: Path, identity: str) -> tuple[float | None, dict[float, Outcome], dict[float, TokenScores]]:
+    """Return the gradient's norm, points and nodes; a last line that was cut off is dropped from the file.
 
     Raises:
         InputError: If the file is not a journal, is damaged before its end, or belongs to another sweep.
@@ -115,7 +113,7 @@ def _read(path: Path, identity: str) -> tuple[float | None, list[Line]]:
         raise InputError(f"{path} is a folder; a journal is a file, so give the name of one.")
     whole, newline, rest = path.read_bytes().rpartition(b"\n")
     if not newline and START.startswith(rest[: len(START)]):
-        return None, []
+        return None, {}, {}
     lines = whole.splitlines()
     try:
         head = json.loads(lines[0])
@@ -128,13 +126,13 @@ def _read(path: Path, identity: str) -> tuple[float | None, list[Line]]:
             "options differ. Give another file, or delete it to begin anew."
         )
     try:
-        found: list[Line] = [decode(json.loads(line), Line, Inline()) for line in lines[1:]]
-        _ = [_lr(line.point) for line in found if line.point is not None]
+        entries: list[Entry] = [decode(json.loads(line), Entry, Inline()) for line in lines[1:]]
+        points = {_lr(entry.point): entry.point for entry in entries if entry.point is not None}
     except (ValueError, RecursionError) as error:  # which a DamagedError is too
         raise InputError(f"{path} is damaged ({error}); delete it to begin anew.") from error
     if rest:
         os.truncate(path, len(whole) + 1)
-    return norm, found
+    return norm, points, {entry.node.lr: entry.node.tangents for entry in entries if entry.node is not None}
 
 
 def _lr(point: Outcome) -> float:
