@@ -8,15 +8,17 @@ accumulate in float64, whatever the leaves are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import optree
 import torch
 from torch import Tensor
 
 from funcprobe.errors import InputError
-from funcprobe.types import Params
+from funcprobe.types import Leaves, Params
+
+Leaf = TypeVar("Leaf", bound=Tensor | None)
 
 #: How many entries of a leaf a float64 reduction widens at once (32 MiB).
 CHUNK = 2**22
@@ -24,8 +26,44 @@ CHUNK = 2**22
 #: Entries of a leaf in a piece, on a CPU and on a GPU.
 PIECE, DEVICE_PIECE = 2**17, 2**22
 
+#: Bytes of a lazy tree that are kept once they are computed: those of a small model, or of an adapter.
+KEPT = 2**26
 
-def add(a: Params, b: Params) -> Params:
+
+class Lazy(Mapping[str, Leaf], Generic[Leaf]):
+    """A tree whose leaves are computed when they are read, so that it never has to stand in memory as a whole.
+
+    Of what was computed the first `KEPT` bytes are kept: a small tree is computed once, a large one at every reading.
+    The function has to be pure.
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Leaf]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+        self._kept: dict[str, Leaf] = {}
+        self._room = KEPT
+
+    def __getitem__(self, name: str) -> Leaf:
+        if name in self._kept:
+            return self._kept[name]
+        if name not in self._names:
+            raise KeyError(name)
+        leaf = self._compute(name)
+        size = 0 if leaf is None else leaf.numel() * leaf.element_size()
+        if size <= self._room:
+            self._kept[name], self._room = leaf, self._room - size
+        return leaf
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def add(a: Leaves, b: Leaves) -> Params:
     """Return a + b, leaf by leaf.
 
     Example:
@@ -35,17 +73,17 @@ def add(a: Params, b: Params) -> Params:
     return map_(torch.add, a, b)
 
 
-def sub(a: Params, b: Params) -> Params:
+def sub(a: Leaves, b: Leaves) -> Params:
     """Return a - b, leaf by leaf: for two parameter trees the step between them."""
     return map_(torch.sub, a, b)
 
 
-def scale(c: float | Tensor, a: Params) -> Params:
+def scale(c: float | Tensor, a: Leaves) -> Params:
     """Return c · a."""
     return map_(lambda x: x * c, a)
 
 
-def axpy(c: float | Tensor, x: Params, y: Params) -> Params:
+def axpy(c: float | Tensor, x: Leaves, y: Leaves) -> Params:
     """Return c · x + y in the dtype of y; a wider x is rounded once, after the sum.
 
     Example:
@@ -55,7 +93,7 @@ def axpy(c: float | Tensor, x: Params, y: Params) -> Params:
     return map_(lambda xi, yi: (xi * c + yi).to(yi.dtype), x, y)
 
 
-def dot(a: Params, b: Params) -> Tensor:
+def dot(a: Leaves, b: Leaves) -> Tensor:
     """Return ⟨a, b⟩ as a float64 scalar: products and sums are taken in float64.
 
     Example:
@@ -65,17 +103,17 @@ def dot(a: Params, b: Params) -> Tensor:
     return _total(map_(_dot, a, b))
 
 
-def norm(a: Params) -> Tensor:
+def norm(a: Leaves) -> Tensor:
     """Return the Euclidean norm of the whole tree as a float64 scalar."""
     return torch.sqrt(dot(a, a))
 
 
-def leaf_norms(a: Params) -> dict[str, float]:
+def leaf_norms(a: Leaves) -> dict[str, float]:
     """Return the Euclidean norm of every leaf, taken in float64."""
     return {name: float(torch.sqrt(_dot(x, x))) for name, x in a.items()}
 
 
-def top_k(a: Params, k: int) -> list[tuple[str, float]]:
+def top_k(a: Leaves, k: int) -> list[tuple[str, float]]:
     """Return the k leaves of the largest norm, largest first, as (name, norm); ties go by name.
 
     Example:
@@ -85,7 +123,7 @@ def top_k(a: Params, k: int) -> list[tuple[str, float]]:
     return sorted(leaf_norms(a).items(), key=lambda item: (-item[1], item[0]))[:k]
 
 
-def select(a: Params, names: Iterable[str] | Callable[[str], bool]) -> Params:
+def select(a: Leaves, names: Iterable[str] | Callable[[str], bool]) -> Params:
     """Return the sub-tree of the given names, or of the names for which a predicate holds.
 
     Raises:
@@ -99,17 +137,17 @@ def select(a: Params, names: Iterable[str] | Callable[[str], bool]) -> Params:
     return {name: a[name] for name in wanted}
 
 
-def cast(a: Params, dtype: torch.dtype) -> Params:
+def cast(a: Leaves, dtype: torch.dtype) -> Params:
     """Return the tree with every leaf in `dtype`."""
     return map_(lambda x: x.to(dtype), a)
 
 
-def like(a: Params, b: Params) -> Params:
+def like(a: Leaves, b: Leaves) -> Params:
     """Return a with the dtype and device of b's leaves."""
     return map_(lambda x, y: x.to(device=y.device, dtype=y.dtype), a, b)
 
 
-def zeros_like(a: Params) -> Params:
+def zeros_like(a: Leaves) -> Params:
     """Return the zero tree of the same shapes and dtypes."""
     return map_(torch.zeros_like, a)
 
@@ -119,20 +157,20 @@ def size(a: Params) -> int:
     return sum(x.numel() for x in _leaves(a))
 
 
-def same_keys(a: Params, b: Params, what: str = "trees") -> None:
+def same_keys(a: Leaves, b: Leaves, what: str = "trees") -> None:
     """Check that two trees have the same names and shapes.
 
     Raises:
         InputError: Naming the missing and the unexpected leaves, or the first leaf whose shape differs.
     """
-    if isinstance(a, dict) and isinstance(b, dict):
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         missing, unexpected = [n for n in a if n not in b], [n for n in b if n not in a]
         if missing or unexpected:
             raise InputError(
                 f"The {what} do not have the same leaves: missing {_listing(missing)}, unexpected "
                 f"{_listing(unexpected)}; both must be keyed by the names of the same trainable parameters."
             )
-        for name in a:
+        for name in () if isinstance(a, Lazy) or isinstance(b, Lazy) else a:
             if getattr(a[name], "shape", None) != getattr(b[name], "shape", None):
                 raise InputError(
                     f"The {what} differ in shape at '{name}': {tuple(a[name].shape)} against {tuple(b[name].shape)}; "
@@ -140,21 +178,22 @@ def same_keys(a: Params, b: Params, what: str = "trees") -> None:
                 )
 
 
-def is_finite(a: Params) -> bool:
+def is_finite(a: Leaves) -> bool:
     """Return whether every entry of every leaf is finite."""
     return all(math.isfinite(value) for value in leaf_norms(a).values())
 
 
-def pieces(leaf: Tensor) -> tuple[Tensor, ...]:
+def pieces(leaf: Tensor, device: torch.device | None = None) -> tuple[Tensor, ...]:
     """Return a leaf as flat pieces, `[n]` each, which are views of it where it is contiguous.
 
     What is worked on piece by piece has small temporaries, which stay in a processor's cache and whose memory is used
-    again: fresh pages cost more than arithmetic. On a GPU a piece costs its launches instead, and is larger.
+    again: fresh pages cost more than arithmetic. On a GPU a piece costs its launches instead, and is larger. `device`
+    is the one that the work is done on, by default the leaf's own.
     """
-    return leaf.reshape(-1).split(PIECE if leaf.device.type == "cpu" else DEVICE_PIECE)
+    return leaf.reshape(-1).split(PIECE if (device or leaf.device).type == "cpu" else DEVICE_PIECE)
 
 
-def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Params:
+def map_(function: Callable[..., Tensor], first: Leaves, *rest: Leaves) -> Params:
     """Return the tree of `function` over corresponding leaves, in the order of the first tree.
 
     Addressing is by name, so two dictionaries in different orders are the same tree.
@@ -162,6 +201,8 @@ def map_(function: Callable[..., Tensor], first: Params, *rest: Params) -> Param
     for other in rest:
         same_keys(first, other)
     trees: tuple[Any, ...] = (first, *rest)
+    if any(isinstance(tree, Lazy) for tree in trees):
+        return {name: function(*(tree[name] for tree in trees)) for name in first}
     result: Params = optree.tree_map(function, *trees)  # type: ignore[assignment]
     return result
 

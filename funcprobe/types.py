@@ -15,6 +15,9 @@ from torch import Tensor
 #: A name-keyed tree of leaves: parameters, gradients and updates all have this type and share their keys.
 Params = dict[str, Tensor]
 
+#: A tree that is read leaf by leaf: a dictionary, or a `tree.Lazy`, which computes a leaf when it is read.
+Leaves = Mapping[str, Tensor]
+
 #: A gradient of a loss: a tree like the parameters, with None, as in `.grad`, at a leaf that the loss does not depend
 #: on. An optimizer leaves such a leaf alone, while under a gradient of 0 momentum and decay go on.
 Gradients = Mapping[str, Tensor | None]

@@ -6,7 +6,6 @@ from typing import Unpack
 
 import torch
 
-from funcprobe import tree
 from funcprobe.measurement.cautions import about_the_copy, step
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder, first_order
@@ -19,7 +18,7 @@ from funcprobe.measurement.update import Update
 from funcprobe.results.environment import describe_environment
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.provenance import BatchCounts, Provenance
-from funcprobe.types import Params, Progress, Rollouts
+from funcprobe.types import Leaves, Params, Progress, Rollouts
 
 
 def probe(
@@ -68,7 +67,7 @@ def result_of(
     return ProbeResult(
         outcome=outcome,
         provenance=provenance_of(measurement, update, first.mode),
-        top=tuple(tree.top_k(move.delta, options.top_k)),
+        top=move.top(options.top_k),
         family=family_of(measurement, move, first, evidence),
         delta=_portable(move.delta) if options.keep_delta else None,
         evidence=evidence if options.keep_scores else None,
@@ -88,5 +87,5 @@ def provenance_of(measurement: Measurement, update: Update, mode: str) -> Proven
     )
 
 
-def _portable(delta: Params) -> Params:
+def _portable(delta: Leaves) -> Params:
     return {name: d.detach().to("cpu", torch.float32) for name, d in delta.items()}

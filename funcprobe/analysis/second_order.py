@@ -67,7 +67,7 @@ def second_order(
         NumericsError: With `mode="forward"`, if the two disagree.
     """
     measurement = Measurement.of(update, evaluation, observable, Options(microbatch=microbatch), progress)
-    passes, (_, main), direction = measurement.passes, measurement.main, update.take(progress).delta
+    passes, (_, main), direction = measurement.passes, measurement.main, update.move(progress)[0].delta
     eps = engine.arithmetic(update.policy, update.params).eps
     along, disagreement = curved(passes, update.params, direction, eps, mode)
     evidence = Evidence(passes.evaluation, along.scores, along.scores, along)

@@ -43,7 +43,7 @@ def slope(
     """
     given = options_of(options, "a first order", OF_A_MEASUREMENT)
     measurement = Measurement.of(update, evaluation, observables, given, progress)
-    delta = update.take(progress).delta
+    delta = update.move(progress)[0].delta
     measurement.messages.warn(*update.warnings)
     first = first_order(measurement, update.params, delta)
     evidence = Evidence(measurement.passes.evaluation, first.scores, first.scores, first.along)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from funcprobe import tree
 from funcprobe.optimizers.unreached import with_zeros
-from funcprobe.types import Gradients, Params
+from funcprobe.types import Gradients, Leaves, Params
 
 
 class LeafPart(NamedTuple):
@@ -79,17 +79,18 @@ def read_name(name: str) -> LeafName:
 
 def leaf_parts(
     covector: Params,
-    delta: Params,
+    delta: Leaves,
     gradient: Gradients,
     direction: Params,
     offsets: Mapping[str, Mapping[str, float]],
 ) -> tuple[LeafPart, ...]:
     """Return every leaf's contribution: ∇F against Δθ, and ∇F carried back through the step against the gradient."""
-    whole, drawn = _dots(covector, delta), _dots(direction, with_zeros(gradient, delta))
+    whole, drawn = _dots(covector, delta), _dots(direction, with_zeros(gradient, direction))
     norms = tree.leaf_norms(delta)
     none: dict[str, float] = dict.fromkeys(delta, 0.0)
     momentum, decay = offsets.get("momentum", none), offsets.get("weight decay", none)
-    return tuple(LeafPart(n, whole[n], drawn[n], momentum[n], decay[n], norms[n], d.numel()) for n, d in delta.items())
+    sizes = {name: c.numel() for name, c in covector.items()}
+    return tuple(LeafPart(n, whole[n], drawn[n], momentum[n], decay[n], norms[n], sizes[n]) for n in covector)
 
 
 def rolled_up(parts: Iterable[LeafPart], by: Callable[[LeafName], str | None]) -> dict[str, LeafPart]:
@@ -143,6 +144,6 @@ PARAMETER_TABLES: dict[str, Callable[[LeafName], str | None]] = {
 }
 
 
-def _dots(a: Params, b: Params) -> dict[str, float]:
+def _dots(a: Params, b: Leaves) -> dict[str, float]:
     tree.same_keys(a, b)
     return {name: float(tree.dot({name: x}, {name: b[name]})) for name, x in a.items()}

@@ -20,7 +20,7 @@ from funcprobe.optimizers.unreached import with_zeros
 from funcprobe.training.response import Response, offsets_of, respond
 from funcprobe.training.rule import Rule
 from funcprobe.training.step import Step
-from funcprobe.types import Gradients, Microbatch, OptState, Params, Rollouts, TokenScores
+from funcprobe.types import Gradients, Leaves, Microbatch, OptState, Params, Rollouts, TokenScores
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class StepParts:
     params: Params  #: θ
     opt_state: OptState
     gradient: Gradients  #: of the loss, before clipping
-    delta: Params  #: Δθ
+    delta: Leaves  #: Δθ
     lr: float | None
     prepared: Rollouts  #: U, with advantages
     on_batch: TokenScores  #: cotangents of the loss on U

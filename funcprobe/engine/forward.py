@@ -27,7 +27,7 @@ from funcprobe.engine.tangent import hold, values
 from funcprobe.errors import ForwardModeError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
-from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
+from funcprobe.types import Leaves, Microbatch, Params, Progress, Rollouts, TokenScores
 
 #: A scalar function of the scores of a batch.
 Functional = Callable[[TokenScores], Tensor]
@@ -49,8 +49,8 @@ class Directional(NamedTuple):
 
 def directional(
     policy: Policy,
-    params: Params,
-    direction: Params,
+    params: Leaves,
+    direction: Leaves,
     rollouts: Rollouts,
     *,
     order: Literal[1, 2] = 1,
@@ -76,14 +76,14 @@ def directional(
         NumericsError: If a score is not finite; the message names the sequences.
     """
     rollouts = to_device(rollouts, policy.device)
-    params, size = tree.map_(Tensor.detach, params), 1.0
-    if any(p.dtype == torch.float16 for p in params.values()):
-        size = _binary_size(direction)
-        direction = tree.scale(1 / size, direction)
-    moving, run = _moving(policy, params, leaves, stats)
-    direction = tree.like(direction if leaves is None else tree.select(direction, moving), moving)
+    whole = tree.map_(Tensor.detach, params)
+    moving, run = _moving(policy, whole, leaves, stats)
+    direction = direction if leaves is None else tree.select(direction, moving)
+    halves = any(p.dtype == torch.float16 for p in moving.values())
+    size = _binary_size(direction) if halves else 1.0
+    direction = tree.map_(lambda v, p: (v if size == 1.0 else v / size).to(p.device, p.dtype), direction, moving)
     if not as_training:
-        _check_tangent(policy, params, direction)
+        _check_tangent(policy, whole, direction)
     found: list[tuple[Tensor, Directional]] = []
     with _pushing(policy, order, as_training):
         for rows, part in pieces(rollouts, microbatch, progress, what):
@@ -97,8 +97,8 @@ def directional(
 
 def directional_of_many(
     policy: Policy,
-    params: Params,
-    directions: Sequence[Params],
+    params: Leaves,
+    directions: Sequence[Leaves],
     rollouts: Rollouts,
     *,
     as_training: bool = False,
@@ -123,9 +123,10 @@ def directional_of_many(
     if len(directions) == 1 or any(p.dtype == torch.float16 for p in params.values()):
         return [directional(policy, params, v, rollouts, **given) for v in directions]
     rollouts = to_device(rollouts, policy.device)
-    moving, run = _moving(policy, tree.map_(Tensor.detach, params), leaves, stats)
+    whole = tree.map_(Tensor.detach, params)
+    moving, run = _moving(policy, whole, leaves, stats)
     if not as_training:
-        _check_tangent(policy, params, tree.like(tree.select(directions[0], moving), moving))
+        _check_tangent(policy, whole, tree.like(tree.select(directions[0], moving), moving))
     stacked = {n: torch.stack([v[n].to(device=p.device, dtype=p.dtype) for v in directions]) for n, p in moving.items()}
     found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
     with _pushing(policy, 1, as_training):
@@ -186,7 +187,7 @@ def _check_tangent(policy: Policy, params: Params, direction: Params) -> None:
         )
 
 
-def _binary_size(direction: Params) -> float:
+def _binary_size(direction: Leaves) -> float:
     """Return the power of 2 next to the largest entry: scaling by it is exact, and keeps float16 off its floor."""
     largest = max((float(v.abs().max()) for v in direction.values() if v.numel()), default=0.0)
     return 2.0 ** math.frexp(largest)[1] if 0 < largest < math.inf else 1.0
@@ -241,7 +242,7 @@ def curvature_by_reverse(
     fixed: TokenScores,
     policy: Policy,
     params: Params,
-    direction: Params,
+    direction: Leaves,
     rollouts: Rollouts,
     *,
     stats: Stats | None = None,

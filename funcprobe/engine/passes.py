@@ -10,7 +10,7 @@ from funcprobe.data.rollouts import to_device
 from funcprobe.engine.clock import Clock
 from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
-from funcprobe.types import Microbatch, Observable, Params, Progress, Rollouts, Statistic, TokenScores
+from funcprobe.types import Leaves, Microbatch, Observable, Params, Progress, Rollouts, Statistic, TokenScores
 
 
 class Passes(NamedTuple):
@@ -48,19 +48,19 @@ class Passes(NamedTuple):
                     )
         return cls(policy, to_device(evaluation, policy.device), stats, microbatch, progress, clock)
 
-    def scores(self, params: Params, what: str, order: Literal[0, 1, 2] = 0) -> TokenScores:
+    def scores(self, params: Leaves, what: str, order: Literal[0, 1, 2] = 0) -> TokenScores:
         """Return the scores of E at some parameters, in the arithmetic of forward mode where an order is given."""
         with self.clock(what):
-            return engine.scores(self.policy, params, self.evaluation, order=order, **self._options(what))
+            return engine.scores(self.policy, dict(params), self.evaluation, order=order, **self._options(what))
 
-    def directional(self, params: Params, direction: Params, what: str, order: Literal[1, 2] = 1) -> engine.Directional:
+    def directional(self, params: Leaves, direction: Leaves, what: str, order: Literal[1, 2] = 1) -> engine.Directional:
         """Return the scores of E and their tangents along a direction."""
         with self.clock(what):
             return engine.directional(
                 self.policy, params, direction, self.evaluation, order=order, **self._options(what)
             )
 
-    def directional_of_many(self, params: Params, directions: Sequence[Params], what: str) -> list[engine.Directional]:
+    def directional_of_many(self, params: Leaves, directions: Sequence[Leaves], what: str) -> list[engine.Directional]:
         """Return the scores of E and their tangents along each of several directions, from one pass."""
         with self.clock(what):
             return engine.directional_of_many(self.policy, params, directions, self.evaluation, **self._options(what))
@@ -83,7 +83,7 @@ class Passes(NamedTuple):
         """Return the same passes over some rows of E, without a progress of their own."""
         return self._replace(evaluation=part, progress=None)
 
-    def curvature_by_reverse(self, fixed: TokenScores, params: Params, direction: Params, what: str) -> float:
+    def curvature_by_reverse(self, fixed: TokenScores, params: Params, direction: Leaves, what: str) -> float:
         """Return Σ c·s̈ over E, forward over reverse."""
         with self.clock(what):
             return float(

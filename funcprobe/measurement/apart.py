@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from funcprobe import engine
+from funcprobe import engine, tree
 from funcprobe.measurement.first_order import FirstOrder
-from funcprobe.measurement.line import along_line
+from funcprobe.measurement.line import on_line
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.move import WORTH_TELLING, Move, displacement, movement
 
@@ -34,7 +34,8 @@ def told_apart(measurement: Measurement, move: Move, first: FirstOrder) -> Apart
     """
     if move.size.rounding_ratio <= WORTH_TELLING:
         return None
-    target = along_line(move.params, move.delta, 1.0)
+    params, delta = move.params, move.delta
+    target = tree.Lazy(params, lambda name: on_line(params[name], delta[name], 1.0))
     held = movement(move.params, target, move.delta).rounding_ratio <= WORTH_TELLING
     options = measurement.options
     by_path = first.along is not None and first.eps is not None and first.eps <= options.path_tolerance

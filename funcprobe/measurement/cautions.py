@@ -38,10 +38,9 @@ def step(measurement: Measurement, update: Update) -> tuple[Move, Mapping[str, f
         messages.warn(*update.warnings)
         messages.add(left_alone(loss.gradient))
     with passes.clock("optimizer step"):
-        taken = update.take()
-        move = Move.of(update.params, taken.params, taken.delta, narrow=update.stores_narrower)
-    messages.warn(*before_measuring(measurement, update, move, taken.info))
-    return move, taken.info
+        move, info = update.move()
+    messages.warn(*before_measuring(measurement, update, move, info))
+    return move, info
 
 
 def before_measuring(measurement: Measurement, update: Update, move: Move, info: Mapping[str, float]) -> Iterator[Note]:

@@ -18,7 +18,7 @@ from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.readings import scaled_orders
 from funcprobe.measurement.routing import Choices, watched
 from funcprobe.measurement.second_order import curved, second_by_reverse
-from funcprobe.types import Observable, Params, Rollouts, TokenScores
+from funcprobe.types import Leaves, Observable, Params, Rollouts, TokenScores
 
 _OWN_FORM = Note(
     "kernels", "attention on E ran in a form that has a forward derivative, which torch's fused kernels have not"
@@ -43,7 +43,7 @@ class FirstOrder(NamedTuple):
         """Return "forward" or "reverse"."""
         return "reverse" if self.along is None else "forward"
 
-    def value(self, name: str, observable: Observable, evidence: Evidence, delta: Params) -> float | None:
+    def value(self, name: str, observable: Observable, evidence: Evidence, delta: Leaves) -> float | None:
         """Return δF₁ of an observable; None in reverse mode for one whose ∇F was not taken."""
         if self.along is not None:
             return float(evidence.first_order(observable))
@@ -72,7 +72,7 @@ class FirstOrder(NamedTuple):
         return None
 
 
-def first_order(measurement: Measurement, params: Params, delta: Params, rounding: Params | None = None) -> FirstOrder:
+def first_order(measurement: Measurement, params: Params, delta: Leaves, rounding: Leaves | None = None) -> FirstOrder:
     """Return the anchor's scores and the first order along the delta, in forward mode where the model allows.
 
     With `rounding` forward mode gives the tangents along it in the same pass: two more e in place of three.
@@ -99,7 +99,7 @@ def first_order(measurement: Measurement, params: Params, delta: Params, roundin
     return found
 
 
-def first_orders(measurement: Measurement, params: Params, deltas: Sequence[Params]) -> list[FirstOrder]:
+def first_orders(measurement: Measurement, params: Params, deltas: Sequence[Leaves]) -> list[FirstOrder]:
     """Return the first order along each of several deltas: one forward pass with a tangent each, or one ∇F for all.
 
     Raises:
@@ -125,7 +125,7 @@ def first_orders(measurement: Measurement, params: Params, deltas: Sequence[Para
     return found
 
 
-def _forward(measurement: Measurement, params: Params, delta: Params, rounding: Params | None = None) -> FirstOrder:
+def _forward(measurement: Measurement, params: Params, delta: Leaves, rounding: Leaves | None = None) -> FirstOrder:
     (passes, choices), seconds = _watching(measurement), {}
     arithmetic = engine.arithmetic(measurement.passes.policy, params)
     beside = None
@@ -146,7 +146,7 @@ def _forward(measurement: Measurement, params: Params, delta: Params, rounding: 
 
 
 def _along(
-    passes: Passes, params: Params, delta: Params, rounding: Params | None
+    passes: Passes, params: Params, delta: Leaves, rounding: Leaves | None
 ) -> tuple[engine.Directional, engine.Directional | None]:
     """Return the tangents along the delta, and those along its rounding from the same pass, where vmap runs the model.
 

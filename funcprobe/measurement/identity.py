@@ -90,8 +90,8 @@ def _of_behaviour(update: Update, evaluation: Rollouts, observables: Mapping[str
             loss, _ = objective(_made_up(prepared, objective.stats, size, 3), prepared)
         yield f"{float(loss):.9g}".encode()
     assert update.rule is not None
-    taken = update.rule.apply(update.params, update.opt_state or {}, update.params, lr=TRIED_LR)
-    yield f"{float(tree.norm(taken.delta)):.9g} {float(tree.norm(taken.params)):.9g}".encode()
+    taken = update.rule.lazily(update.params, update.opt_state or {}, update.params, lr=TRIED_LR)
+    yield f"{float(tree.norm(taken.delta)):.9g} {float(tree.norm(taken.after)):.9g}".encode()
 
 
 def _made_up(rollouts: Rollouts, stats: Mapping[str, Statistic], vocab_size: int, seed: int) -> TokenScores:

@@ -21,7 +21,7 @@ from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import sample_orders
 from funcprobe.measurement.update import Update
 from funcprobe.policy.running import first_sentence
-from funcprobe.types import Params, StepResult, TokenScores
+from funcprobe.types import Leaves, TokenScores
 
 #: Two steps are multiples of one another if they agree to this fraction of their norm: they are kept in float32.
 PROPORTIONAL = 1e-5
@@ -33,11 +33,9 @@ class LearningRates:
     def __init__(self, measurement: Measurement, update: Update, reference_lr: float) -> None:
         self.measurement, self.reference_lr = measurement, reference_lr
         self._update = update
-        taken = self._taken(reference_lr)
-        self.info = {name: x for name, x in taken.info.items() if name != "lr"}
-        move = Move.of(update.params, taken.params, taken.delta)
-        self.reference = move._replace(after={})  # θ′ of the reference is not needed any more
-        self.first = self._settled(first_order(measurement, update.params, move.delta))
+        self.reference, info = self._taken(reference_lr)
+        self.info = {name: x for name, x in info.items() if name != "lr"}
+        self.first = self._settled(first_order(measurement, update.params, self.reference.delta))
 
     @property
     def stores_narrower(self) -> bool:
@@ -46,8 +44,7 @@ class LearningRates:
 
     def move(self, lr: float) -> Move:
         """Return the step at a learning rate; no model is run."""
-        taken = self._taken(lr)
-        return Move.of(self._update.params, taken.params, taken.delta, narrow=self._update.stores_narrower)
+        return self._taken(lr)[0]
 
     def first_order(self, move: Move, lr: float, messages: Messages) -> FirstOrder:
         """Return the first order of a step: the reference's, scaled, where the step is a multiple of it."""
@@ -108,9 +105,9 @@ class LearningRates:
             first = self.first_order(move, lr, own.messages)
             return measure(own, move, first, {"lr": lr}, after)[0]
 
-    def _taken(self, lr: float) -> StepResult:
+    def _taken(self, lr: float) -> tuple[Move, dict[str, float]]:
         with self.measurement.passes.clock("optimizer steps"), naming(lr):
-            return self._update.at(lr).take()
+            return self._update.at(lr).move()
 
     def _scores(self, moves: list[Move]) -> list[TokenScores] | list[None]:
         """Return the scores at several θ′ in one pass; None, for each to be scored on its own, where there is one.
@@ -125,7 +122,7 @@ class LearningRates:
         with passes.clock("E at θ′"), _vmap_errors(len(moves)):
             return engine.scores_of_many(
                 passes.policy,
-                [move.after for move in moves],
+                [dict(move.after) for move in moves],
                 passes.evaluation,
                 stats=passes.stats,
                 microbatch=passes.microbatch,
@@ -139,7 +136,7 @@ NOT_PROPORTIONAL = "the step is not proportional to the learning rate, so its de
 ONE_AT_A_TIME = "learning rates were scored one at a time, because tokens go to other experts at each of them"
 
 
-def _off(delta: Params, reference: Params, c: float) -> float:
+def _off(delta: Leaves, reference: Leaves, c: float) -> float:
     """Return ‖Δθ − c·Δθ₀‖₂, a leaf at a time."""
     each = (tree.norm({n: d - c * reference[n]}) for n, d in delta.items())
     return math.sqrt(sum(float(norm) ** 2 for norm in each))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from funcprobe import engine, tree
 from funcprobe.engine.passes import Passes
-from funcprobe.types import Params, TokenScores
+from funcprobe.optimizers.kernels import laid_out_as
+from funcprobe.types import Leaves, Params, TokenScores
 
 
 class Line(NamedTuple):
@@ -65,7 +66,7 @@ def walk(
     return Line(along.scores, length, at, (along.tangents, *(tangents_at(x) for x in at[1:])))
 
 
-def tangents_along(passes: Passes, params: Params, direction: Params) -> Callable[[float], TokenScores]:
+def tangents_along(passes: Passes, params: Params, direction: Leaves) -> Callable[[float], TokenScores]:
     """Return the function from x to the tangents of E's scores along v at θ + x·v: a forward-mode pass each."""
 
     def tangents_at(x: float) -> TokenScores:
@@ -120,6 +121,14 @@ def _basis(nodes: tuple[float, ...], length: float) -> tuple[Legendre, ...]:
     return tuple(Legendre(column, domain=[0.0, length]) for column in coefficients.T)
 
 
-def along_line(params: Params, direction: Params, x: float) -> Params:
+def along_line(params: Params, direction: Leaves, x: float) -> Params:
     """Return θ + x·v, added in float64 and rounded once to the dtype of the parameters."""
-    return tree.map_(lambda p, v: (p.double() + x * v.double()).to(p.dtype), params, direction)
+    return tree.map_(lambda p, v: on_line(p, v, x), params, direction)
+
+
+def on_line(p: Tensor, v: Tensor, x: float) -> Tensor:
+    """Return one leaf of θ + x·v, added in float64 piece by piece, and rounded once to the dtype of the parameters."""
+    found = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    for into, theta, along in zip(*(tree.pieces(leaf.detach(), p.device) for leaf in (found, p, v)), strict=True):
+        into.copy_(theta.double() + x * along.to(p.device).double())
+    return laid_out_as(found, p)

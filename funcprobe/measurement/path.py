@@ -13,7 +13,7 @@ from funcprobe import engine
 from funcprobe.engine.passes import Passes
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.line import Line, radau, tangents_along, walk
-from funcprobe.types import Observable, Params, TokenScores
+from funcprobe.types import Leaves, Observable, Params, TokenScores
 
 #: How many nodes beside θ the rules have that are tried in turn; the rule before the first is θ alone, which is δF₁.
 RULES = (1, 2, 3, 4, 6, 8, 12)
@@ -38,7 +38,7 @@ class Path(NamedTuple):
 def path(
     passes: Passes,
     params: Params,
-    direction: Params,
+    direction: Leaves,
     along: engine.Directional,
     observables: Mapping[str, Observable],
     tolerance: float,

@@ -12,7 +12,7 @@ from funcprobe.data.rollouts import take
 from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.measurement.evidence import Evidence
-from funcprobe.types import Observable, Params, Rollouts
+from funcprobe.types import Leaves, Observable, Params, Rollouts
 
 #: Sequences, and completion tokens of each, on which nested forward mode is held against forward over reverse.
 CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 64
@@ -21,7 +21,7 @@ CHECKED_SEQUENCES, CHECKED_TOKENS = 4, 64
 def curved(
     passes: Passes,
     params: Params,
-    direction: Params,
+    direction: Leaves,
     eps: float,
     mode: Literal["auto", "forward", "reverse"],
 ) -> tuple[engine.Directional, float]:
@@ -50,7 +50,7 @@ def curved(
 
 
 def second_by_reverse(
-    passes: Passes, params: Params, direction: Params, observable: Observable, along: engine.Directional
+    passes: Passes, params: Params, direction: Leaves, observable: Observable, along: engine.Directional
 ) -> float:
     """Return δF₂ with `f′·s̈` by forward over reverse: a reverse-mode graph a microbatch, and no error bar."""
     f = Evidence(passes.evaluation, along.scores, along.scores).of(observable)
@@ -59,7 +59,7 @@ def second_by_reverse(
     return 0.5 * (float(engine.second_derivative(f, flat)) + bent)
 
 
-def _disagreement(passes: Passes, params: Params, direction: Params, found: engine.Directional) -> float:
+def _disagreement(passes: Passes, params: Params, direction: Leaves, found: engine.Directional) -> float:
     """Return how far Σ c·s̈ of a few beginnings is from forward over reverse, relative to Σ|c·s̈|.
 
     The cotangents are drawn once and for all, so that no observable that happens to have none hides a fault. The

@@ -8,12 +8,14 @@ from typing import Literal
 from funcprobe import tree
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import InputError, Note, collected_notes
-from funcprobe.measurement.line import along_line
+from funcprobe.measurement.line import on_line
+from funcprobe.measurement.move import Move
 from funcprobe.optimizers.groups import check_gradient, check_lr
 from funcprobe.optimizers.stored import is_stored, storage_name
 from funcprobe.policy.module import Policy
-from funcprobe.training.step import LossGradient, Rule, Step
-from funcprobe.types import Gradients, Objective, Optimizer, OptState, Params, Progress, Rollouts, StepResult
+from funcprobe.training.rule import LazyStep, Rule
+from funcprobe.training.step import LossGradient, Step
+from funcprobe.types import Gradients, Leaves, Objective, Optimizer, OptState, Params, Progress, Rollouts, StepResult
 
 #: How much an update knows, from least to most.
 Depth = Literal["delta", "gradient", "batch"]
@@ -55,7 +57,7 @@ class Update:
     lr: float | None = None  #: learning rate of this update; None takes the optimizer's
     step: Step | None = None  #: objective and rule; None for an update that was not made from a batch
     batch: Rollouts | None = None  #: rollouts U
-    given: StepResult | None = field(default=None, repr=False)  #: θ′ and Δθ, for an update that was given as Δθ
+    given: LazyStep | None = field(default=None, repr=False)  #: θ′ and Δθ, for an update that was given as Δθ
     _held: _Held = field(default_factory=_Held, repr=False, compare=False)
 
     @classmethod
@@ -108,7 +110,7 @@ class Update:
         return cls(policy, params, Rule(optimizer, max_grad_norm), opt_state, _checked(lr), _held=held)
 
     @classmethod
-    def from_delta(cls, policy: Policy, params: Params, delta: Params, after: Params | None = None) -> Update:
+    def from_delta(cls, policy: Policy, params: Params, delta: Leaves, after: Leaves | None = None) -> Update:
         """Return the update that is Δθ itself: two checkpoints, or a step that something else has taken.
 
         Args:
@@ -123,9 +125,10 @@ class Update:
         tree.same_keys(params, delta, what="params and delta")
         if after is not None:
             tree.same_keys(params, after, what="params and after")
-        detached = {name: d.detach() for name, d in delta.items()}
-        stored = along_line(params, detached, 1.0) if after is None else {n: p.detach() for n, p in after.items()}
-        return cls(policy, params, given=StepResult(stored, detached, {}, {}, {}))
+        if after is None:
+            after = tree.Lazy(params, lambda name: on_line(params[name], delta[name], 1.0))
+        given = LazyStep(_detached(after), _detached(delta), {})
+        return cls(policy, params, given=given)
 
     @property
     def depth(self) -> Depth:
@@ -212,11 +215,26 @@ class Update:
             NumericsError: If scores, gradient or step are not finite.
         """
         if self.given is not None:
-            return self.given
+            return StepResult(dict(self.given.after), dict(self.given.delta), {}, {}, {})
         assert self.rule is not None
         assert self.opt_state is not None
         loss = self.gradient(progress)
         return self.rule.apply(self.params, self.opt_state, loss.gradient, lr=self.lr, info=loss.info)
+
+    def move(self, progress: Progress | None = None) -> tuple[Move, dict[str, float]]:
+        """Return the step as its leaves are read, measured, with its info: no tree of it stands in memory.
+
+        Raises:
+            InputError: If rollouts, state or learning rate do not fit.
+            NumericsError: If scores, gradient or step are not finite.
+        """
+        taken = self.given
+        if taken is None:
+            assert self.rule is not None
+            assert self.opt_state is not None
+            loss = self.gradient(progress)
+            taken = self.rule.lazily(self.params, self.opt_state, loss.gradient, lr=self.lr, info=loss.info)
+        return Move.of(self.params, taken.after, taken.delta, narrow=self.stores_narrower), taken.info
 
     @property
     def storage(self) -> str | None:
@@ -241,6 +259,10 @@ class Update:
     def sharing(self, other: Update) -> Update:
         """Return this update with the other's gradient for its own; see `shares_gradient`."""
         return replace(self, _held=other._held)
+
+
+def _detached(leaves: Leaves) -> Leaves:
+    return tree.Lazy(leaves, lambda name: leaves[name].detach())
 
 
 def _checked(lr: float | None) -> float | None:

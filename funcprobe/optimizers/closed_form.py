@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from funcprobe.optimizers.groups import Group, assignments, check_gradient
 from funcprobe.optimizers.kernels import Kernel, State, Terms, dense, laid_out_as, still
 from funcprobe.optimizers.state import check_state
 from funcprobe.optimizers.unreached import reached
-from funcprobe.types import Gradients, OptimizerResult, OptState, Params
+from funcprobe.types import Gradients, Leaves, OptimizerResult, OptState, Params
 
 #: The classes whose step is known in closed form.
 KERNELS: dict[type[torch.optim.Optimizer], Kernel] = {
@@ -32,12 +32,26 @@ class Affine(NamedTuple):
     scale: Params  #: float64
 
 
+class Entries(NamedTuple):
+    """A flat piece of a leaf with all that belongs to it, at the values that the run keeps."""
+
+    theta: Tensor  #: [n]
+    gradient: Tensor  #: [n], as it came
+    state: State  #: [n] each, and `step`, which belongs to all pieces
+
+
 @dataclass(frozen=True)
 class PureOptimizer:
-    """SGD, Adam or AdamW over torch's functional kernels, with their step in closed form."""
+    """SGD, Adam or AdamW over torch's functional kernels, with their step in closed form.
+
+    A leaf is worked on in flat pieces, whose temporaries do not grow with it: an embedding has hundreds of millions of
+    entries. Moments and gradient may lie on another device than the leaf, and go there a piece at a time.
+    """
 
     cls: type[torch.optim.Optimizer]  #: the class in torch.optim whose results are reproduced
     groups: tuple[Group, ...]  #: complete hyperparameters for every leaf
+    #: the dtype in which a run keeps a leaf and its moments, where it is another than it is computed in: see `stored`
+    storage: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def lr(self) -> float:
@@ -62,43 +76,51 @@ class PureOptimizer:
             InputError: If names, shapes or the learning rate do not fit.
         """
         check_gradient(params, gradient)
-        there = {name: g.detach() for name, g in reached(gradient).items()}
-        delta = self.delta(params, opt_state, {name: there.get(name) for name in params}, lr)
-        after = {name: leaf.detach().clone() for name, leaf in params.items() if name not in there}
-        state_after = {name: self._kept(name, params, opt_state) for name in after}
-        for names, hyper in assignments(self.groups, params, lr):
-            mine = [name for name in names if name in there]
-            leaves = [dense(params[name]) for name in mine]
-            # copies of gradients too: foreach kernels write on them
-            grads = [dense(there[n], params[n].dtype, params[n].device) for n in mine]
-            states = [self._state(name, params, opt_state, hyper, copy=True) for name in mine]
-            if mine:
-                with torch.no_grad():
-                    self._kernel.run(leaves, grads, states, hyper)
-            after |= {name: laid_out_as(leaf, params[name]) for name, leaf in zip(mine, leaves, strict=True)}
-            state_after |= dict(zip(mine, states, strict=True))
-        return OptimizerResult(
-            {name: after[name] for name in params}, delta, {name: state_after[name] for name in params}
+        hypers = self._leaves(params, lr)
+        steps = {name: self._run(name, params, opt_state, gradient, hypers[name]) for name in params}
+        delta = {name: self._delta_of(name, params, opt_state, gradient, hypers[name]) for name in params}
+        return OptimizerResult({n: p for n, (p, _) in steps.items()}, delta, {n: s for n, (_, s) in steps.items()})
+
+    def lazily(
+        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
+    ) -> tuple[Leaves, Leaves]:
+        """Return θ′ and Δθ as `apply` does, each leaf computed when it is read: no state after the step, no whole tree.
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit.
+        """
+        check_gradient(params, gradient)
+        hypers = self._leaves(params, lr)
+        return (
+            tree.Lazy(params, lambda name: self._run(name, params, opt_state, gradient, hypers[name])[0]),
+            tree.Lazy(params, lambda name: self._delta_of(name, params, opt_state, gradient, hypers[name])),
         )
+
+    @torch.no_grad()
+    def _delta_of(
+        self, name: str, params: Params, opt_state: OptState, gradient: Gradients, hyper: Mapping[str, Any]
+    ) -> Tensor:
+        leaf = params[name].detach()
+        if gradient[name] is None:
+            return torch.zeros_like(leaf, dtype=_wide(leaf))
+        entries = self._entries(name, params, opt_state, gradient, hyper)
+        return _filled(leaf, _wide(leaf), (_moved(leaf, *self._terms(leaf, each, hyper)) for each in entries))
 
     def delta(self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None) -> Params:
         """Return the step `Δθ` alone, in float32 (float64 for float64 leaves); differentiable in the gradient.
 
-        A leaf is worked on in flat chunks, so that float64 temporaries do not grow with it.
-
         Raises:
             InputError: If names or shapes do not fit.
         """
-        return self._delta(params, opt_state, gradient, lr)
+        return self._differentiable(params, opt_state, gradient, lr, as_stored=True)
 
-    def _delta(
-        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, as_stored: bool = True
+    def _differentiable(
+        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, as_stored: bool
     ) -> Params:
         pieces: dict[str, list[Tensor]] = {name: [] for name in params}
         for name, g, terms in self.pieces(params, opt_state, gradient, lr, as_stored=as_stored):
-            wide = torch.promote_types(params[name].dtype, torch.float32)
-            pieces[name].append((terms.scale * g.double()).add_(terms.momentum + terms.decay).to(wide))
-        return {name: _joined(found).reshape(params[name].shape) for name, found in pieces.items()}
+            pieces[name].append(_moved(params[name], g, terms))
+        return {name: _joined(found, params[name]) for name, found in pieces.items()}
 
     def vjp(
         self, params: Params, opt_state: OptState, gradient: Gradients, covector: Params, lr: float | None = None
@@ -112,12 +134,12 @@ class PureOptimizer:
         """
 
         def wide(x: Tensor, name: str) -> Tensor:
-            return x.to(torch.promote_types(params[name].dtype, torch.float32))
+            return x.to(_wide(params[name]))
 
         # the gradient as it is stored, differentiated in a dtype that does not round its derivative
         at = {name: wide(g.to(params[name].dtype), name) for name, g in reached(gradient).items()}
         _, pull = torch.func.vjp(  # type: ignore[misc]
-            lambda g: self._delta(params, opt_state, {**gradient, **g}, lr, as_stored=False), at
+            lambda g: self._differentiable(params, opt_state, {**gradient, **g}, lr, as_stored=False), at
         )
         (found,) = pull({name: wide(c, name) for name, c in covector.items()})
         return {name: found[name] if name in found else wide(torch.zeros_like(p), name) for name, p in params.items()}
@@ -145,8 +167,10 @@ class PureOptimizer:
         Raises:
             InputError: If names or shapes do not fit.
         """
-        leaves = self._leaves(params, lr)
-        return {name: self._terms(name, params, opt_state, gradient, leaves[name]) for name in params}
+        found: dict[str, list[Terms]] = {name: [] for name in params}
+        for name, _, terms in self.pieces(params, opt_state, gradient, lr):
+            found[name].append(terms)
+        return {n: Terms(*(_joined(of, params[n]) for of in zip(*each, strict=True))) for n, each in found.items()}
 
     def pieces(
         self,
@@ -159,25 +183,19 @@ class PureOptimizer:
     ) -> Iterator[tuple[str, Tensor, Terms]]:
         """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: the results of `terms`, cut.
 
-        Where the gradient of a leaf is None, its pieces are 0, terms and all.
-
-        Float64 temporaries then do not grow with a leaf, and an embedding has hundreds of millions of entries. The
-        gradient is rounded to the dtype of its leaf, as an optimizer sees it, unless `as_stored` is false.
+        Where the gradient of a leaf is None, its pieces are 0, terms and all. The gradient is rounded to the dtype of
+        its leaf, as an optimizer sees it, unless `as_stored` is false.
 
         Raises:
             InputError: If names or shapes do not fit.
         """
-        leaves = self._leaves(params, lr)
-        for name, p in params.items():
-            leaf, whole = p.detach(), gradient[name]
-            if whole is None:
-                yield from ((name, torch.zeros_like(theta), still(theta)) for theta in tree.pieces(leaf))
+        hypers = self._leaves(params, lr)
+        for name, leaf in params.items():
+            if gradient[name] is None:
+                yield from ((name, torch.zeros_like(theta), still(theta)) for theta in tree.pieces(leaf.detach()))
                 continue
-            state = self._state(name, params, opt_state, leaves[name])
-            sides = tree.pieces(leaf), tree.pieces(whole), _state_pieces(state, leaf)
-            for theta, g, entries in zip(*sides, strict=True):
-                g = g.to(leaf.dtype) if as_stored else g
-                yield name, g, self._kernel.terms(theta, g, entries, leaves[name])
+            for entries in self._entries(name, params, opt_state, gradient, hypers[name]):
+                yield name, *self._terms(leaf, entries, hypers[name], as_stored)
 
     @property
     def _kernel(self) -> Kernel:
@@ -186,40 +204,80 @@ class PureOptimizer:
     def _leaves(self, params: Params, lr: float | None) -> dict[str, dict[str, Any]]:
         return {name: hyper for names, hyper in assignments(self.groups, params, lr) for name in names}
 
-    def _terms(
-        self, name: str, params: Params, opt_state: OptState, gradient: Gradients, hyper: Mapping[str, Any]
-    ) -> Terms:
+    @staticmethod
+    def _step(step: Tensor, hyper: Mapping[str, Any]) -> Tensor:
+        return step.detach() if step.is_floating_point() else step.detach().to(kernels.step_dtype(hyper))
+
+    def _entries(
+        self,
+        name: str,
+        params: Params,
+        opt_state: OptState,
+        gradient: Gradients,
+        hyper: Mapping[str, Any],
+        in_pieces: bool = True,
+    ) -> Iterator[Entries]:
+        """Yield the pieces of a leaf that steps, or all of it, typed and placed as torch's load_state_dict does.
+
+        Raises:
+            InputError: If the state does not fit.
+        """
         leaf, g = params[name].detach(), gradient[name]
-        if g is None:
-            return still(leaf)
-        return self._kernel.terms(leaf, g.to(leaf.dtype), self._state(name, params, opt_state, hyper), hyper)
+        assert g is not None
+        kept = self.storage.get(name, leaf.dtype)
+        state = check_state(name, leaf, opt_state, self._kernel.keys(hyper))
+        own = {"theta": leaf, "gradient": g, **{key: x.detach() for key, x in state.items() if key != "step"}}
+        cut = {key: tree.pieces(x, leaf.device) if in_pieces else (x.reshape(-1),) for key, x in own.items()}
+        for index in range(len(cut["theta"])):
+            theta, found = cut["theta"][index].to(kept), {}
+            for key, x in state.items():
+                found[key] = self._step(x, hyper) if key == "step" else cut[key][index].to(leaf.device, kept)
+            init = found if state else self._kernel.init(theta, hyper)
+            yield Entries(theta, cut["gradient"][index].to(leaf.device), init)
 
-    def _kept(self, name: str, params: Params, opt_state: OptState) -> dict[str, Tensor]:
-        """Return a copy of the state of a leaf that does not step, as it is."""
-        return {key: value.detach().clone() for key, value in check_state(name, params[name], opt_state).items()}
+    def _terms(
+        self, leaf: Tensor, entries: Entries, hyper: Mapping[str, Any], as_stored: bool = True
+    ) -> tuple[Tensor, Terms]:
+        """Return a piece's gradient and its step in closed form, in float64."""
+        g = entries.gradient.to(leaf.dtype) if as_stored else entries.gradient
+        state = {key: x if key == "step" else x.to(leaf.dtype) for key, x in entries.state.items()}
+        return g, self._kernel.terms(entries.theta.to(leaf.dtype), g, state, hyper)
 
-    def _state(
-        self, name: str, params: Params, opt_state: OptState, hyper: Mapping[str, Any], copy: bool = False
-    ) -> dict[str, Tensor]:
-        """Return a leaf's state, typed and placed as torch's load_state_dict does; an empty one is initialised."""
-        leaf, state = params[name].detach(), check_state(name, params[name], opt_state, self._kernel.keys(hyper))
-        if not state:
-            return self._kernel.init(leaf, hyper)
-        placed = {k: v.detach().to(leaf.device, leaf.dtype) for k, v in state.items() if k != "step"}
-        if "step" in state:
-            step = state["step"].detach()
-            placed["step"] = step if step.is_floating_point() else step.to(kernels.step_dtype(hyper))
-        placed = {key: placed[key] for key in state}
-        return {key: dense(value) for key, value in placed.items()} if copy else placed
+    @torch.no_grad()
+    def _run(
+        self, name: str, params: Params, opt_state: OptState, gradient: Gradients, hyper: Mapping[str, Any]
+    ) -> tuple[Tensor, State]:
+        """Return a leaf and its state after torch's own kernel, which writes on copies.
+
+        They are of the whole leaf: beside the end of a piece a processor's kernels round in another way.
+        """
+        leaf = params[name].detach()
+        if gradient[name] is None:
+            kept = check_state(name, leaf, opt_state)
+            return leaf.clone(), {key: x.detach().clone() for key, x in kept.items()}
+        (whole,) = self._entries(name, params, opt_state, gradient, hyper, in_pieces=False)
+        theta, g = dense(whole.theta), dense(whole.gradient, whole.theta.dtype)
+        state = {key: dense(x) for key, x in whole.state.items()}
+        self._kernel.run([theta], [g], [state], hyper)
+        moments = {key: x if key == "step" else x.reshape(leaf.shape).to(leaf.dtype) for key, x in state.items()}
+        return laid_out_as(theta.reshape(leaf.shape).to(leaf.dtype), leaf), moments
 
 
-def _joined(pieces: list[Tensor]) -> Tensor:
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+def _wide(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)
 
 
-def _state_pieces(state: State, leaf: Tensor) -> Iterator[State]:
-    """Yield the part of a leaf's state that belongs to each of its pieces; `step` belongs to all of them."""
-    cut = {key: tree.pieces(value) for key, value in state.items() if key != "step"}
-    whole = {key: value for key, value in state.items() if key == "step"}
-    for index in range(len(tree.pieces(leaf))):
-        yield {**whole, **{key: parts[index] for key, parts in cut.items()}}
+def _moved(leaf: Tensor, g: Tensor, terms: Terms) -> Tensor:
+    return (terms.scale * g.double()).add_(terms.momentum + terms.decay).to(_wide(leaf))
+
+
+def _joined(pieces: Sequence[Tensor], leaf: Tensor) -> Tensor:
+    return (pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))).reshape(leaf.shape)
+
+
+def _filled(leaf: Tensor, dtype: torch.dtype, pieces: Iterator[Tensor]) -> Tensor:
+    """Return pieces put together without a second copy of them all."""
+    whole = torch.empty(leaf.shape, dtype=dtype, device=leaf.device)
+    for into, piece in zip(tree.pieces(whole, leaf.device), pieces, strict=True):
+        into.copy_(piece)
+    return whole

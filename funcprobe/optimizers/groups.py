@@ -15,7 +15,7 @@ from torch import Tensor
 
 from funcprobe.errors import FuncprobeWarning, InputError, listed
 from funcprobe.optimizers.unreached import check_reached
-from funcprobe.tree import same_keys
+from funcprobe.tree import Lazy, same_keys
 from funcprobe.types import Gradients, Params
 
 #: Options that choose an implementation or a variant, which torch added to its classes one by one.
@@ -175,7 +175,8 @@ def check_gradient(params: Params, gradient: Gradients) -> None:
     Raises:
         InputError: If names or shapes differ, no leaf has a gradient, or a leaf is not real floating point.
     """
-    stand_in = {name: params.get(name) if g is None else g for name, g in gradient.items()}
+    lazy = isinstance(gradient, Lazy)
+    stand_in = gradient if lazy else {n: params.get(n) if g is None else g for n, g in gradient.items()}
     same_keys(params, stand_in, what="parameters and the gradient")  # type: ignore[arg-type]
     check_reached(gradient)
     for name, p in params.items():

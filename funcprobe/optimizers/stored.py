@@ -8,9 +8,8 @@ weights, the same moments and the gradient as it came, in float64, with nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from funcprobe.errors import InputError
 from funcprobe.optimizers.any_class import LiftedOptimizer, pinned
 from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.groups import Group, assignments, check_gradient
-from funcprobe.optimizers.kernels import Terms
 from funcprobe.types import Gradients, Optimizer, OptimizerResult, OptState, Params
 
 #: The dtype in which a run keeps each leaf and its moments, by name; a leaf without an entry is kept as it is computed.
@@ -55,7 +53,7 @@ def stored(optimizer: Optimizer, storage: Storage) -> Optimizer:
     if not storage:
         return optimizer
     if isinstance(optimizer, PureOptimizer):
-        return StoredPure(optimizer.cls, optimizer.groups, dict(storage))
+        return replace(optimizer, storage=dict(storage))
     if isinstance(optimizer, LiftedOptimizer):
         return StoredLifted(optimizer.cls, optimizer.groups, dict(storage))
     raise InputError(
@@ -108,55 +106,6 @@ def is_moment(key: str, value: Tensor, leaf: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class StoredPure(PureOptimizer):
-    """SGD, Adam or AdamW, stored: its closed form is that of the held values, its stored result torch's own."""
-
-    storage: Storage = field(default_factory=dict)  #: by leaf
-
-    def apply(
-        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
-    ) -> OptimizerResult:
-        """Return parameters, Δθ and state after one step; `lr` overrides every group's for this call.
-
-        Raises:
-            InputError: If names, shapes or the learning rate do not fit.
-        """
-        check_gradient(params, gradient)
-        kernel = _KernelAlone(self.cls, self.groups)
-        low = narrowed(params, self.storage)
-        after, _, state = kernel.apply(low, narrowed_state(opt_state, params, self.storage), _like(gradient, low), lr)
-        detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
-        delta = self.delta(params, opt_state, detached, lr)
-        return _widened(OptimizerResult(after, delta, state), params)
-
-    def terms(
-        self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
-    ) -> dict[str, Terms]:
-        """Return for every leaf `(scale, momentum, decay)`, float64, at the held values.
-
-        Raises:
-            InputError: If names or shapes do not fit.
-        """
-        return super().terms(*as_held(params, opt_state, self.storage), gradient, lr)
-
-    def pieces(
-        self,
-        params: Params,
-        opt_state: OptState,
-        gradient: Gradients,
-        lr: float | None = None,
-        *,
-        as_stored: bool = True,
-    ) -> Iterator[tuple[str, Tensor, Terms]]:
-        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: the results of `terms`, cut.
-
-        Raises:
-            InputError: If names or shapes do not fit.
-        """
-        return super().pieces(*as_held(params, opt_state, self.storage), gradient, lr, as_stored=as_stored)
-
-
-@dataclass(frozen=True)
 class StoredLifted(LiftedOptimizer):
     """Any other class, stored: run on copies in the storage dtype, and once more in float64 for Δθ."""
 
@@ -201,13 +150,6 @@ class StoredLifted(LiftedOptimizer):
             for dtype in dict.fromkeys(dtypes.values()):
                 groups.append(Group(tuple(n for n in names if dtypes[n] == dtype), pinned(hyper, dtype)))
         return LiftedOptimizer(self.cls, tuple(groups))
-
-
-class _KernelAlone(PureOptimizer):
-    """torch's kernel without Δθ as a value, which is taken where nothing is rounded."""
-
-    def delta(self, *_: Any, **__: Any) -> Params:
-        return {}
 
 
 def _widened(taken: OptimizerResult, params: Params) -> OptimizerResult:

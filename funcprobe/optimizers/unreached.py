@@ -33,7 +33,7 @@ def check_reached(gradient: Gradients) -> None:
     Raises:
         InputError: If it is None at every leaf.
     """
-    if gradient and not reached(gradient):
+    if gradient and all(g is None for g in gradient.values()):
         raise InputError(
             f"No leaf has a gradient ({listed(gradient)}): the loss depends on none of them, and there is no step to "
             "take. Train leaves that the scores depend on; under peft, of the active adapter."

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.errors import NumericsError
+from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.factories import clip_by_global_norm
 from funcprobe.optimizers.groups import check_lr
 from funcprobe.optimizers.unreached import check_reached, reached
-from funcprobe.types import Gradients, Optimizer, OptState, Params, StepResult
+from funcprobe.types import Gradients, Leaves, Optimizer, OptState, Params, StepResult
+
+
+class LazyStep(NamedTuple):
+    """A step whose leaves are read one by one."""
+
+    after: Leaves  #: θ′
+    delta: Leaves  #: Δθ, in float32 or wider
+    info: dict[str, float]  #: as in `StepResult`
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,54 @@ class Rule:
             InputError: If names, shapes or the learning rate do not fit, or no leaf has a gradient.
             NumericsError: If the gradient, the step or a stepped parameter is not finite; the message names the leaf.
         """
-        check_reached(gradient)
-        check_finite(reached(gradient), "gradient")
         detached = {name: None if g is None else g.detach() for name, g in gradient.items()}
-        lr = None if lr is None else check_lr(lr)
-        clipped, coefficient, norm = self.clipped(detached)
+        clipped, reported = self._checked(detached, lr)
         params_after, delta, state_after = self.optimizer.apply(params, opt_state, clipped, lr)
         check_finite(delta, "step Δθ")
         check_finite(params_after, "stepped parameter")  # a finite step may still leave the range of float16
-        reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": self.optimizer.lr if lr is None else lr}
-        if alone := len(detached) - len(reached(detached)):
-            reported["leaves_without_gradient"] = float(alone)
         return StepResult(params_after, delta, state_after, detached, {**(info or {}), **reported})
+
+    def lazily(
+        self,
+        params: Params,
+        opt_state: OptState,
+        gradient: Gradients,
+        lr: float | None = None,
+        info: Mapping[str, float] | None = None,
+    ) -> LazyStep:
+        """Return the step that `apply` takes, without the optimizer's state after it.
+
+        A leaf is computed when it is read, where the optimizer can (SGD, Adam, AdamW). Nothing is changed, and all
+        arguments have to stay as they are for as long as the step is read. Whether its leaves are finite is for the
+        reader to check.
+
+        Raises:
+            InputError: If names, shapes or the learning rate do not fit, or no leaf has a gradient.
+            NumericsError: If the gradient is not finite; the message names the leaf.
+        """
+        clipped, reported = self._checked(gradient, lr)
+        if isinstance(self.optimizer, PureOptimizer):
+            after, delta = self.optimizer.lazily(params, opt_state, clipped, lr)
+        else:
+            after, delta, _ = self.optimizer.apply(params, opt_state, clipped, lr)
+        return LazyStep(after, delta, {**(info or {}), **reported})
+
+    def _checked(self, gradient: Gradients, lr: float | None) -> tuple[Gradients, dict[str, float]]:
+        """Return the clipped gradient, and what a step reports of it.
+
+        Raises:
+            InputError: If no leaf has a gradient, or the learning rate is out of range.
+            NumericsError: If the gradient is not finite.
+        """
+        check_reached(gradient)
+        there = reached(gradient)
+        check_finite(there, "gradient")
+        lr = self.optimizer.lr if lr is None else check_lr(lr)
+        clipped, coefficient, norm = self.clipped(gradient)
+        reported = {"grad_norm": norm, "clip_coefficient": coefficient, "lr": lr}
+        if alone := len(gradient) - len(there):
+            reported["leaves_without_gradient"] = float(alone)
+        return clipped, reported
 
     def clipped(self, gradient: Gradients) -> tuple[Gradients, float, float]:
         """Return (the gradient as the optimizer gets it, the clip factor, the norm of the raw one)."""
@@ -72,24 +118,38 @@ class Rule:
         coefficient, norm = clip_by_global_norm(gradient, self.max_grad_norm)
         if coefficient == 1.0:
             return gradient, coefficient, norm
-        return {name: None if g is None else g * coefficient for name, g in gradient.items()}, coefficient, norm
+
+        def scaled(name: str) -> Tensor | None:
+            g = gradient[name]
+            return None if g is None else g * coefficient
+
+        return tree.Lazy(gradient, scaled), coefficient, norm
 
 
-def check_finite(leaves: Params, what: str) -> None:
+def check_finite(leaves: Leaves, what: str) -> None:
     """Check that every leaf is finite.
 
     Raises:
         NumericsError: If one is not; the message names it.
     """
-    bad = [name for name, leaf in leaves.items() if not _is_finite(leaf)]
+    refuse({name: leaf.dtype for name, leaf in leaves.items() if not is_finite(leaf)}, what)
+
+
+def refuse(bad: Mapping[str, torch.dtype], what: str) -> None:
+    """Say which leaves are not finite.
+
+    Raises:
+        NumericsError: If there are any.
+    """
     if bad:
+        name, dtype = next(iter(bad.items()))
         raise NumericsError(
-            f"The {what} is not finite at '{bad[0]}' ({str(leaves[bad[0]].dtype).removeprefix('torch.')})"
+            f"The {what} is not finite at '{name}' ({str(dtype).removeprefix('torch.')})"
             + (f" and {len(bad) - 1} more leaves" if len(bad) > 1 else "")
             + "; check the log-probabilities and the optimizer state, or load the model in a wider dtype."
         )
 
 
-def _is_finite(leaf: Tensor) -> bool:
+def is_finite(leaf: Tensor) -> bool:
     """Return whether every entry is finite: so where their sum is, and counted where that overflows or is not."""
     return bool(torch.isfinite(leaf.detach().sum())) or bool(torch.isfinite(leaf).all())

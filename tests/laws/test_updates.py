@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from funcprobe import tree
-from funcprobe.optimizers import closed_form as pure
 from funcprobe.optimizers.factories import adamw, from_torch, sgd
 from funcprobe.types import Optimizer, OptState, Params
 from tests.cases.scored import law
@@ -208,7 +207,7 @@ def test_chunks_change_no_bit_and_bound_the_float64_temporaries(
         return {"plain": update(gradient), "value": value, "pulled": pull(weights)[0], "pushed": pushed}
 
     whole = results()
-    monkeypatch.setattr(pure, "CHUNK", 4)  # leaves of 35, 24, 3 and 1 entries
+    monkeypatch.setattr(tree, "PIECE", 4)  # leaves of 35, 24, 3 and 1 entries
     assert_same(results(), whole)
     with Float64Sizes() as sizes:
         optimizer.delta(params, state, gradient)
