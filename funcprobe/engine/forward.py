@@ -125,9 +125,9 @@ def directional_of_many(
     rollouts = to_device(rollouts, policy.device)
     whole = tree.map_(Tensor.detach, params)
     moving, run = _moving(policy, whole, leaves, stats)
-    if not as_training:
-        _check_tangent(policy, whole, tree.like(tree.select(directions[0], moving), moving))
     stacked = {n: torch.stack([v[n].to(device=p.device, dtype=p.dtype) for v in directions]) for n, p in moving.items()}
+    if not as_training:
+        _check_tangent(policy, whole, {name: each[0] for name, each in stacked.items()})
     found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
     with _pushing(policy, 1, as_training):
         for rows, part in pieces(rollouts, microbatch, progress, what):
