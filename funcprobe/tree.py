@@ -209,10 +209,10 @@ def map_(function: Callable[..., Tensor], first: Leaves, *rest: Leaves) -> Param
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Return Σ x y in float64, widening `CHUNK` entries at a time: a float64 copy of an embedding is gigabytes."""
-    pieces = zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True)
-    return sum(
-        (torch.dot(p.double(), q.double()) for p, q in pieces), torch.zeros((), dtype=torch.float64, device=x.device)
-    )
+    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    for p, q in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True):
+        total = total + torch.dot(p.double(), q.to(p.device).double())
+    return total
 
 
 def _leaves(a: Any) -> list[Tensor]:

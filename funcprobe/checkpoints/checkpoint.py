@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from funcprobe.errors import CheckpointError
 from funcprobe.measurement.update import Update
@@ -24,6 +24,7 @@ class Checkpoint:
     tokenizer: Any = None  #: the folder's tokenizer; None where it has none, and for a live pair
     storage: Storage = field(default_factory=dict)  #: dtype by leaf, where the run keeps it in another than it computes
     eos_ids: tuple[int, ...] = ()  #: every token that ends a completion, by generation_config.json and the tokenizer
+    offload: Literal["cpu"] | None = None  #: where gradients and moments are kept; None: beside the parameters
 
     def update(
         self,
@@ -49,7 +50,7 @@ class Checkpoint:
             InputError: If the bound or the learning rate is out of range.
         """
         optimizer, state = self._steps()
-        step = make_step(self.policy, objective, optimizer, max_grad_norm, microbatch)
+        step = make_step(self.policy, objective, optimizer, max_grad_norm, microbatch, self.offload)
         return Update.from_step(step, self.params, state, batch, lr)
 
     def _steps(self) -> tuple[Optimizer, OptState]:

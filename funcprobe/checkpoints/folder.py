@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +29,11 @@ from funcprobe.checkpoints.optimizer_state import FRESH, as_loaded, map_ids_to_n
 from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage_asked_for, storage_of_run
 from funcprobe.checkpoints.weights import dtypes_of_leaves, header
 from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.factories import adamw, from_param_groups
 from funcprobe.optimizers.stored import stored
 from funcprobe.policy.module import from_module
+from funcprobe.training.step import check_offload
 from funcprobe.types import Optimizer, OptState, Params
 
 
@@ -42,6 +45,7 @@ def load_checkpoint(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     storage: str | torch.dtype | None = "auto",
+    offload: Literal["cpu"] | None = None,
 ) -> Checkpoint:
     """Return the checkpoint in a folder, with `optimizer.pt` mapped to parameter names or a refusal.
 
@@ -67,13 +71,18 @@ def load_checkpoint(
         storage: The dtype that the run keeps weights and moments in. "auto" reads it leaf by leaf from the headers of
             the files, and warns where weights and moments differ in it; a dtype sets it for every leaf, and rounds
             weights that are none of its numbers, with a warning; None stores what is computed.
+        offload: "cpu" leaves the moments in the file, which is mapped into memory and must stay as it is, and has every
+            gradient kept in the machine's memory: the step takes both from there, a piece of a leaf at a time. For a
+            model that would not fit its device otherwise, stepped by SGD, Adam or AdamW; any other optimizer has its
+            state read as ever.
 
     Raises:
         CheckpointError: If the folder, the weights, the adapter or the optimizer state cannot be read faithfully, a
             weight is not finite, or `dtype` does not hold what `storage` asks for.
-        InputError: If `lr` is negative or not finite.
+        InputError: If `lr` is negative or not finite, or `offload` is something else.
         MissingExtraError: If transformers, or for an adapter peft, is not installed.
     """
+    check_offload(offload)
     path, kept = _existing(folder), _storage_dtype(storage)
     _check_request(path, optimizer, lr)
     is_adapter = (path / "adapter_config.json").is_file()
@@ -84,7 +93,7 @@ def load_checkpoint(
             raise CheckpointError(f"{path} holds a full model; base_model is for adapter folders, leave it out.")
         module, base = load_full(path, torch_dtype(dtype), device), None
     policy, params = from_module(module)
-    found, state, moments = _optimizer(path, params, optimizer, lr)
+    found, state, moments = _optimizer(path, params, optimizer, lr, offload)
     if kept == "auto":
         weights = adapter_dtypes(path, module) if is_adapter else dtypes_of_leaves(params, header(path))
         keeps = storage_of_run(params, weights, moments)
@@ -93,7 +102,7 @@ def load_checkpoint(
     params, state = at_storage(params, state, keeps)
     tokenizer = load_tokenizer(path, base)
     found = None if found is None else stored(found, keeps)
-    return Checkpoint(policy, params, found, state, tokenizer, keeps, end_tokens(path, module, tokenizer))
+    return Checkpoint(policy, params, found, state, tokenizer, keeps, end_tokens(path, module, tokenizer), offload)
 
 
 def load_optimizer(path: str | Path, params: Params, lr: float | None = None) -> tuple[Optimizer, OptState]:
@@ -104,20 +113,27 @@ def load_optimizer(path: str | Path, params: Params, lr: float | None = None) ->
             or if `lr` is None and the saved one is 0.
         InputError: If `lr` is negative or not finite.
     """
-    found, state, _ = _read_optimizer(Path(path), params, lr)
+    found, state, _ = _read_optimizer(Path(path), params, lr, None)
     return found, state
 
 
-def _read_optimizer(path: Path, params: Params, lr: float | None) -> tuple[Optimizer, OptState, dict[str, torch.dtype]]:
-    """Return the optimizer and its state as `load_optimizer` does, and the dtype of each leaf's saved moments."""
-    saved = _unpickled(path)
+def _read_optimizer(
+    path: Path, params: Params, lr: float | None, offload: str | None
+) -> tuple[Optimizer, OptState, dict[str, torch.dtype]]:
+    """Return the optimizer and its state as `load_optimizer` does, and the dtype of each leaf's saved moments.
+
+    With `offload` the moments of an optimizer that takes them in pieces stay in the file, as they were saved.
+    """
+    saved = _unpickled(path, mapped=offload is not None)
     cls = optimizer_class(saved, path.name)
     groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
     names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
     _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
     by_name = state_by_name(saved["state"], names)
-    opt_state = as_loaded(by_name, params, groups, names)
-    return from_param_groups(cls, groups, names_of_groups(groups, names)), opt_state, moment_dtypes(by_name, params)
+    found = from_param_groups(cls, groups, names_of_groups(groups, names))
+    stays = offload is not None and isinstance(found, PureOptimizer)
+    opt_state = by_name if stays else as_loaded(by_name, params, groups, names)
+    return found, {name: opt_state[name] for name in params}, moment_dtypes(by_name, params)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -191,13 +207,13 @@ def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
 
 
 def _optimizer(
-    path: Path, params: Params, optimizer: str | None, lr: float | None
+    path: Path, params: Params, optimizer: str | None, lr: float | None, offload: str | None
 ) -> tuple[Optimizer | None, OptState | None, dict[str, torch.dtype]]:
     """Return the optimizer, its state, and the dtype that each leaf's moments are saved in."""
     if optimizer is None:
         return None, None, {}
     if optimizer == "auto":
-        return _read_optimizer(_optimizer_file(path), params, lr)
+        return _read_optimizer(_optimizer_file(path), params, lr, offload)
     warnings.warn(
         "optimizer='fresh': a first AdamW step is sign-like, about lr in every entry whatever the gradient's size, and "
         "represents nothing of the run.",
@@ -215,13 +231,14 @@ def _optimizer_file(path: Path) -> Path:
     return other if other.is_file() and not whole.is_file() else whole
 
 
-def _unpickled(path: Path) -> dict[str, Any]:
+def _unpickled(path: Path, mapped: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"The optimizer state {path} does not exist.")
     try:
         with warnings.catch_warnings(), numpy_numbers():  # what torch says of foreign pickles beside refusing them
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # files older than torch 1.6 are no zip archives, and cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
     except (
         pickle.UnpicklingError,
         RuntimeError,

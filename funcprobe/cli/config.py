@@ -62,6 +62,9 @@ class Inputs(Strict):
         min_length=1,
     )
     device: str = key("auto", "auto, cpu, cuda or cuda:N", "where the model runs; auto: CUDA where there is one")
+    offload: Literal["cpu"] | None = key(
+        None, "cpu, or none", "cpu keeps moments and gradient off the device: for a model that would not fit"
+    )
     evaluation: FilePath = key(..., "the path of a rollout file", "rollouts E that measure the step")
     batch: FilePath = key(..., "the path of a rollout file", "rollouts U that the step is taken on")
     objective: SerializeAsAny[ObjectiveConfig] = Field(

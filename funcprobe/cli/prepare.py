@@ -101,6 +101,7 @@ def _checkpoint(config: Config) -> Checkpoint:
         dtype=config.dtype,
         storage=config.storage,
         device=config.device,
+        offload=config.offload,
     )
 
 

@@ -48,6 +48,7 @@ def gradient(
     *,
     separable: bool = False,
     as_training: bool = True,
+    offload: torch.device | str | None = None,
     stats: Stats | None = None,
     microbatch: Microbatch = None,
     progress: Progress | None = None,
@@ -62,6 +63,8 @@ def gradient(
 
     A leaf that no score of the batch depends on (an expert that no token reaches, an adapter that is not active) is
     `unreached`: a training loop leaves its `.grad` None, which is another thing than 0.
+
+    With `offload` the gradient is summed on that device: each leaf goes there after every microbatch.
 
     Raises:
         NumericsError: If a score is not finite; the message names the sequences.
@@ -84,7 +87,7 @@ def gradient(
         def cotangents_at(at: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
             return rows_of(fixed, rows, part)
 
-    options = _Options(as_training, stats, microbatch, progress, what)
+    options = _Options(as_training, stats, microbatch, progress, what, offload)
     pulled, gathered = _pass(cotangents_at, policy, params, rollouts, options)
     at = gathered if separable else known  # those that the cotangents were taken at: they differ by rounding
     value, info = f(at, rollouts)
@@ -128,6 +131,7 @@ class _Options(NamedTuple):
     microbatch: Microbatch
     progress: Progress | None
     what: str
+    offload: torch.device | str | None = None
 
 
 def _pass(
@@ -150,8 +154,7 @@ def _pass(
 
         part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
         found.append((rows, part_scores))
-        _accumulate(total, pulled, ours)
-        del pulled
+        _accumulate(total, pulled, ours, options.offload)
     return total, gather(found, rollouts)
 
 
@@ -224,9 +227,10 @@ def _pulled_back(
     return at, {n: _dense(g) for n, g in zip(leaves, pulled, strict=True) if g is not None}, flat
 
 
-def _accumulate(total: Params, more: Params, ours: set[str]) -> None:
-    """Add `more` to `total`; in place once an entry is a sum of ours, for results of autograd may alias."""
-    for name, g in more.items():
+def _accumulate(total: Params, more: Params, ours: set[str], device: torch.device | str | None) -> None:
+    """Add `more`, which is emptied, to `total`; in place once an entry is a sum of ours: autograd's may alias."""
+    for name in list(more):
+        g = more.pop(name) if device is None else more.pop(name).to(device)
         if name not in total:
             total[name] = g
         elif name in ours:

@@ -205,8 +205,10 @@ class PureOptimizer:
         return {name: hyper for names, hyper in assignments(self.groups, params, lr) for name in names}
 
     @staticmethod
-    def _step(step: Tensor, hyper: Mapping[str, Any]) -> Tensor:
-        return step.detach() if step.is_floating_point() else step.detach().to(kernels.step_dtype(hyper))
+    def _step(step: Tensor, leaf: Tensor, hyper: Mapping[str, Any]) -> Tensor:
+        """Return a step count where the kernel wants it; an old file may hold it as an integer."""
+        placed = step.detach().to(leaf.device if hyper["fused"] or hyper["capturable"] else step.device)
+        return placed if placed.is_floating_point() else placed.to(kernels.step_dtype(hyper))
 
     def _entries(
         self,
@@ -231,7 +233,7 @@ class PureOptimizer:
         for index in range(len(cut["theta"])):
             theta, found = cut["theta"][index].to(kept), {}
             for key, x in state.items():
-                found[key] = self._step(x, hyper) if key == "step" else cut[key][index].to(leaf.device, kept)
+                found[key] = self._step(x, leaf, hyper) if key == "step" else cut[key][index].to(leaf.device, kept)
             init = found if state else self._kernel.init(theta, hyper)
             yield Entries(theta, cut["gradient"][index].to(leaf.device), init)
 

@@ -12,6 +12,7 @@ the gradient, and ∇F is carried back through it to a direction u: a part g_j o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -22,7 +23,7 @@ from funcprobe.errors import InputError
 from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.unreached import with_zeros
 from funcprobe.training.rule import Rule
-from funcprobe.types import Gradients, Optimizer, OptState, Params
+from funcprobe.types import Gradients, Leaves, Optimizer, OptState, Params
 
 Form = Literal["auto", "additive", "jacobian"]
 
@@ -102,20 +103,16 @@ def _additive(
     coefficient: float,
 ) -> Response:
     """Return `coefficient · scale ⊙ ∇F` and ⟨∇F, offset⟩ by leaf, a piece of a leaf at a time in float64."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in params}
+    direction = _empty(params)
     zero = torch.zeros((), dtype=torch.float64)
     offsets = {"momentum": dict.fromkeys(params, zero), "weight decay": dict.fromkeys(params, zero)}
-    flat = {name: c.reshape(-1) for name, c in covector.items()}
-    seen = dict.fromkeys(params, 0)
-    for name, g, terms in optimizer.pieces(params, opt_state, clipped, lr):
-        c = flat[name][seen[name] : seen[name] + len(g)].double()
-        seen[name] += len(g)
-        wide = torch.promote_types(params[name].dtype, torch.float32)
-        parts[name].append((coefficient * terms.scale * c).to(wide))
+    into, of = _pieces_of(direction, params), _pieces_of(covector, params)
+    for name, _, terms in optimizer.pieces(params, opt_state, clipped, lr):
+        c = next(of[name]).to(terms.scale.device).double()
+        next(into[name]).copy_(coefficient * terms.scale * c)
         for what, offset in (("momentum", terms.momentum), ("weight decay", terms.decay)):
             offsets[what][name] = offsets[what][name] + (c * offset).sum().cpu()
-    direction = {name: torch.cat(found).reshape(params[name].shape) for name, found in parts.items()}
-    return Response("additive", direction, {what: {n: float(x) for n, x in of.items()} for what, of in offsets.items()})
+    return Response("additive", direction, {what: {n: float(x) for n, x in by.items()} for what, by in offsets.items()})
 
 
 def offsets_of(
@@ -129,21 +126,30 @@ def offsets_of(
     if not isinstance(rule.optimizer, PureOptimizer):
         raise InputError(f"{_name(rule.optimizer)} has no additive form: its step is not offset + scale ⊙ g.")
     clipped, _, _ = rule.clipped(gradient)
-    found: dict[str, dict[str, list[Tensor]]] = {what: {n: [] for n in params} for what in ("momentum", "weight decay")}
+    found = {what: _empty(params) for what in ("momentum", "weight decay")}
+    into = {what: _pieces_of(of, params) for what, of in found.items()}
     for name, _, terms in rule.optimizer.pieces(params, opt_state, clipped, lr):
-        wide = torch.promote_types(params[name].dtype, torch.float32)
-        found["momentum"][name].append(terms.momentum.to(wide))
-        found["weight decay"][name].append(terms.decay.to(wide))
-    return {
-        what: {n: torch.cat(parts).reshape(params[n].shape) for n, parts in of.items()} for what, of in found.items()
-    }
+        next(into["momentum"][name]).copy_(terms.momentum)
+        next(into["weight decay"][name]).copy_(terms.decay)
+    return found
+
+
+def _empty(params: Params) -> Params:
+    """Return a tree of the parameters' shapes, in float32 or wider, to be filled."""
+    wide = {name: torch.promote_types(p.dtype, torch.float32) for name, p in params.items()}
+    return {name: torch.empty(p.shape, dtype=wide[name], device=p.device) for name, p in params.items()}
+
+
+def _pieces_of(leaves: Leaves, params: Params) -> dict[str, Iterator[Tensor]]:
+    """Return the pieces of every leaf, cut as the optimizer cuts the parameters."""
+    return {name: iter(tree.pieces(leaves[name], p.device)) for name, p in params.items()}
 
 
 def _through_clip(u: Params, gradient: Gradients, coefficient: float, norm: float) -> Params:
     """Return `(∂(k g)/∂g)ᵀ u = k (u − g ⟨g, u⟩ / (‖g‖ (‖g‖ + 1e-6)))`, for the clip factor `k = M / (‖g‖ + 1e-6)`."""
     g = with_zeros(gradient, u)
     along = float(tree.dot(g, u)) / (norm * (norm + 1e-6))
-    return tree.map_(lambda ui, gi: coefficient * (ui - along * gi.to(ui.dtype)), u, g)
+    return tree.map_(lambda ui, gi: coefficient * (ui - along * gi.to(ui)), u, g)
 
 
 def _name(optimizer: object) -> str:

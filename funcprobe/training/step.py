@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from funcprobe import engine
-from funcprobe.errors import FuncprobeWarning, Note
+from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.estimators.importance import sampler_mismatch
 from funcprobe.optimizers.unreached import check_reached
 from funcprobe.policy.module import Policy
@@ -34,6 +34,7 @@ def make_step(
     optimizer: Optimizer,
     max_grad_norm: float | None = None,
     microbatch: Microbatch = None,
+    offload: Literal["cpu"] | None = None,
 ) -> Step:
     """Return the step `θ′ = optimizer(θ, clip(∇ loss(U)))`, exactly one, as a pure function.
 
@@ -44,12 +45,25 @@ def make_step(
         max_grad_norm: The global norm to which the gradient is clipped; None leaves it as it is. Training frameworks
             do not store it in a checkpoint (TRL and transformers default to 1.0).
         microbatch: How the batch is cut for the model; it changes memory and no result.
+        offload: "cpu" keeps the gradient in the memory of the machine, from where the step takes it a piece at a time;
+            None keeps it beside the parameters. The optimizer's state may lie there too, whatever is given here.
 
     Raises:
-        InputError: If max_grad_norm is not above 0.
+        InputError: If max_grad_norm is not above 0, or offload is something else.
     """
     Rule(optimizer, max_grad_norm)  # refuses a bound that is out of range before any model runs
-    return Step(policy, objective, optimizer, max_grad_norm, microbatch)
+    check_offload(offload)
+    return Step(policy, objective, optimizer, max_grad_norm, microbatch, offload)
+
+
+def check_offload(offload: str | None) -> None:
+    """Check where a gradient and an optimizer's state are to be kept.
+
+    Raises:
+        InputError: If it is neither "cpu" nor None.
+    """
+    if offload not in (None, "cpu"):
+        raise InputError(f"offload is {offload!r}; expected 'cpu', or None to keep all beside the parameters.")
 
 
 class LossGradient(NamedTuple):
@@ -69,6 +83,7 @@ class Step:
     optimizer: Optimizer
     max_grad_norm: float | None = None
     microbatch: Microbatch = None
+    offload: Literal["cpu"] | None = None
 
     def __call__(self, params: Params, opt_state: OptState, rollouts: Rollouts, lr: float | None = None) -> StepResult:
         """Return parameters, delta, state, raw gradient and info after one step on the rollouts.
@@ -115,6 +130,7 @@ class Step:
             self.objective.prepare(rollouts),
             separable=self.objective.separable,
             stats=self.objective.stats,
+            offload=self.offload,
             microbatch=self.microbatch,
             progress=progress,
             what="gradient",

@@ -12,10 +12,11 @@ import torch
 
 from funcprobe.checkpoints import Checkpoint, load_checkpoint
 from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.training.rule import Rule
 from tests.cases.folders import Bomb, edit
 from tests.cases.third_party import third_party
 from tests.cases.trainer_runs import Run, qwen2
-from tests.cases.trees import assert_same_state, random_like
+from tests.cases.trees import assert_same, assert_same_state, random_like
 
 RATE = 1e-3
 
@@ -51,6 +52,23 @@ def test_one_pure_step_is_the_live_optimizers(runs: dict[str, Run], which: str) 
     assert all(torch.equal(result.params[n], p) for n, p in after.items())
     assert not any(torch.equal(result.params[n], found.params[n]) for n in after)
     assert_same_state(result.opt_state, {n: optimizer.state[p] for n, p in after.items()})
+
+
+@pytest.mark.parametrize("which", ["full_qwen2", "adapter"])
+def test_moments_stay_in_the_file_where_that_is_asked_for(runs: dict[str, Run], which: str) -> None:
+    kept, mapped = (loaded(runs[which], offload=where) for where in (None, "cpu"))
+    moments = [state[key] for state in mapped.opt_state.values() for key in ("exp_avg", "exp_avg_sq")]
+    places = [
+        line.split()[0].split("-")
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "optimizer.pt" in line
+    ]
+    assert all(any(int(a, 16) <= m.data_ptr() < int(b, 16) for a, b in places) for m in moments)
+    gradient = random_like(kept.params)
+    expected = Rule(kept.optimizer).apply(kept.params, kept.opt_state, gradient)
+    found = Rule(mapped.optimizer).lazily(mapped.params, mapped.opt_state, gradient)
+    assert_same(dict(found.after), expected.params)
+    assert_same(dict(found.delta), expected.delta)
 
 
 def test_the_default_trainer_optimizer_keeps_its_fused_flag(full_qwen2: Run, full_gpt2: Run) -> None:
