@@ -68,7 +68,7 @@ def model(layers: int, vocabulary: int, dtype: torch.dtype) -> Qwen2ForCausalLM:
 def rollouts(seed: int, count: int = 4) -> fp.Rollouts:
     """Return short random sequences, two a prompt."""
     drawn = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 5_000, (count, 12), generator=drawn).tolist()
+    ids = torch.randint(1, 2_500, (count, 12), generator=drawn).tolist()
     prompts = [ids[i - i % 2][:4] for i in range(count)]
     rewards = [float(i % 2) for i in range(count)]
     return fp.rollouts_from_lists(prompts, [row[4:] for row in ids], temperature=1.0, rewards=rewards)

@@ -18,12 +18,15 @@ class FuncprobeError(Exception):
         quantity: The name, or the number, of what is wrong.
         found: What it is.
         expected: What it should be.
+        is_shared: Whether all processes of a run raise it together, so that one of them says it for all.
 
     Example:
         >>> error = ForwardModeError("The model has no forward derivative", hint="use mode='reverse'")
         >>> print(error.within("Step 'a'").but("take another model"))
         Step 'a': The model has no forward derivative; take another model.
     """
+
+    is_shared: bool = False
 
     def __init__(
         self,
@@ -49,7 +52,9 @@ class FuncprobeError(Exception):
 
     def _again(self, text: str, hint: str | None) -> Self:
         fields = {"kind": self.kind, "quantity": self.quantity, "found": self.found, "expected": self.expected}
-        return type(self)(text, hint=hint, **fields)  # type: ignore[arg-type]
+        again = type(self)(text, hint=hint, **fields)  # type: ignore[arg-type]
+        again.is_shared = self.is_shared
+        return again
 
 
 class InputError(FuncprobeError, ValueError):
@@ -78,6 +83,10 @@ class ReverseModeError(FuncprobeError):
 
 class EffectiveSampleSizeError(FuncprobeError):
     """The importance weights degenerated below the threshold and the caller asked for that to be an error."""
+
+
+class ParallelError(FuncprobeError):
+    """Another process of the same run failed or is gone; the message names it."""
 
 
 class MissingExtraError(FuncprobeError, ImportError):

@@ -7,7 +7,7 @@ knows what f is, so there is nothing to scale and no mean of means.
 """
 
 from funcprobe.engine.anchor import anchored
-from funcprobe.engine.batches import Stats, detached, each, fields, scores, scores_of_many
+from funcprobe.engine.batches import Stats, detached, each, fields, own_pieces, scores, scores_of_many
 from funcprobe.engine.forward import (
     Directional,
     Functional,
@@ -45,6 +45,7 @@ __all__ = [
     "fields",
     "gradient",
     "math_attention",
+    "own_pieces",
     "pull_back",
     "rows_of",
     "scores",

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from funcprobe.data.rollouts import to_device
-from funcprobe.engine.batches import gather, pieces, scores
+from funcprobe.data.rollouts import microbatches, take, to_device
+from funcprobe.engine.batches import in_order, scores
 from funcprobe.engine.kernels import differentiable_attention, transform_errors, whole_derivative
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
@@ -32,8 +32,8 @@ def anchored(
     def measured(params: Params) -> Tensor:
         found = []
         with differentiable_attention(policy), whole_derivative(policy), transform_errors():
-            for rows, part in pieces(rollouts, microbatch):
-                found.append((rows, score(policy, params, part, observable.stats)))
-        return observable(gather(found, rollouts), anchor, rollouts)
+            for rows in microbatches(rollouts, microbatch):  # every process runs them all: a transform may be watching
+                found.append((rows, score(policy, params, take(rollouts, rows), observable.stats)))
+        return observable(in_order(found, rollouts), anchor, rollouts)
 
     return measured

@@ -15,6 +15,8 @@ from torch import Tensor
 from funcprobe.data.rollouts import microbatches, take, to_device
 from funcprobe.engine.kernels import forward_arithmetic
 from funcprobe.errors import NumericsError, listed
+from funcprobe.parallel.phases import phase
+from funcprobe.parallel.world import world
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, Statistic, TokenScores
@@ -43,10 +45,11 @@ def scores(
     """
     rollouts = to_device(rollouts, policy.device)
     with forward_arithmetic(policy, order) if order else nullcontext(), torch.no_grad():
-        scored = [
-            (rows, finite(score(policy, params, part, stats), rows, what))
-            for rows, part in pieces(rollouts, microbatch, progress, what)
-        ]
+        with phase(what):
+            scored = [
+                (rows, finite(score(policy, params, part, stats), rows, what))
+                for rows, part in pieces(rollouts, microbatch, progress, what)
+            ]
         return gather(scored, rollouts)
 
 
@@ -74,28 +77,56 @@ def scores_of_many(
     stacked = {name: torch.stack([params[name] for params in several]) for name in several[0]}
     parts: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
     with forward_arithmetic(policy, order), torch.no_grad():
-        for rows, part in pieces(rollouts, microbatch, progress, what):
-            run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
-            together = run(stacked)
-            for k, own in enumerate(parts):
-                own.append((rows, finite(each(lambda x, k=k: x[k], together), rows, what)))
+        with phase(what):
+            for rows, part in pieces(rollouts, microbatch, progress, what):
+                run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
+                together = run(stacked)
+                for k, own in enumerate(parts):
+                    own.append((rows, finite(each(lambda x, k=k: x[k], together), rows, what)))
         return [gather(own, rollouts) for own in parts]
 
 
 def pieces(
     rollouts: Rollouts, microbatch: Microbatch, progress: Progress | None = None, what: str = ""
 ) -> Iterator[tuple[Tensor, Rollouts]]:
-    """Yield (row indices, their rollouts), reporting each piece when it is done."""
-    done, total = 0, rollouts.ids.shape[0]
-    for rows in microbatches(rollouts, microbatch):
+    """Yield (row indices, their rollouts) of the pieces that this process runs, reporting each when it is done."""
+    cut = own_pieces(rollouts, microbatch)
+    done, total = 0, sum(len(rows) for rows in cut)
+    for rows in cut:
         yield rows, take(rollouts, rows)
         done += len(rows)
         if progress is not None:
             progress(what, done, total)
 
 
+def own_pieces(rollouts: Rollouts, microbatch: Microbatch) -> list[Tensor]:
+    """Return the row indices of every piece that this process runs: all of them, or its share among others."""
+    own = world()
+    if own.size == 1:
+        return list(microbatches(rollouts, microbatch))
+    mine = own.shares(rollouts)[own.rank]
+    if not len(mine):
+        return []
+    return [mine[rows.to(mine.device)] for rows in microbatches(take(rollouts, mine), microbatch)]
+
+
 def gather(parts: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:
-    """Put the scores of microbatches back into the order of the batch, functionally: vmap may be watching."""
+    """Return the scores of the whole batch, in its order, from those of the microbatches of every process."""
+    own = world()
+    if own.size == 1:
+        return in_order(parts, rollouts)
+    shares = own.shares(rollouts)
+    ordered = in_order(parts, rollouts) if parts else None
+    names = own.all_of(None if ordered is None else list(ordered.extra))
+    extra = next(found for found in names if found is not None)
+    width = rollouts.completion_mask.shape[1]
+    stacked = rollouts.weight.new_zeros(2 + len(extra), 0, width) if ordered is None else fields(ordered)
+    logp, entropy, *rest = own.gathered(stacked.double(), shares)
+    return TokenScores(logp, entropy, dict(zip(extra, rest, strict=True)))
+
+
+def in_order(parts: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:
+    """Put the scores of microbatches back into the order of their rows, functionally: vmap may be watching."""
     order = torch.argsort(torch.cat([rows for rows, _ in parts]))
     width = rollouts.completion_mask.shape[1]
 

@@ -25,6 +25,8 @@ from funcprobe.engine.kernels import (
 )
 from funcprobe.engine.tangent import hold, values
 from funcprobe.errors import ForwardModeError
+from funcprobe.parallel.phases import phase
+from funcprobe.parallel.world import world
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Leaves, Microbatch, Params, Progress, Rollouts, TokenScores
@@ -86,11 +88,12 @@ def directional(
         _check_tangent(policy, whole, direction)
     found: list[tuple[Tensor, Directional]] = []
     with _pushing(policy, order, as_training):
-        for rows, part in pieces(rollouts, microbatch, progress, what):
-            along = _push(partial(run, rollouts=part), moving, direction, order)
-            finite(along.scores, rows, what)
-            found.append((rows, along))
-        fields = [f for f in Directional._fields if getattr(found[0][1], f) is not None]
+        with phase(what):
+            for rows, part in pieces(rollouts, microbatch, progress, what):
+                along = _push(partial(run, rollouts=part), moving, direction, order)
+                finite(along.scores, rows, what)
+                found.append((rows, along))
+        fields = Directional._fields[: 1 + order]
         unit = Directional(*(gather([(rows, getattr(a, f)) for rows, a in found], rollouts) for f in fields))
         return unit if size == 1.0 else unit.scaled(size)
 
@@ -130,16 +133,17 @@ def directional_of_many(
         _check_tangent(policy, whole, {name: each[0] for name, each in stacked.items()})
     found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
     with _pushing(policy, 1, as_training):
-        for rows, part in pieces(rollouts, microbatch, progress, what):
-            at = partial(run, rollouts=part)
+        with phase(what):
+            for rows, part in pieces(rollouts, microbatch, progress, what):
+                at = partial(run, rollouts=part)
 
-            def push(v: Params, at: Callable[..., TokenScores] = at) -> tuple[TokenScores, TokenScores]:
-                return torch.func.jvp(at, (moving,), (v,))  # type: ignore[return-value]  # v -> s, ṡ
+                def push(v: Params, at: Callable[..., TokenScores] = at) -> tuple[TokenScores, TokenScores]:
+                    return torch.func.jvp(at, (moving,), (v,))  # type: ignore[return-value]  # v -> s, ṡ
 
-            s, tangents = torch.vmap(push, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
-            finite(s, rows, what)
-            for k, own in enumerate(found):
-                own.append((rows, Directional(s, each(lambda x, k=k: x[k], tangents))))
+                s, tangents = torch.vmap(push, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
+                finite(s, rows, what)
+                for k, own in enumerate(found):
+                    own.append((rows, Directional(s, each(lambda x, k=k: x[k], tangents))))
         scored = gather([(rows, along.scores) for rows, along in found[0]], rollouts)
         return [Directional(scored, gather([(rows, a.tangents) for rows, a in own], rollouts)) for own in found]
 
@@ -261,7 +265,7 @@ def curvature_by_reverse(
     rollouts = to_device(rollouts, policy.device)
     direction = tree.like(direction, params)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    with differentiable_attention(policy), whole_derivative(policy), forward_mode_errors():
+    with differentiable_attention(policy), whole_derivative(policy), forward_mode_errors(), phase(what):
         for rows, part in pieces(rollouts, microbatch, progress, what):
             mine = rows_of(fixed, rows, part)
 
@@ -270,7 +274,7 @@ def curvature_by_reverse(
 
             _, turned = torch.func.jvp(torch.func.grad(paired), (params,), (direction,))  # type: ignore[misc]
             total = total + tree.dot(turned, direction)
-    return total.detach()
+    return world().sum_of(total.detach())
 
 
 def rows_of(whole: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:

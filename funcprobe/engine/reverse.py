@@ -21,6 +21,8 @@ from funcprobe.engine.forward import cotangents, rows_of
 from funcprobe.engine.kernels import EveryRow, whole_derivative
 from funcprobe.engine.tangent import few, hold, values, zeros_of
 from funcprobe.errors import ReverseModeError
+from funcprobe.parallel.phases import phase
+from funcprobe.parallel.world import world
 from funcprobe.policy.module import Policy
 from funcprobe.policy.running import first_sentence
 from funcprobe.policy.scoring import score
@@ -146,16 +148,17 @@ def _pass(
     ours: set[str] = set()  # names whose entry is a sum of ours, which may be added to in place
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
-    for rows, part in pieces(rollouts, options.microbatch, options.progress, options.what):
-        run = partial(_score, policy, rollouts=part, options=options)
+    with phase(options.what):
+        for rows, part in pieces(rollouts, options.microbatch, options.progress, options.what):
+            run = partial(_score, policy, rollouts=part, options=options)
 
-        def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> TokenScores:
-            return cotangents_at(finite(at, rows, options.what), rows, part)
+            def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> TokenScores:
+                return cotangents_at(finite(at, rows, options.what), rows, part)
 
-        part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
-        found.append((rows, part_scores))
-        _accumulate(total, pulled, ours, options.offload)
-    return total, gather(found, rollouts)
+            part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
+            found.append((rows, part_scores))
+            _accumulate(total, pulled, ours, options.offload)
+    return world().summed(total, params, options.offload), gather(found, rollouts)
 
 
 def _score(

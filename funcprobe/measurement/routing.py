@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from funcprobe.data.rollouts import microbatches, take
+from funcprobe import engine
+from funcprobe.data.rollouts import take
 from funcprobe.engine.passes import Passes
+from funcprobe.parallel.world import world
 from funcprobe.types import Params
 
 _SETS = (torch.topk, Tensor.topk, torch.argmax, Tensor.argmax, torch.argmin, Tensor.argmin)
@@ -53,7 +55,8 @@ class Choices:
 
     def __init__(self, passes: Passes) -> None:
         self._evaluation = passes.evaluation
-        self._awaited = list(microbatches(passes.evaluation, passes.microbatch))
+        self._awaited = engine.own_pieces(passes.evaluation, passes.microbatch)
+        self._some: bool | None = None
         self._pieces: list[_Piece] = []
 
     def awaits(self, ids: Tensor, mask: Tensor) -> bool:
@@ -64,7 +67,9 @@ class Choices:
         return torch.equal(mask, part.attention_mask) and torch.equal(ids, part.ids.masked_fill(~mask, 0))
 
     def __bool__(self) -> bool:
-        return any(piece.choices for piece in self._pieces)
+        if self._some is None or len(self._pieces) < len(self._awaited):  # asked in every process, or in none
+            self._some = world().any_of(any(piece.choices for piece in self._pieces))
+        return self._some
 
     def keep(self, mask: Tensor, choices: list[Tensor]) -> None:
         """Keep the choices of a call with that attention mask `[b, L]`."""
@@ -80,7 +85,9 @@ class Choices:
             changed += int((_changed(before, then) & before.watched).sum())
             tokens += int(before.watched.sum())
             layers = max(layers, len(before.choices))
-        return Routing(changed, tokens, layers)
+        everywhere = world().all_of((changed, tokens, layers))
+        changed, tokens = (sum(each[k] for each in everywhere) for k in (0, 1))
+        return Routing(changed, tokens, max(each[2] for each in everywhere))
 
 
 def watched(passes: Passes, choices: Choices) -> Passes:

@@ -95,7 +95,7 @@ class Rule:
         return LazyStep(after, delta, {**(info or {}), **reported})
 
     def _checked(self, gradient: Gradients, lr: float | None) -> tuple[Gradients, dict[str, float]]:
-        """Return the clipped gradient, and what a step reports of it.
+        """Return the clipped gradient, with its norm, clip factor and learning rate by name.
 
         Raises:
             InputError: If no leaf has a gradient, or the learning rate is out of range.

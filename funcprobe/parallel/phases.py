@@ -1,0 +1,64 @@
+"""Work that each process does by itself, ending in one agreement: an error of one is the same error of all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from funcprobe import errors
+from funcprobe.errors import FuncprobeError, ParallelError
+from funcprobe.parallel.world import World, world
+
+
+class _Failure(NamedTuple):
+    """The error of one process, as it is sent to the others."""
+
+    kind: str  #: the class, where it is one of ours
+    text: str
+
+
+@contextmanager
+def phase(what: str) -> Iterator[None]:
+    """Return a context of work that no other process waits for; at its end all processes know whether all succeeded.
+
+    An error that has been agreed on already passes through. An interrupt is not agreed on: whoever waits for this
+    process finds that it is gone.
+
+    Raises:
+        FuncprobeError: The error of the first process that failed, with its rank: the same in every process.
+    """
+    own = world()
+    if own.size == 1:
+        yield
+        return
+    caught: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, FuncprobeError) and error.is_shared:
+            raise
+        caught = error
+    if own.any_of(caught is not None):
+        agreed = _agreed(own, what, caught)
+        raise agreed from caught
+
+
+def _agreed(own: World, what: str, caught: Exception | None) -> FuncprobeError:
+    """Return the error of the first process that failed, as every process raises it."""
+    said = None
+    if isinstance(caught, FuncprobeError):
+        said = _Failure(type(caught).__name__, str(caught))
+    elif caught is not None:
+        first = next(iter(str(caught).strip().splitlines()), "")
+        reason = "out of memory" if isinstance(caught, torch.OutOfMemoryError) else type(caught).__name__
+        said = _Failure("", f"{reason} ({first})" if first else reason)
+    everyone = own.all_of(said)
+    rank, failure = next((rank, each) for rank, each in enumerate(everyone) if each is not None)
+    kind = getattr(errors, failure.kind) if failure.kind else ParallelError
+    place = f"Process {rank} of {own.size}" + ("" if failure.kind else f", {what}")
+    error: FuncprobeError = kind(f"{place}: {failure.text}")
+    error.is_shared = True
+    return error

@@ -1,0 +1,108 @@
+"""Work that is the same in one process and in several: verbs on a float64 policy, with uneven and with empty shares."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import torch
+
+import funcprobe as fp
+from funcprobe.errors import FuncprobeError
+from funcprobe.parallel.world import world
+from tests.cases import models, routing
+from tests.cases.probes import Case, prompted
+from tests.cases.tables import observables
+
+#: 14 rows of E are uneven shares of three processes; 2 rows of U leave the third one none.
+E, U = prompted(7, 2, seed=1), prompted(1, 2, seed=2, first=90)
+THREE = observables("entropy", "reward", "kl")
+LRS = [1e-6, 1e-5, 1e-4, 1e-3]
+
+
+def readings(outcome: Any) -> dict[str, Any]:
+    """Return the numbers of an outcome, without float errors: these follow the last bits."""
+    named = {name: r._asdict() for name, r in outcome.readings.items()}
+    kept = ("before", "change", "first_order", "second_order")
+    numbers = {
+        f"{name} {key}": fields[key] for name, fields in named.items() for key in kept if fields[key] is not None
+    }
+    bars = {f"{name} bar of {what}": bar.error for name, f in named.items() for what, bar in f["bars"].items()}
+    return {**numbers, **bars, "norm": outcome.delta_norm, "ess": outcome.health.ess_prefix_min}
+
+
+def every_verb() -> dict[str, Any]:
+    """Return the numbers of every verb, by name."""
+    case = Case(models.qwen2(torch.float64))
+    update = case.update(1e-3, batch=U)
+    given: dict[str, Any] = {"evaluation": E, "batch": U, "microbatch": 2, "observables": THREE}
+    taken = update.take()
+    compared = fp.compare({"one": update, "other": update.at(1e-4)}, E, THREE, microbatch=3)
+    attributed = fp.attribute(update, E, THREE, microbatch=2, influence="prompts")
+    sweep, curve = case.sweep(LRS, **given), case.curve(1e-3, **given)
+    return {
+        "forward": readings(case.probe(1e-3, **given).outcome),
+        "reverse": readings(case.probe(1e-3, **given, mode="reverse").outcome),
+        "path": readings(case.probe(1e-5, **given, method="path").outcome),
+        "second order": readings(case.probe(1e-3, **given, order=2, exact=True).outcome),
+        "sweep": {str(p.lr): readings(p) for p in sweep.points},
+        "curve": {str(lr): readings(curve.at(lr)) for lr in (3e-5, 7e-4)},
+        "compare": {name: readings(outcome) for name, outcome in compared.outcomes.items()},
+        "parameters": {part.name: part.contribution for part in attributed.leaves},
+        "tokens of U": attributed.batch.total,
+        "tokens of E": attributed.evaluation.total,
+        "influence": attributed.influence.matrix,
+        "bits of θ′": [p.view(torch.int64).sum().item() for p in taken.params.values()],
+    }
+
+
+def experts() -> dict[str, Any]:
+    """Return the probe of a mixture of experts, with the tokens that change experts."""
+    case = Case(routing.gated(routing.top_two))
+    outcome = case.probe(0.3, evaluation=E, batch=U, microbatch=2).outcome
+    return {"routing": tuple(outcome.routing), "change": outcome.main.change}
+
+
+class Refuses(torch.nn.Module):
+    """A model that fails on a prompt of two sixes, which stands in one row of E: with an error, or with NaN."""
+
+    def __init__(self, raises: bool) -> None:
+        super().__init__()
+        self.inner, self.raises = models.two_lines(), raises
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        refused = (ids[:, :2] == 6).all(1)
+        if self.raises and bool(refused.any()):
+            raise RuntimeError("no such prompt here")
+        return torch.where(refused[:, None, None], torch.nan, self.inner(ids))
+
+
+def one_fails(raises: bool = True) -> dict[str, Any]:
+    """Return the words of every process where one of them cannot run its rows, and after how many seconds."""
+    policy, params = fp.from_module(Refuses(raises))
+    rollouts = fp.rollouts_from_lists([[1, 2], [3, 4], [6, 6], [1, 3]], [[2, 1]] * 4, temperature=1.0)
+    delta = {name: 1e-3 * torch.ones_like(p) for name, p in params.items()}
+    start = time.monotonic()
+    try:
+        fp.probe(fp.Update.from_delta(policy, params, delta), rollouts)
+    except FuncprobeError as error:
+        return {"kind": type(error).__name__, "said": str(error), "seconds": time.monotonic() - start}
+    return {"said": "nothing"}
+
+
+def one_meets_nan() -> dict[str, Any]:
+    """Return the words of every process where the scores of one row are not finite."""
+    return one_fails(raises=False)
+
+
+def one_is_killed() -> str:
+    """End one process in the middle, and return what the others say."""
+    case = Case(models.qwen2())
+    if world().rank == 1:
+        os._exit(9)
+    try:
+        case.probe(1e-3, evaluation=E, batch=U)
+    except FuncprobeError as error:
+        return str(error)
+    return "nothing"
