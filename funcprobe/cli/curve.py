@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from funcprobe.analysis.curve import curve
 from funcprobe.cli.command import Beside, Command
@@ -10,7 +11,7 @@ from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
-from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, warned
+from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, warned, with_journal
 from funcprobe.results.any_lr import CurveResult
 
 DESCRIPTION = """\
@@ -40,15 +41,19 @@ def _positive(text: str) -> float:
 
 def _do(config: Config, options: Namespace, bars: Bars) -> CurveResult:
     ready = prepared(config, bars)
-    return curve(
-        ready.update,
-        ready.evaluation,
-        options.lr_max,
-        config.observables,
-        journal=journal_of(config),
-        progress=bars,
-        **config.options("rounding", "top_k", "keep_delta"),
-    )
+
+    def measure(journal: Path) -> CurveResult:
+        return curve(
+            ready.update,
+            ready.evaluation,
+            options.lr_max,
+            config.observables,
+            journal=journal,
+            progress=bars,
+            **config.options("rounding", "top_k", "keep_delta"),
+        )
+
+    return with_journal(config, measure)
 
 
 LR_MAX = Option(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +16,14 @@ from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
-from funcprobe.errors import Note
+from funcprobe.data.atomic import put_aside
+from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.estimators.by_name import observable_names
+from funcprobe.results.journal import OTHER_JOURNAL
 from funcprobe.results.sweep import SweepResult
+
+S = TypeVar("S", bound=SweepResult)
+T = TypeVar("T")
 
 DESCRIPTION = """\
 Do at many learning rates what `run` does at one: the gradient on U is taken
@@ -81,21 +87,43 @@ def journal_of(config: Config) -> Path:
     return config.output.with_name(f"{config.output.name}.unfinished.jsonl")
 
 
+def with_journal(config: Config, measure: Callable[[Path], T]) -> T:
+    """Return what is measured with the journal beside the output; forced, one of another sweep is put aside for it.
+
+    Raises:
+        InputError: If the journal is another sweep's, and not forced; or as `measure`.
+    """
+    journal = journal_of(config)
+    try:
+        return measure(journal)
+    except InputError as error:
+        if error.kind != OTHER_JOURNAL or not config.force:
+            raise
+    aside = put_aside(journal)
+    warnings.warn(
+        f"{journal.name} belonged to another sweep, or was damaged; it was kept as {aside.name}.",
+        FuncprobeWarning,
+        stacklevel=2,
+    )
+    return measure(journal)
+
+
 def _do(config: Config, options: Namespace, bars: Bars) -> SweepResult:
     ready = prepared(config, bars)
-    return sweep(
-        ready.update,
-        ready.evaluation,
-        options.lrs,
-        config.observables,
-        chunk=options.chunk,
-        journal=journal_of(config),
-        progress=bars,
-        **config.options("rounding", "top_k", "keep_delta"),
-    )
 
+    def measure(journal: Path) -> SweepResult:
+        return sweep(
+            ready.update,
+            ready.evaluation,
+            options.lrs,
+            config.observables,
+            chunk=options.chunk,
+            journal=journal,
+            progress=bars,
+            **config.options("rounding", "top_k", "keep_delta"),
+        )
 
-S = TypeVar("S", bound=SweepResult)
+    return with_journal(config, measure)
 
 
 def warned(result: S, found: Sequence[Note]) -> S:

@@ -8,7 +8,6 @@ that other packages bring (`plugins`).
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcprobe import plugins
+from funcprobe.data.atomic import fresh_file
 from funcprobe.data.jsonl import read_jsonl, read_jsonl_metadata, write_jsonl
 from funcprobe.data.parquet import read_parquet, read_parquet_metadata, write_parquet
 from funcprobe.data.ragged import Array, Ragged, columns, ragged_from_dense
@@ -96,12 +96,8 @@ def write_rollouts(
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
     metadata = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_id}
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with fresh_file(path, overwrite=overwrite) as partial:
         writer(partial, _columns(validate(rollouts)), metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import funcprobe as fp
 from funcprobe.data.atomic import fresh_directory
+from funcprobe.data.ownership import MARKER
 from funcprobe.errors import InputError
 from funcprobe.results.storage import ARRAYS, NUMBERS, SCHEMA_VERSION
 from tests.cases.kept import same
@@ -55,7 +56,7 @@ def test_it_is_strict_json_with_its_kind_and_arrays_only_where_there_are_some(wh
     saved = RESULTS[which]()
     saved.save(tmp_path / "out")
     arrays = which not in ("probe", "sweep without bars")
-    assert {f.name for f in (tmp_path / "out").iterdir()} == ({NUMBERS, ARRAYS} if arrays else {NUMBERS})
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {MARKER, *((NUMBERS, ARRAYS) if arrays else (NUMBERS,))}
 
     def refused(word: str) -> None:
         raise AssertionError(word)
@@ -89,7 +90,7 @@ def test_nothing_is_overwritten_without_a_word(tmp_path: Path) -> None:
     sweep().save(tmp_path / "out", overwrite=True)
     assert isinstance(fp.load(tmp_path / "out"), fp.SweepResult)
     result().save(tmp_path / "out", overwrite=True)
-    assert [f.name for f in (tmp_path / "out").iterdir()] == [NUMBERS]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [MARKER, NUMBERS]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         result().save(tmp_path / "file", overwrite=True)
