@@ -102,8 +102,12 @@ class Command(Generic[R]):
             parser.epilog = "\n\n".join(filter(None, [self.epilog(), described(self.options)]))
             parser.print_help()
             parser.exit()
-        given = parser.parse_args(list(words))
-        carry_out(self, given.config, given.overrides)
+        if not words:
+            parser.error("the configuration is missing: give CONFIG.yaml")
+        if words[0].startswith("-"):
+            named = next((word for word in words if word.endswith((".yaml", ".yml"))), "CONFIG.yaml")
+            parser.error(f"the configuration comes first: funcprobe {self.name} {named} {words[0]} ...")
+        carry_out(self, words[0], list(words[1:]))
 
 
 def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) -> R:
@@ -113,7 +117,7 @@ def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) 
         FuncprobeError: If anything about the input is not usable; then nothing was written.
     """
     options, overrides = split(words, command.options)
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, [option.key for option in command.options])
     if command.suffix and not any(word == "--output" or word.startswith("--output=") for word in overrides):
         config = config.model_copy(update={"output": config.output.with_name(config.output.name + command.suffix)})
     trackers = [(name, tracker_named(name)) for name in config.trackers]

@@ -12,6 +12,7 @@ from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
 from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, warned, with_journal
+from funcprobe.data.numbers import number
 from funcprobe.results.any_lr import CurveResult
 
 DESCRIPTION = """\
@@ -33,10 +34,7 @@ go to OUTPUT-curve."""
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError("not above 0")
-    return value
+    return number(text, above=0)
 
 
 def _do(config: Config, options: Namespace, bars: Bars) -> CurveResult:

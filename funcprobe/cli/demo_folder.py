@@ -24,6 +24,7 @@ from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, Trained, draw_r
 from funcprobe.data import ownership
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.data.files import write_rollouts
+from funcprobe.data.paths import path_of
 from funcprobe.errors import InputError
 from funcprobe.types import Progress
 
@@ -86,7 +87,7 @@ def prepare_demo(
         MissingExtraError: If transformers or pyarrow is not installed.
     """
     size = DemoSize() if size is None else size
-    target = (default_directory() / f"seed-{seed}" if directory is None else Path(directory).expanduser()).absolute()
+    target = (default_directory() / f"seed-{seed}" if directory is None else path_of(directory, "--dir")).absolute()
     identity = {"funcprobe demo": VERSION, "seed": seed, "size": asdict(size)}
     if force or not _is_intact(target, identity):
         _check_replaceable(target)
@@ -103,8 +104,8 @@ def prepare_demo(
 def default_directory() -> Path:
     """Return the folder in which demos are cached: $FUNCPROBE_CACHE, or funcprobe/demo in the user's cache."""
     if own := os.environ.get("FUNCPROBE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "funcprobe" / "demo"
+        return path_of(own, "$FUNCPROBE_CACHE")
+    return path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "The cache folder") / "funcprobe" / "demo"
 
 
 def _build(folder: Path, size: DemoSize, seed: int, progress: Progress | None) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def check() -> None:
 def heard() -> Iterator[None]:
     """Hear both signals for the length of a command; one that is ignored, as under nohup, stays so."""
     _State.wanted = _State.written = None
-    before: dict[int, Any] = {}
+    before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
@@ -71,8 +71,8 @@ def heard() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for heard_before, handler in before.items():
+            signal.signal(heard_before, handler)
 
 
 def _raise(number: int, frame: object) -> None:

@@ -106,7 +106,7 @@ def _checkpoint(config: Config) -> Checkpoint:
 
 
 def _rollouts(path: Path, checkpoint: Checkpoint) -> Rollouts:
-    found = read_rollouts(path, vocab_size=checkpoint.policy.vocab_size)
+    found = read_rollouts(path, vocab_size=checkpoint.policy.vocab_size, max_length=checkpoint.policy.max_length)
     return to_device(found, checkpoint.policy.device)
 
 

@@ -17,10 +17,14 @@ from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import put_aside
+from funcprobe.data.numbers import number, whole
 from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.estimators.by_name import observable_names
 from funcprobe.results.journal import OTHER_JOURNAL
 from funcprobe.results.sweep import SweepResult
+
+#: Learning rates of a sweep at most.
+MOST = 10_000
 
 S = TypeVar("S", bound=SweepResult)
 T = TypeVar("T")
@@ -54,11 +58,13 @@ def parse_lrs(text: str) -> list[float]:
         [1e-06, 3e-06]
     """
     if ":" not in text:
-        lrs = [float(part) for part in text.split(",") if part.strip()]
+        lrs = [number(part) for part in text.split(",") if part.strip()]
     else:
         first, last, count = text.split(":")
-        lrs = _spread(float(first), float(last), int(count))
+        lrs = _spread(number(first), number(last), whole(count, 2, MOST))
     check_lrs(lrs)
+    if len(lrs) > MOST:
+        raise ValueError(f"at most {MOST} learning rates")
     return lrs
 
 
@@ -74,12 +80,6 @@ def _spread(first: float, last: float, count: int) -> list[float]:
     check_lrs([first, last])
     low, high = math.log10(first), math.log10(last)
     return [first, *(float(f"{10 ** (low + (high - low) * k / (count - 1)):.6g}") for k in range(1, count - 1)), last]
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError("not a count")
-    return int(text)
 
 
 def journal_of(config: Config) -> Path:
@@ -144,7 +144,7 @@ LRS = Option(
     "FIRST:LAST:COUNT",
     "the learning rates, or a list with commas",
     read=parse_lrs,
-    expected="FIRST:LAST:COUNT, such as 1e-8:1e-4:9, or numbers and commas",
+    expected=f"FIRST:LAST:COUNT, such as 1e-8:1e-4:9, or numbers and commas, at most {MOST:,}",
     required=True,
 )
 CHUNK = Option(
@@ -152,8 +152,8 @@ CHUNK = Option(
     "N",
     "score N learning rates in one pass: pays with LoRA, takes N times the memory",
     default=1,
-    read=_count,
-    expected="how many learning rates go together, 1 or more",
+    read=lambda text: whole(text, 1, MOST),
+    expected=f"how many learning rates go together, from 1 to {MOST:,}",
 )
 
 COMMAND = Command(

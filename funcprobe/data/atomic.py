@@ -19,6 +19,7 @@ from torch import Tensor
 
 from funcprobe.data import locks, ownership
 from funcprobe.data.exchange import exchange, place, uninterrupted
+from funcprobe.data.paths import path_of
 from funcprobe.errors import InputError
 
 #: Ends of the names that stand beside a target while it is made, and while it is replaced in two steps.
@@ -58,7 +59,7 @@ def fresh_directory(
     Raises:
         InputError: If `path` exists and `overwrite` is false, is a file, or may not be replaced.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path_of(path)))
     _recover(target)
     check_absent(target, overwrite=overwrite, check=check)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def fresh_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     Raises:
         InputError: If `path` exists at the end and `overwrite` is false; what was written then stays beside it.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path_of(path)))
     with locks.guarded(target.parent) as alone:
         if alone:
             _tidy(target, rf"\.[0-9a-f]{{32}}\{_PARTIAL}")
@@ -121,7 +122,7 @@ def check_absent(
     Raises:
         InputError: If `path` exists and `overwrite` is false, is a file, or may not be replaced.
     """
-    target = Path(path)
+    target = path_of(path)
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give a folder that does not exist yet.")
     if target.exists() and not overwrite:

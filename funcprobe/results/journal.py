@@ -66,8 +66,7 @@ class Journal:
         self.nodes: dict[float, TokenScores] = {}  #: ds/dη over E by the learning rate η
         self._norm: float | None = None
         if self.path is not None and self.path.exists():
-            self._open()
-            self._norm, lines = _read(self.path, self._file, identity)
+            self._norm, lines = _read(self.path, self._open(), identity)
             self.points = {_lr(line.point): line.point for line in lines if line.point is not None}
             self.nodes = {line.node.lr: line.node.tangents for line in lines if line.node is not None}
 
@@ -121,10 +120,11 @@ class Journal:
         except OSError as error:  # a full disk
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
-    def _open(self) -> None:
+    def _open(self) -> IO[bytes]:
         assert self.path is not None
         self._file = _opened(self.path)
         weakref.finalize(self, self._file.close)
+        return self._file
 
     def _close(self) -> None:
         if self._file is not None:

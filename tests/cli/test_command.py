@@ -271,7 +271,7 @@ def test_a_command_without_a_configuration_has_all_its_words(
     err = capsys.readouterr().err.splitlines()
     assert err == [
         "funcprobe: the following arguments are required: FILE; see funcprobe copy --help.",
-        "funcprobe: argument --times: invalid int value: 'x'; see funcprobe copy --help.",
+        "funcprobe: --times: found 'x', expected another value.",
     ]
 
 
