@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from funcprobe.visible_text import message
+
 
 class FuncprobeError(Exception):
     """The base of everything funcprobe raises on purpose: a sentence for people, fields for programs.
@@ -38,6 +40,7 @@ class FuncprobeError(Exception):
         found: object = None,
         expected: object = None,
     ) -> None:
+        text = message(text)
         super().__init__(text if hint is None else f"{text}; {hint}.")
         self.text, self.hint, self.kind = text, hint, kind
         self.quantity, self.found, self.expected = quantity, found, expected
@@ -96,6 +99,9 @@ class MissingExtraError(FuncprobeError, ImportError):
 class FuncprobeWarning(UserWarning):
     """A result is usable but something about it should be known."""
 
+    def __init__(self, text: str = "") -> None:
+        super().__init__(text if isinstance(text, Note) else message(text))
+
 
 class Note(str):
     """A sentence beside numbers, with the kind by which programs tell it from others: no one reads its words.
@@ -111,7 +117,7 @@ class Note(str):
 
     def __new__(cls, kind: str, text: str) -> Note:
         """Return the note of that kind."""
-        made = super().__new__(cls, text)
+        made = super().__new__(cls, message(text))
         made.kind = kind
         return made
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TESTS, SOURCES, BENCHMARKS = ROOT / "tests", ROOT / "funcprobe", ROOT / "benchmarks"
 #: Suites of laws over several files, and the suite of architectures, which has a table of its own.
-APART = {"laws", "families"}
+APART = {"laws", "families", "hostile", "soak"}
 #: No tests at all: what tests share, and slow obvious references.
 SHARED = {"cases", "oracles"}
 

@@ -14,7 +14,12 @@ from torch import nn
 
 from funcprobe.checkpoints.models import first_line, listing, load_full, quiet, ready, structural_copy
 from funcprobe.checkpoints.weights import Stored, check_finite, header
-from funcprobe.errors import CheckpointError, missing_extra
+from funcprobe.data.paths import path_of
+from funcprobe.data.reading import json_object
+from funcprobe.errors import CheckpointError, InputError, missing_extra
+
+#: The name of a model in the Hugging Face cache.
+_MODEL_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 #: Where a base model's own weight stands inside what peft put round its module, and in its place.
 _BASE_WEIGHTS = ("", "base_layer.", "original_module.", "token_adapter.base_layer.")
@@ -110,17 +115,33 @@ def _base(
         module = structural_copy(base_model)
         return (module if dtype == "auto" else module.to(dtype)), None
     named = base_model if base_model is not None else _named_base(path)
-    given = Path(named).expanduser()
+    given = path_of(named, "base_model" if base_model is not None else f"The base model in {path}")
     where = _only_place(path, given, [given] if base_model is not None else [given, path / given, path.parent / given])
-    try:
-        return load_full(where or str(named), dtype), where
-    except CheckpointError as error:
-        if where is not None:
-            raise
+    where = where or _cached(str(named))
+    if where is None:
         raise CheckpointError(
-            f"The base model '{named}' of the adapter in {path} was found neither as a folder (as given, or beside the "
-            "adapter) nor in the local Hugging Face cache; give its folder as base_model."
-        ) from error
+            f"The base model '{named!s:.80}' of the adapter in {path} was found neither as a folder (as given, or "
+            "beside the adapter) nor in the local Hugging Face cache; give its folder as base_model."
+        )
+    if (where / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"The base model of the adapter in {path} is {where}, an adapter itself; merge that one into its base "
+            "(merge_and_unload), and give the merged model as base_model."
+        )
+    return load_full(where, dtype), where
+
+
+def _cached(name: str) -> Path | None:
+    """Return the folder in the local Hugging Face cache that holds a model of that name; nothing is downloaded."""
+    from huggingface_hub import snapshot_download
+
+    if not _MODEL_NAME.fullmatch(name):
+        return None
+    try:
+        found = Path(snapshot_download(name, local_files_only=True))
+    except Exception:  # whatever the hub's client says of a model that is not there
+        return None
+    return found if (found / "config.json").is_file() else None
 
 
 def _only_place(path: Path, named: Path, candidates: list[Path]) -> Path | None:
@@ -142,11 +163,18 @@ def _only_place(path: Path, named: Path, candidates: list[Path]) -> Path | None:
 def _config(path: Path) -> Any:
     from peft import PeftConfig
 
+    file = path / "adapter_config.json"
+    try:
+        named = json_object(file).get("base_model_name_or_path")
+    except InputError as error:
+        raise CheckpointError(f"the adapter's configuration cannot be read: {error}") from None
+    if named is not None and not isinstance(named, str):
+        raise CheckpointError(f"base_model_name_or_path in {file} is {named!r:.60}; expected the base model's folder.")
     try:
         with quiet():
             return PeftConfig.from_pretrained(str(path), local_files_only=True)
     except Exception as error:  # a damaged file raises whatever its parser raises
-        raise CheckpointError(f"{path / 'adapter_config.json'} cannot be read: {first_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def _named_base(path: Path) -> str:

@@ -25,10 +25,20 @@ from funcprobe.checkpoints.models import load_full, load_tokenizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
-from funcprobe.checkpoints.optimizer_state import FRESH, as_loaded, map_ids_to_names, names_of_groups, state_by_name
+from funcprobe.checkpoints.optimizer_state import (
+    FRESH,
+    as_loaded,
+    check_layout,
+    map_ids_to_names,
+    names_of_groups,
+    state_by_name,
+)
+from funcprobe.checkpoints.optimizer_values import check_values
 from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage_asked_for, storage_of_run
 from funcprobe.checkpoints.weights import dtypes_of_leaves, header
-from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.data.paths import path_of
+from funcprobe.data.reading import check_ordinary
+from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
 from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.factories import adamw, from_param_groups
 from funcprobe.optimizers.stored import stored
@@ -125,6 +135,8 @@ def _read_optimizer(
     With `offload` the moments of an optimizer that takes them in pieces stay in the file, as they were saved.
     """
     saved = _unpickled(path, mapped=offload is not None)
+    check_layout(saved, path.name)
+    check_values(saved, path.name)
     cls = optimizer_class(saved, path.name)
     groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
     names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
@@ -168,7 +180,7 @@ def _storage_dtype(storage: str | torch.dtype | None) -> torch.dtype | Literal["
 
 
 def _existing(folder: str | Path) -> Path:
-    path = Path(folder).expanduser()
+    path = path_of(folder, "The checkpoint")
     if not path.exists():
         raise CheckpointError(f"The checkpoint folder {path} does not exist.")
     if not path.is_dir():
@@ -232,8 +244,12 @@ def _optimizer_file(path: Path) -> Path:
 
 
 def _unpickled(path: Path, mapped: bool = False) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"The optimizer state {path} does not exist.")
+    try:
+        check_ordinary(path)
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
     try:
         with warnings.catch_warnings(), numpy_numbers():  # what torch says of foreign pickles beside refusing them
             warnings.simplefilter("ignore")
@@ -247,6 +263,9 @@ def _unpickled(path: Path, mapped: bool = False) -> dict[str, Any]:
         ValueError,
         AttributeError,
         TypeError,
+        RecursionError,
+        MemoryError,
+        OverflowError,
     ) as error:
         # torch's own message is coloured, and advises to load the file without this guard
         named = re.search(r"GLOBAL ([\w.]+)", str(error))

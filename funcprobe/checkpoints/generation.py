@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from funcprobe.errors import CheckpointError
+from funcprobe.data.reading import json_object
+from funcprobe.errors import CheckpointError, InputError
 
 
 def end_tokens(folder: Path, module: nn.Module, tokenizer: Any = None) -> tuple[int, ...]:
@@ -33,9 +33,9 @@ def end_tokens(folder: Path, module: nn.Module, tokenizer: Any = None) -> tuple[
 
 def _of_file(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON settings ({error}); the file is damaged.") from error
+        return json_object(file).get("eos_token_id")
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def _listed(found: Any, file: Path) -> Sequence[int]:

@@ -5,9 +5,8 @@ transformers fills what a file lacks with random weights and a log line. Here th
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from funcprobe.checkpoints.model_size import check_size
 from funcprobe.checkpoints.weights import WRAPPERS, check_finite, header, plain_name, refuse_unmerged, wrapped
-from funcprobe.errors import CheckpointError, FuncprobeWarning, missing_extra
+from funcprobe.data.reading import json_object
+from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError, missing_extra
 from funcprobe.policy import copying
 from funcprobe.types import Params
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def load_full(path: str | Path, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> nn.Module:
+def load_full(path: Path, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> nn.Module:
     """Return the causal language model in a folder, in eval mode, without cache, every parameter trainable.
 
     Raises:
-        CheckpointError: If transformers cannot read it, or the file lacks weights of the model.
+        CheckpointError: If a file in it is damaged, or not data alone; if the model of its configuration is not that of
+            its weights, or transformers cannot read it.
         MissingExtraError: If transformers is not installed.
     """
     try:
@@ -35,7 +37,9 @@ def load_full(path: str | Path, dtype: torch.dtype | str, device: str | torch.de
     except ImportError as error:
         missing = missing_extra("transformers", "hf", "reading a Hugging Face checkpoint")
         raise missing from error
-    keys = _wrapped_keys(path)
+    stored = header(path)
+    check_size(path, stored)
+    keys = _wrapped_keys(path, stored)
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -119,24 +123,19 @@ def _names_generic_tokenizer(folder: Path) -> bool:
     if not config.is_file() or not (folder / "tokenizer.json").is_file():
         return False
     try:
-        named = json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class")
-    except (ValueError, AttributeError):
+        named = json_object(config).get("tokenizer_class")
+    except InputError:
         return False  # AutoTokenizer will say what is wrong with it
     return named in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
-def _wrapped_keys(path: str | Path) -> dict[str, Any]:
+def _wrapped_keys(path: Path, keys: Iterable[str]) -> dict[str, Any]:
     """Return how transformers is told to leave a wrapper's name out of the weights' keys; nothing where there is none.
 
     Raises:
         CheckpointError: If two keys are one weight without their wrappers.
     """
-    folder = Path(path)
-    try:
-        keys = header(folder) if folder.is_dir() else {}
-    except CheckpointError:
-        return {}  # transformers says what is wrong with the file
-    first = wrapped(folder, keys)
+    first = wrapped(path, keys)
     if first is None:
         return {}
     warnings.warn(

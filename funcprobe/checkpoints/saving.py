@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from funcprobe.checkpoints.models import quiet, structural_copy
 from funcprobe.checkpoints.optimizer_state import map_ids_to_names
+from funcprobe.data.atomic import fresh_directory
 from funcprobe.errors import CheckpointError, missing_extra
 from funcprobe.optimizers.any_class import LiftedOptimizer
 from funcprobe.optimizers.closed_form import PureOptimizer
@@ -56,14 +56,8 @@ def save_checkpoint(
     opt_state = narrowed_state(opt_state, params, storage)
     params = narrowed({name: params[name] for name in trainable}, storage)
     saved = trainer_state_dict(module, params, optimizer, opt_state)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with fresh_directory(path, overwrite=True, marked=False) as partial:  # there is none, or an empty one
         _write(partial, structural_copy(module, params), saved, tokenizer, global_step)
-        partial.replace(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return path
 
 

@@ -7,7 +7,6 @@ A wrapper that stood round the model when it was saved leaves its name in every 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from funcprobe.errors import CheckpointError
+from funcprobe.data.reading import check_ordinary, json_object, parsed
+from funcprobe.errors import CheckpointError, InputError
 
 #: Wrappers, as patterns for `re.sub` and for transformers' `key_mapping`, and what stands in their place.
 WRAPPERS: Mapping[str, str] = {
@@ -29,6 +29,12 @@ WRAPPERS: Mapping[str, str] = {
 _ADDED_BY_PEFT = re.compile(
     r"\.(lora_|ia3_l|vera_lambda|oft_[RS]|hada_|lokr_|boft_|trainable_tokens|modules_to_save\.|original_module\.)"
 )
+
+#: The name of a shard: no folder, and safetensors alone.
+_SHARD = re.compile(r"[^/\\\x00]+\.safetensors")
+
+#: Bytes of a header at most, as safetensors itself has it.
+_HEADER = 100_000_000
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -139,21 +145,41 @@ def _files(path: Path, name: str) -> list[Path]:
         return [whole]
     if not index.is_file():
         return sorted(path.glob(f"{name}*.safetensors"))
-    try:
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} names no shards ({error}); the file is damaged.") from error
+    shards = _shards(index)
     if missing := [shard for shard in shards if not (path / shard).is_file()]:
         raise CheckpointError(f"{path} lacks '{missing[0]}', a shard that its index names; copy the whole folder.")
     return [path / shard for shard in shards]
 
 
+def _shards(index: Path) -> list[str]:
+    """Return the files that an index names, all of them safetensors beside it.
+
+    Raises:
+        CheckpointError: If it names none, or anything else.
+    """
+    try:
+        named = json_object(index).get("weight_map")
+    except InputError as error:
+        raise CheckpointError(f"the index of the weights cannot be read: {error}") from None
+    shards = list(named.values()) if isinstance(named, dict) else []
+    if not shards:
+        raise CheckpointError(f"{index} names no shards; the index is damaged.")
+    for shard in shards:
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{index} names {shard!r:.80} as a shard; expected the name of a .safetensors file beside the index, "
+                "and nothing else is read."
+            )
+    return sorted(set(shards))
+
+
 def _header_of(file: Path) -> dict[str, Stored]:
+    check_ordinary(file)
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
-        if not 0 < size <= file.stat().st_size:
+        if not 0 < size <= min(file.stat().st_size, _HEADER):
             raise ValueError("its header does not fit into it")
-        plain = json.loads(stream.read(size))
+        plain = parsed(stream.read(size))
     return {
         key: Stored(tuple(entry["shape"]), _DTYPES.get(entry["dtype"]))
         for key, entry in plain.items()

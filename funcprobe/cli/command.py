@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from funcprobe import __version__, plugins
+from funcprobe.cli import interrupts
 from funcprobe.cli.config import Config, dump, load_config
 from funcprobe.cli.options import Argument, Option, Parser, described, parsed, split, usage_of
 from funcprobe.cli.prepare import check_output, memory_advice, resolved
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import fresh_directory
+from funcprobe.data.ownership import MARKER
 from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note, collected_notes
 from funcprobe.report.figures import save_figures
 from funcprobe.report.terminal import print_result, text_of
@@ -26,7 +28,7 @@ from funcprobe.results.storage import FILES
 R = TypeVar("R", bound=Result)
 
 #: What every command writes beside the stored result.
-ALWAYS = frozenset({"config.yaml", "summary.txt"})
+ALWAYS = frozenset({"config.yaml", "summary.txt", MARKER})
 
 
 class Beside(NamedTuple):
@@ -78,7 +80,7 @@ class Command(Generic[R]):
     beside: tuple[Beside, ...] = ()
     unfinished: Callable[[Config], Path] | None = None  #: the file in which finished parts are kept until all are done
     when_interrupted: str = ""  #: ends the line that is said then
-    written: frozenset[str] = field(init=False)  #: a folder that holds anything else is not replaced, forced or not
+    written: frozenset[str] = field(init=False)  #: every name that may stand in its folder of results
 
     def __post_init__(self) -> None:
         figures = (f"{name}.png" for name in self.figures)
@@ -100,8 +102,12 @@ class Command(Generic[R]):
             parser.epilog = "\n\n".join(filter(None, [self.epilog(), described(self.options)]))
             parser.print_help()
             parser.exit()
-        given = parser.parse_args(list(words))
-        carry_out(self, given.config, given.overrides)
+        if not words:
+            parser.error("the configuration is missing: give CONFIG.yaml")
+        if words[0].startswith("-"):
+            named = next((word for word in words if word.endswith((".yaml", ".yml"))), "CONFIG.yaml")
+            parser.error(f"the configuration comes first: funcprobe {self.name} {named} {words[0]} ...")
+        carry_out(self, words[0], list(words[1:]))
 
 
 def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) -> R:
@@ -111,12 +117,12 @@ def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) 
         FuncprobeError: If anything about the input is not usable; then nothing was written.
     """
     options, overrides = split(words, command.options)
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, [option.key for option in command.options])
     if command.suffix and not any(word == "--output" or word.startswith("--output=") for word in overrides):
         config = config.model_copy(update={"output": config.output.with_name(config.output.name + command.suffix)})
     trackers = [(name, tracker_named(name)) for name in config.trackers]
     with Bars() as bars:
-        result = measured(command, config, options, bars)
+        result = measured(command, config, options, bars, Path(path))
     print_result(result)
     for name, tracker in trackers:
         _track(name, tracker, result, config)
@@ -124,21 +130,28 @@ def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) 
     return result
 
 
-def measured(command: Command[R], config: Config, options: argparse.Namespace, bars: Bars) -> R:
-    """Return the result of a command, having written `config.output`, whole or not at all.
+def measured(command: Command[R], config: Config, options: argparse.Namespace, bars: Bars, path: Path) -> R:
+    """Return the result of a command on the configuration in `path`, having written its output, whole or not at all.
 
     Raises:
         ConfigError: If the output folder may not be written, or a field asks for what cannot be done.
         FuncprobeError: If checkpoint, rollouts or numbers are not usable.
     """
     command.check(config, options)
-    check_output(config.output, command.written, force=config.force)
+    check_output(config, path)
     config = resolved(config)
     with collected_notes("input") as warned, memory_advice(config):
         result = command.do(config, options, bars)
     result = command.warned(result, warned)
     bars.phase("writing the results")
-    with fresh_directory(config.output, overwrite=config.force) as folder:
+    interrupts.check()
+
+    def placed(output: Path) -> None:
+        interrupts.placed(output)
+        if command.unfinished is not None:  # before an interruption can come: a journal left here would look unfinished
+            command.unfinished(config).unlink(missing_ok=True)
+
+    with fresh_directory(config.output, overwrite=config.force, placed=placed) as folder:
         result.write_into(folder)
         save_figures(result, folder)
         for files in command.beside:
@@ -146,8 +159,6 @@ def measured(command: Command[R], config: Config, options: argparse.Namespace, b
         head = f"# As {command.done} by funcprobe {__version__}; every path is absolute.\n"
         (folder / "config.yaml").write_text(head + dump(config), encoding="utf-8")
         (folder / "summary.txt").write_text(text_of(result), encoding="utf-8")
-    if command.unfinished is not None:
-        command.unfinished(config).unlink(missing_ok=True)
     return result
 
 

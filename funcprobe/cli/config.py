@@ -25,9 +25,10 @@ from funcprobe.cli.fields import (
     observable_model,
     option_fields,
 )
-from funcprobe.cli.messages import explain, show
+from funcprobe.cli.messages import MOST, explain, show
 from funcprobe.cli.overrides import located, parsed_overrides, set_key
 from funcprobe.cli.yaml_values import dumped, read_mapping
+from funcprobe.data.paths import path_of
 from funcprobe.errors import ConfigError, missing_extra
 from funcprobe.estimators.by_name import observable_named, observable_names
 from funcprobe.estimators.observables import entropy
@@ -138,34 +139,38 @@ class Config(_Measuring, Inputs):
         return {name: value for name, value in every.items() if name not in without}
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), own: Sequence[str] = ()) -> Config:
     """Return the configuration in a YAML file, with overrides such as `["--objective.name", "dapo", "--lr", "2e-8"]`.
+
+    `own` are a command's own options, for the message about a word that is neither.
 
     Raises:
         ConfigError: Naming every field that is wrong, what was found and what was expected.
         MissingExtraError: If pydantic or PyYAML is not installed.
     """
-    path = Path(path)
+    path = path_of(path, "CONFIG.yaml")
     values = located({"output": "results", **read_mapping(path)}, path.parent)
-    for name, value in parse_overrides(overrides).items():
+    for name, value in parse_overrides(overrides, own).items():
         set_key(values, name, value)
     problems: list[str] = []
     if isinstance(values.setdefault("objective", {}), dict):
         values["objective"] = _objective(values["objective"], problems)
     found = _validated(Config, values, (), problems)
     if problems:
-        raise ConfigError(f"{path}: {'; '.join(dict.fromkeys(problems))}.")
+        every = list(dict.fromkeys(problems))
+        more = "; and more" if len(every) > MOST or len(values) > 10 * len(Config.model_fields) else ""
+        raise ConfigError(f"{path}: {'; '.join(every[:MOST])}{more}.")
     return cast(Config, found)
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(words: Sequence[str], own: Sequence[str] = ()) -> dict[str, Any]:
     """Return {dotted key: value} of words that override keys of a configuration; see `parsed_overrides`.
 
     Example:
         >>> parse_overrides(["--max-grad-norm", "1", "--objective.epsilon=.1", "--force"])
         {'max_grad_norm': 1, 'objective.epsilon': 0.1, 'force': True}
     """
-    return parsed_overrides(words, Config)
+    return parsed_overrides(words, Config, own)
 
 
 def dump(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from funcprobe.analysis.curve import curve
 from funcprobe.cli.command import Beside, Command
@@ -10,7 +11,8 @@ from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
-from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, warned
+from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, warned, with_journal
+from funcprobe.data.numbers import number
 from funcprobe.results.any_lr import CurveResult
 
 DESCRIPTION = """\
@@ -32,23 +34,24 @@ go to OUTPUT-curve."""
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise ValueError("not above 0")
-    return value
+    return number(text, above=0)
 
 
 def _do(config: Config, options: Namespace, bars: Bars) -> CurveResult:
     ready = prepared(config, bars)
-    return curve(
-        ready.update,
-        ready.evaluation,
-        options.lr_max,
-        config.observables,
-        journal=journal_of(config),
-        progress=bars,
-        **config.options("rounding", "top_k", "keep_delta"),
-    )
+
+    def measure(journal: Path) -> CurveResult:
+        return curve(
+            ready.update,
+            ready.evaluation,
+            options.lr_max,
+            config.observables,
+            journal=journal,
+            progress=bars,
+            **config.options("rounding", "top_k", "keep_delta"),
+        )
+
+    return with_journal(config, measure)
 
 
 LR_MAX = Option(

@@ -7,7 +7,7 @@ from argparse import Namespace
 from funcprobe.cli import run
 from funcprobe.cli.command import PlainCommand, carry_out
 from funcprobe.cli.demo_folder import prepare_demo
-from funcprobe.cli.options import Option
+from funcprobe.cli.options import Option, counted
 from funcprobe.cli.progress import Bars
 
 DESCRIPTION = """\
@@ -31,7 +31,7 @@ COMMAND = PlainCommand(
     call=_call,
     options=(
         Option("dir", "DIR", "where the demo is made (default: a cache folder)"),
-        Option("seed", "N", "of everything that is random", default=0, read=int),
+        Option("seed", "N", "of everything that is random", default=0, **counted(0)),
         Option("force", "", "make the demo anew even if it is there", default=False, flag=True),
     ),
 )

@@ -6,6 +6,7 @@ Everything is made on the spot from a seed. The folder appears whole or not at a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -20,19 +21,21 @@ import torch
 from funcprobe.checkpoints import save_checkpoint
 from funcprobe.cli.demo_task import draw_prompts
 from funcprobe.cli.demo_training import MAX_GRAD_NORM, DemoSize, Trained, draw_rollouts, train
+from funcprobe.data import ownership
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.data.files import write_rollouts
+from funcprobe.data.paths import path_of
 from funcprobe.errors import InputError
 from funcprobe.types import Progress
 
 #: Raised whenever other files would be written for the same seed.
 VERSION = 3
 
-#: Says what the folder is and what is in it; without it a folder is not ours to replace.
+#: Says which demo the folder is, and what is in it.
 MARKER = "demo.json"
 
-#: What stands in the folder besides, and goes when it is made anew.
-OURS = frozenset({MARKER, "checkpoint", "evaluation.parquet", "batch.parquet", "config.yaml"})
+#: Where files are kept that stand in a demo's place and are not as it left them.
+PREVIOUS = "previous"
 
 CONFIG = """\
 # What `funcprobe run` reads. Paths are relative to this file. Every key can be given on the command line as well:
@@ -84,24 +87,25 @@ def prepare_demo(
         MissingExtraError: If transformers or pyarrow is not installed.
     """
     size = DemoSize() if size is None else size
-    target = (default_directory() / f"seed-{seed}" if directory is None else Path(directory).expanduser()).absolute()
+    target = (default_directory() / f"seed-{seed}" if directory is None else path_of(directory, "--dir")).absolute()
     identity = {"funcprobe demo": VERSION, "seed": seed, "size": asdict(size)}
-    _check_replaceable(target)
     if force or not _is_intact(target, identity):
+        _check_replaceable(target)
         _check_elsewhere(target)
-        with fresh_directory(target, overwrite=True) as partial, _one_thread():
+        with fresh_directory(target, overwrite=True, check=_check_replaceable) as partial, _one_thread():
             history = _build(partial, size, seed, progress)
             files = {name: _digest(partial / name) for name in _files(partial)}
-            _keep_foreign_files(target, partial)
             (partial / MARKER).write_text(json.dumps({**identity, "training": history, "files": files}, indent=1))
+            ownership.seal(partial)
+            _keep_strays(target, partial)
     return target / "config.yaml"
 
 
 def default_directory() -> Path:
     """Return the folder in which demos are cached: $FUNCPROBE_CACHE, or funcprobe/demo in the user's cache."""
     if own := os.environ.get("FUNCPROBE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "funcprobe" / "demo"
+        return path_of(own, "$FUNCPROBE_CACHE")
+    return path_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "The cache folder") / "funcprobe" / "demo"
 
 
 def _build(folder: Path, size: DemoSize, seed: int, progress: Progress | None) -> dict[str, Any]:
@@ -138,9 +142,9 @@ def _write_part(
 def _check_replaceable(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise InputError(f"{target} is a file; give the demo a folder of its own.")
-    if target.exists() and any(target.iterdir()) and not (target / MARKER).is_file():
+    if target.exists() and any(target.iterdir()) and not ownership.holds(target, MARKER):
         raise InputError(
-            f"{target} is not empty and holds no demo ({MARKER} is not there); give a new or empty folder."
+            f"{target} is not empty and holds no demo ({ownership.MARKER} does not say so); give a new or empty folder."
         )
 
 
@@ -162,25 +166,31 @@ def _is_intact(target: Path, identity: dict[str, Any]) -> bool:
 def _files(folder: Path) -> list[str]:
     """Return the relative names of the files that must not change: the configuration is there to be edited."""
     found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if name != "config.yaml")
+    return sorted(name for name in found if name not in ("config.yaml", ownership.MARKER))
 
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _keep_foreign_files(old: Path, new: Path) -> None:
-    """Keep files that are not the demo's, earlier results too, and an edited configuration under another name."""
-    for path in old.iterdir() if old.is_dir() else ():
-        if path.name in OURS:
-            continue
+def _keep_strays(old: Path, new: Path) -> None:
+    """Keep all that is not as the old demo left it: under its own name, or in `previous` where the new demo has one."""
+    found = [path.relative_to(old) for path, _ in ownership.strays(old)] if old.is_dir() else []
+    for name in sorted(found, key=lambda name: (new / name).exists()):
+        path = old / name
+        is_free = len(name.parts) == 1 and not (new / name).exists()
+        kept = new / name if is_free else _free(new / PREVIOUS / name)
+        kept.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True)
+            shutil.copytree(path, kept, symlinks=True)
         else:
-            shutil.copy2(path, new / path.name, follow_symlinks=False)
-    edited = old / "config.yaml"
-    if edited.is_file() and edited.read_bytes() != (new / "config.yaml").read_bytes():
-        shutil.copy2(edited, new / "config.previous.yaml")
+            shutil.copy2(path, kept, follow_symlinks=False)
+
+
+def _free(path: Path) -> Path:
+    """Return a path like this one at which nothing stands."""
+    others = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(free for free in (path, *itertools.islice(others, 1000)) if not os.path.lexists(free))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The `funcprobe` command. It ends with 0, with 2 and one calm line for bad input, or with 130 when interrupted.
+"""The `funcprobe` command. It ends with 0, with 2 and one calm line for bad input, with 130 or 143 when interrupted.
 
 Nothing heavy is imported before a command is chosen: `--help` and `--version` answer at once.
 """
@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from funcprobe import __version__
+from funcprobe.cli import interrupts, streams
 from funcprobe.cli.allocation import keep_freed_memory
 from funcprobe.cli.options import Parser
 from funcprobe.errors import FuncprobeError
+from funcprobe.visible_text import calm
 
 DESCRIPTION = """\
 How far does one policy-gradient step move a language model's entropy? funcprobe
@@ -52,25 +54,52 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 when interrupted."""
-    _replace_what_cannot_be_printed()
+    """Run one command and return its exit code: 0, 2 for bad input (one line on stderr), 130 or 143 if interrupted."""
+    streams.open_all()
     command: Any = None
     try:
-        name, words = _chosen(list(sys.argv[1:] if argv is None else argv))
-        keep_freed_memory()
-        command = importlib.import_module(COMMANDS[name].module).COMMAND
-        command.main(words)
+        with interrupts.heard():
+            try:
+                name, words = _chosen(list(sys.argv[1:] if argv is None else argv))
+                keep_freed_memory()
+                command = importlib.import_module(COMMANDS[name].module).COMMAND
+                interrupts.check()
+                command.main(words)
+            except FuncprobeError as error:
+                return _end(str(error), 2)
+            except RecursionError:
+                return _end("something that was given is nested too deeply to be read.", 2)
+            except OSError as error:
+                return _end_of_system(error)
+            return _end_of_output(streams.flush())
+    except KeyboardInterrupt as error:
+        streams.flush()
+        return _interrupted(error, "" if command is None else command.when_interrupted)
+
+
+def _interrupted(error: KeyboardInterrupt, kept: str) -> int:
+    signalled = error if isinstance(error, interrupts.Interrupted) else interrupts.Interrupted(signal.SIGINT)
+    where = interrupts.written()
+    what = f"no results were written{kept}" if where is None else f"the results are in {where}"
+    return _end(f"{signalled.word}; {what}.", signalled.code)
+
+
+def _end_of_system(error: OSError) -> int:
+    if isinstance(error, BrokenPipeError):  # `funcprobe run ... | head` closed our output: results are written
+        streams.drop()
         return 0
-    except FuncprobeError as error:
-        return _end(str(error), 2)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `funcprobe run ... | head` closed our output: results are written
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        return _end(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 2)
-    except KeyboardInterrupt:
-        kept = "" if command is None else command.when_interrupted
-        return _end(f"interrupted; no results were written{kept}.", 130)
+    if error.filename is None and streams.flush() is not None:
+        return _end_of_output(error)
+    name = error.filename if not isinstance(error.filename, bytes) else os.fsdecode(error.filename)
+    return _end(f"{error.strerror or error}: {name}" if name else str(error), 2)
+
+
+def _end_of_output(error: OSError | None) -> int:
+    """Return the exit code of a command whose output could, or could not, be written out."""
+    if error is None or isinstance(error, BrokenPipeError):
+        return 0
+    where = "" if interrupts.written() is None else f"; the results are in {interrupts.written()}"
+    return _end(f"standard output cannot be written ({error.strerror}){where}.", 2)
 
 
 def _chosen(words: list[str]) -> tuple[str, list[str]]:
@@ -93,16 +122,17 @@ def _chosen(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _end(text: str, code: int) -> int:
-    print(f"funcprobe: {' '.join(text.split())}", file=sys.stderr)
+    streams.say(f"funcprobe: {calm(text)}")
     return code
 
 
-def _replace_what_cannot_be_printed() -> None:
-    """Let a terminal without Unicode show a question mark, rather than end a finished run with a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+def process() -> None:
+    """Run the command of this process and end it; what comes while the interpreter shuts down changes nothing."""
+    code = main()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

@@ -7,9 +7,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from funcprobe.errors import ConfigError
+from funcprobe.visible_text import shortened
 
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
+
+#: Errors of one file that are told at most.
+MOST = 8
+
+#: Keys that hold keys.
+_INNER = ("objective", "observable")
 
 #: What the same thing is called elsewhere.
 ALSO_CALLED = {
@@ -31,7 +38,7 @@ ALSO_CALLED = {
 def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[str]:
     """Return one line for every error of pydantic: "lr: found 'abc', expected a number ≥ 0, or none"."""
     lines: dict[str, str] = {}
-    for found in error.errors(include_url=False):
+    for found in error.errors(include_url=False)[:MOST]:
         place = _place(model, found["loc"])
         name = ".".join((*prefix, *place))
         if found["type"] == "extra_forbidden":
@@ -47,7 +54,7 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, .
     return list(lines.values())
 
 
-def check_known(name: str, model: type[BaseModel], *, option: bool = False) -> None:
+def check_known(name: str, model: type[BaseModel], *, option: bool = False, own: Iterable[str] = ()) -> None:
     """Check that a dotted key exists.
 
     Raises:
@@ -58,7 +65,10 @@ def check_known(name: str, model: type[BaseModel], *, option: bool = False) -> N
     if dot and keys is not None and inner not in keys:
         raise ConfigError(f"{unknown_key(name, [f'{outer}.{key}' for key in keys], option)}.")
     if outer not in model.model_fields or (dot and keys is None):
-        raise ConfigError(f"{unknown_key(name, model.model_fields, option)}.")
+        raise ConfigError(f"{unknown_key(name, [*own, *model.model_fields], option)}.")
+    if option and not dot and name in _INNER and name not in own:
+        inner = ", ".join(f"--{name}.{key}" for key in (_nested(model, name) or {}))
+        raise ConfigError(f"--{name} has keys of its own: give {inner} and the like.")
 
 
 def unknown_key(name: str, keys: Iterable[str], option: bool = False) -> str:
@@ -68,8 +78,11 @@ def unknown_key(name: str, keys: Iterable[str], option: bool = False) -> str:
         >>> unknown_key("top_n", ["lr", "top_k"])
         "unknown key 'top_n', did you mean 'top_k'? The keys are lr, top_k"
     """
-    keys = list(keys)
-    near = ALSO_CALLED.get(name) or next(iter(difflib.get_close_matches(name, keys, n=1, cutoff=0.4)), None)
+    keys, name = list(keys), shortened(name, 60)
+    near = ALSO_CALLED.get(name) or next(
+        iter(difflib.get_close_matches(name.replace("-", "_"), [k.replace("-", "_") for k in keys], n=1, cutoff=0.4)),
+        None,
+    )
     dashes, kind = ("--", "option") if option else ("", "key")
     meant = "." if near is None else f", did you mean '{dashes}{near}'?"
     return f"unknown {kind} '{dashes}{name}'{meant} The keys are {', '.join(keys)}"
@@ -79,7 +92,7 @@ def show(value: Any) -> str:
     """Return a value as a person would write it in the file."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
-    text = repr(value)
+    text = repr(value[:100] if isinstance(value, str | bytes | list) else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from funcprobe.data.numbers import LARGEST, whole
 from funcprobe.errors import ConfigError, InputError
+from funcprobe.visible_text import shortened
 
 #: Columns of a help text.
 WIDTH = 88
@@ -61,7 +63,9 @@ class Option:
         except InputError as error:  # a value that was read, and is out of range: that is said in its own words
             raise ConfigError(f"--{self.name}: {error}") from None
         except _WrongError as error:
-            raise ConfigError(f"--{self.name}: found '{error}', expected {self._expected()}.") from None
+            raise ConfigError(
+                f"--{self.name}: found '{shortened(str(error), 60)}', expected {self._expected()}."
+            ) from None
         return tuple(values) if self.several else values[0]
 
     def _one(self, text: str) -> Any:
@@ -76,9 +80,14 @@ class Option:
 
     def _expected(self) -> str:
         if not self.choices:
-            return self.expected
+            return self.expected or "another value"
         *others, last = self.choices
         return f"{', '.join(others)} or {last}"
+
+
+def counted(low: int, high: int = LARGEST) -> dict[str, Any]:
+    """Return how an option of a count is read, and the words for its values."""
+    return {"read": lambda text: whole(text, low, high), "expected": f"a whole number from {low} to {high:,}"}
 
 
 class _WrongError(Exception):
@@ -114,16 +123,14 @@ def parsed(
         more: dict[str, Any] = (
             {"action": "store_true"}
             if option.flag
-            else {
-                "type": option.read,
-                "choices": option.choices or None,
-                "default": option.default,
-                "metavar": option.placeholder,
-                "required": option.required,
-            }
+            else {"default": None, "metavar": option.placeholder, "required": option.required}
         )
         parser.add_argument(f"--{option.name}", help=option.told, **more)
-    return parser.parse_args(list(words))
+    found = parser.parse_args(list(words))
+    for option in (option for option in options if not option.flag):
+        text = getattr(found, option.key)
+        setattr(found, option.key, option.default if text is None else option.value(text))
+    return found
 
 
 def split(words: Sequence[str], options: Sequence[Option]) -> tuple[argparse.Namespace, list[str]]:

@@ -11,16 +11,18 @@ from pydantic import BaseModel
 
 from funcprobe.cli.messages import check_known
 from funcprobe.cli.yaml_values import scalar
+from funcprobe.data.paths import path_of
 from funcprobe.errors import ConfigError
 
 #: Fields that hold a path; `base_model` may also be a name in the local Hugging Face cache.
 PATHS = ("checkpoint", "base_model", "evaluation", "batch", "output")
 
 
-def parsed_overrides(words: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+def parsed_overrides(words: Sequence[str], model: type[BaseModel], own: Sequence[str] = ()) -> dict[str, Any]:
     """Return {dotted key: value} of `--key value` and `--key=value`; paths are made absolute.
 
-    A truth value may stand alone: `--force`. Hyphens and underscores are one.
+    A truth value may stand alone: `--force`. Hyphens and underscores are one. `own` are the command's own options,
+    which are named with the keys where a word is neither.
 
     Raises:
         ConfigError: If a word is no option, an option is unknown or stands twice, or a value is missing.
@@ -34,7 +36,7 @@ def parsed_overrides(words: Sequence[str], model: type[BaseModel]) -> dict[str, 
         name, has_value, text = word[2:].partition("=")
         name = name.replace("-", "_")
         if not name.startswith("objective."):
-            check_known(name, model, option=True)
+            check_known(name, model, option=True, own=own)
         if name in found:
             raise ConfigError(f"--{name} stands twice; give it once.")
         if not has_value and (not rest or rest[0].startswith("--")):
@@ -64,7 +66,7 @@ def located(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         text = values.get(name)
         if not isinstance(text, str) or not text.strip():
             continue
-        path = Path(os.path.abspath(folder / Path(text).expanduser()))
+        path = Path(os.path.abspath(folder / path_of(text, name)))
         is_name = name == "base_model" and not text.startswith((".", "/", "~")) and not path.exists()
         result[name] = text if is_name else str(path)
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,27 +50,28 @@ def prepared(config: Config, bars: Bars) -> Prepared:
     return Prepared(update, evaluation, checkpoint.tokenizer)
 
 
-def check_output(output: Path, written: Collection[str], *, force: bool) -> None:
+def check_output(config: Config, path: Path) -> None:
     """Check, before anything takes time, that a folder of results may be written.
 
-    An existing folder is replaced with `force` only, and only if it holds nothing but what such a command wrote.
+    An existing folder is replaced with `force` only, and only if it holds nothing but what funcprobe wrote into it, and
+    nothing that this command reads.
 
     Raises:
         ConfigError: Otherwise.
     """
+    output = config.output
     try:
-        check_absent(output, overwrite=force)
+        check_absent(output, overwrite=config.force)
     except InputError as error:
-        if output.is_dir():
+        if output.is_dir() and not config.force:
             raise ConfigError(
                 f"output: {output} exists already; choose another folder, or replace it with --force."
             ) from None
         raise ConfigError(f"output: {error}") from None
-    if output.is_dir() and (others := sorted(p.name for p in output.iterdir() if p.name not in written)):
-        raise ConfigError(
-            f"output: {output} holds '{others[0]}', which funcprobe did not write, so it is not replaced even with "
-            "--force; choose another folder."
-        )
+    inputs = {"configuration": path, "checkpoint": config.checkpoint, "evaluation": config.evaluation}
+    for name, read in {**inputs, "batch": config.batch, "base_model": Path(config.base_model or ".")}.items():
+        if output.is_dir() and read != Path(".") and read.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"output: {output} holds the {name} that is read; choose another folder.")
     above = next(folder for folder in output.absolute().parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
         raise ConfigError(f"output: {above} is not a folder that may be written in; choose another output.")
@@ -106,7 +107,7 @@ def _checkpoint(config: Config) -> Checkpoint:
 
 
 def _rollouts(path: Path, checkpoint: Checkpoint) -> Rollouts:
-    found = read_rollouts(path, vocab_size=checkpoint.policy.vocab_size)
+    found = read_rollouts(path, vocab_size=checkpoint.policy.vocab_size, max_length=checkpoint.policy.max_length)
     return to_device(found, checkpoint.policy.device)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import IO, Any
 
+from funcprobe.cli import interrupts
 from funcprobe.errors import missing_extra
 from funcprobe.report.terminal import console
 
@@ -38,6 +39,7 @@ class Bars:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show `done` of `total`."""
+        interrupts.check()
         if self._progress is None:
             return
         if what != self._what:
@@ -48,6 +50,7 @@ class Bars:
 
     def phase(self, what: str) -> None:
         """Show a pulse for something whose length is not known."""
+        interrupts.check()
         self._begin(what, None)
 
     def _begin(self, what: str, total: int | None) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from funcprobe.data.reading import MIB, check_ordinary, parsed, text_of
 from funcprobe.errors import InputError, missing_extra
+
+#: Bytes of a file of prompts at most, where it is text.
+LIMIT = 1024 * MIB
 
 #: Of a JSONL or parquet row, the columns that may hold the prompt; ids win over text.
 COLUMNS = ("prompt_ids", "prompt")
@@ -27,29 +30,24 @@ def read_prompts(path: Path, tokenizer: Any) -> list[list[int]]:
     readers = {".txt": _lines, ".jsonl": _json_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
         raise InputError(f"{path}: the extension '{path.suffix}' is not known; expected {', '.join(readers)}.")
-    if not path.is_file():
-        raise InputError(f"{path}: there is no such file of prompts; check the path.")
-    try:
-        rows = list(readers[path.suffix](path))
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: the file is not UTF-8 text.") from None
+    rows = list(readers[path.suffix](check_ordinary(path)))
     if not rows:
         raise InputError(f"{path}: the file holds no prompt.")
     return [_ids(row, tokenizer, f"{path}, prompt {number}") for number, row in enumerate(rows)]
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    return (line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return (line for line in text_of(path, LIMIT).splitlines() if line.strip())
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_of(path, LIMIT).splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
-            raise InputError(f"{path}: line {number} is not JSON.") from None
+            row = parsed(line)
+        except ValueError as error:
+            raise InputError(f"{path}: line {number} is not JSON ({error}).") from None
         column = next((c for c in COLUMNS if isinstance(row, dict) and row.get(c) is not None), None)
         if column is None:
             raise InputError(f"{path}: line {number} has neither {' nor '.join(COLUMNS)}.")

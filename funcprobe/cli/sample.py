@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,20 @@ import torch
 
 from funcprobe.checkpoints import load_checkpoint
 from funcprobe.cli.command import PlainCommand
-from funcprobe.cli.options import Argument, Option
+from funcprobe.cli.options import Argument, Option, counted
 from funcprobe.cli.prepare import device_of
 from funcprobe.cli.progress import Bars
 from funcprobe.cli.prompts import read_prompts
 from funcprobe.data.files import FORMATS, write_rollouts
+from funcprobe.data.numbers import number
+from funcprobe.data.paths import path_of
 from funcprobe.errors import InputError
+from funcprobe.policy.rewards import told
 from funcprobe.policy.sampling import Reward, load_reward, sample
 from funcprobe.types import Rollouts
+
+#: Tokens, completions a prompt, and rows decoded together at most.
+MOST = 1_000_000
 
 DESCRIPTION = """\
 Draw rollouts of a checkpoint for a file of prompts, and write them with the
@@ -43,9 +49,8 @@ def _call(options: Namespace) -> None:
     Raises:
         InputError: If an option, the checkpoint, a prompt or a reward is not usable; then nothing was written.
     """
-    output = Path(options.output)
-    _check_numbers(options)
-    _check_output(output, options.force)
+    output, prompts = path_of(options.output, "--output"), path_of(options.prompts, "The file of prompts")
+    _check_output(output, options.force, {"prompts": prompts, "checkpoint": path_of(options.checkpoint, "CHECKPOINT")})
     reward = None if options.reward is None else _guarded(load_reward(options.reward), options.reward)
     with Bars() as bars:
         bars.phase("loading the checkpoint")
@@ -60,7 +65,7 @@ def _call(options: Namespace) -> None:
         drawn = sample(
             checkpoint.policy,
             checkpoint.params,
-            read_prompts(Path(options.prompts), tokenizer),
+            read_prompts(prompts, tokenizer),
             generator=torch.Generator().manual_seed(options.seed),
             temperature=options.temperature,
             max_new_tokens=options.max_new_tokens,
@@ -81,24 +86,14 @@ def _line(drawn: Rollouts, output: Path) -> str:
     return f"{rows} rollouts, {tokens} tokens{mean}: {output}"
 
 
-def _check_numbers(options: Namespace) -> None:
-    """Check, before anything is loaded, the numbers that `sample` would refuse after it.
-
-    Raises:
-        InputError: If a number is out of range.
-    """
-    if not (math.isfinite(options.temperature) and options.temperature > 0):
-        raise InputError(f"--temperature is {options.temperature}; expected a number above 0.")
-    for name in ("max_new_tokens", "group_size", "batch_size"):
-        if (value := getattr(options, name)) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; expected a whole number of at least 1.")
-
-
-def _check_output(output: Path, force: bool) -> None:
+def _check_output(output: Path, force: bool, inputs: Mapping[str, Path]) -> None:
     if output.suffix not in FORMATS:
         raise InputError(f"--output is {output}; expected a file ending in {' or '.join(FORMATS)}.")
     if output.is_dir() or (output.exists() and not force):
         raise InputError(f"--output: {output} exists already; choose another name, or replace it with --force.")
+    for name, path in inputs.items():
+        if output.resolve().is_relative_to(path.resolve()):
+            raise InputError(f"--output: {output} is read as the {name}, and is not replaced; choose another name.")
     if not output.absolute().parent.is_dir():
         raise InputError(f"--output: the folder {output.parent} does not exist; create it first.")
 
@@ -107,8 +102,8 @@ def _guarded(reward: Reward, name: str) -> Reward:
     def guarded(**rows: Any) -> Any:
         try:
             return reward(**rows)
-        except Exception as error:
-            raise InputError(f"The reward function '{name}' failed: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit, GeneratorExit) as error:  # what a user's function raises, whatever that is
+            raise InputError(f"The reward function '{name}' failed: {told(error)}.") from error
 
     return guarded
 
@@ -122,13 +117,24 @@ COMMAND = PlainCommand(
         Argument("prompts", "PROMPTS", ".txt (a line each), .jsonl or .parquet (prompt or prompt_ids)"),
     ),
     options=(
-        Option("temperature", "T", "run scores at this temperature too", read=float, required=True),
+        Option(
+            "temperature",
+            "T",
+            "run scores at this temperature too",
+            read=lambda text: number(text, above=0),
+            expected="a number above 0",
+            required=True,
+        ),
         Option("output", "FILE", "the .parquet or .jsonl file to write", required=True),
-        Option("max-new-tokens", "N", "longest completion", default=256, read=int),
-        Option("group-size", "N", "completions a prompt", default=1, read=int),
-        Option("seed", "N", "of the draws", default=0, read=int),
-        Option("reward", "MODULE:FUNCTION", "reward(prompts=, completions=) -> a number a completion"),
-        Option("batch-size", "N", "completions decoded together", default=64, read=int),
+        Option("max-new-tokens", "N", "longest completion", default=256, **counted(1, MOST)),
+        Option("group-size", "N", "completions a prompt", default=1, **counted(1, MOST)),
+        Option("seed", "N", "of the draws", default=0, **counted(0)),
+        Option(
+            "reward",
+            "MODULE:FUNCTION",
+            "reward(prompts=, completions=) -> a number a completion; runs code, from the current folder first",
+        ),
+        Option("batch-size", "N", "completions decoded together", default=64, **counted(1, MOST)),
         Option("base-model", "PATH", "base of an adapter (default: as the adapter names it)"),
         Option("dtype", "DTYPE", "what the weights are loaded as", default="float32"),
         Option("device", "DEVICE", "auto, cpu, cuda or cuda:N", default="auto"),

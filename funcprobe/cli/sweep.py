@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +16,18 @@ from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
-from funcprobe.errors import Note
+from funcprobe.data.atomic import put_aside
+from funcprobe.data.numbers import number, whole
+from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.estimators.by_name import observable_names
+from funcprobe.results.journal import OTHER_JOURNAL
 from funcprobe.results.sweep import SweepResult
+
+#: Learning rates of a sweep at most.
+MOST = 10_000
+
+S = TypeVar("S", bound=SweepResult)
+T = TypeVar("T")
 
 DESCRIPTION = """\
 Do at many learning rates what `run` does at one: the gradient on U is taken
@@ -48,11 +58,13 @@ def parse_lrs(text: str) -> list[float]:
         [1e-06, 3e-06]
     """
     if ":" not in text:
-        lrs = [float(part) for part in text.split(",") if part.strip()]
+        lrs = [number(part) for part in text.split(",") if part.strip()]
     else:
         first, last, count = text.split(":")
-        lrs = _spread(float(first), float(last), int(count))
+        lrs = _spread(number(first), number(last), whole(count, 2, MOST))
     check_lrs(lrs)
+    if len(lrs) > MOST:
+        raise ValueError(f"at most {MOST} learning rates")
     return lrs
 
 
@@ -70,32 +82,48 @@ def _spread(first: float, last: float, count: int) -> list[float]:
     return [first, *(float(f"{10 ** (low + (high - low) * k / (count - 1)):.6g}") for k in range(1, count - 1)), last]
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise ValueError("not a count")
-    return int(text)
-
-
 def journal_of(config: Config) -> Path:
     """Return the file beside the output in which finished learning rates are kept until all are done."""
     return config.output.with_name(f"{config.output.name}.unfinished.jsonl")
 
 
+def with_journal(config: Config, measure: Callable[[Path], T]) -> T:
+    """Return what is measured with the journal beside the output; forced, one of another sweep is put aside for it.
+
+    Raises:
+        InputError: If the journal is another sweep's, and not forced; or as `measure`.
+    """
+    journal = journal_of(config)
+    try:
+        return measure(journal)
+    except InputError as error:
+        if error.kind != OTHER_JOURNAL or not config.force:
+            raise
+    aside = put_aside(journal)
+    warnings.warn(
+        f"{journal.name} belonged to another sweep, or was damaged; it was kept as {aside.name}.",
+        FuncprobeWarning,
+        stacklevel=2,
+    )
+    return measure(journal)
+
+
 def _do(config: Config, options: Namespace, bars: Bars) -> SweepResult:
     ready = prepared(config, bars)
-    return sweep(
-        ready.update,
-        ready.evaluation,
-        options.lrs,
-        config.observables,
-        chunk=options.chunk,
-        journal=journal_of(config),
-        progress=bars,
-        **config.options("rounding", "top_k", "keep_delta"),
-    )
 
+    def measure(journal: Path) -> SweepResult:
+        return sweep(
+            ready.update,
+            ready.evaluation,
+            options.lrs,
+            config.observables,
+            chunk=options.chunk,
+            journal=journal,
+            progress=bars,
+            **config.options("rounding", "top_k", "keep_delta"),
+        )
 
-S = TypeVar("S", bound=SweepResult)
+    return with_journal(config, measure)
 
 
 def warned(result: S, found: Sequence[Note]) -> S:
@@ -116,7 +144,7 @@ LRS = Option(
     "FIRST:LAST:COUNT",
     "the learning rates, or a list with commas",
     read=parse_lrs,
-    expected="FIRST:LAST:COUNT, such as 1e-8:1e-4:9, or numbers and commas",
+    expected=f"FIRST:LAST:COUNT, such as 1e-8:1e-4:9, or numbers and commas, at most {MOST:,}",
     required=True,
 )
 CHUNK = Option(
@@ -124,8 +152,8 @@ CHUNK = Option(
     "N",
     "score N learning rates in one pass: pays with LoRA, takes N times the memory",
     default=1,
-    read=_count,
-    expected="how many learning rates go together, 1 or more",
+    read=lambda text: whole(text, 1, MOST),
+    expected=f"how many learning rates go together, from 1 to {MOST:,}",
 )
 
 COMMAND = Command(

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from funcprobe.errors import ConfigError, missing_extra
+from funcprobe.data.numbers import LARGEST
+from funcprobe.data.reading import text_of
+from funcprobe.errors import ConfigError, InputError, missing_extra
 
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -26,13 +28,16 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     yaml = _yaml()
     try:
-        found = yaml.load(path.read_bytes(), Loader=_loader())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file; expected a YAML configuration.") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: the configuration cannot be read ({error.strerror}).") from None
+        found = yaml.load(text_of(path), Loader=_loader())
+    except InputError as error:
+        absent = f"{path}: there is no such file; expected a YAML configuration."
+        raise ConfigError(absent if error.kind == "absent" else str(error)) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_calm(error)}.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: it is nested too deeply; a configuration has two levels.") from None
+    except (ValueError, LookupError, TypeError, AttributeError):  # whatever a tag's constructor stumbles over
+        raise ConfigError(f"{path}: a value is not what its tag (!!...) says; leave the tag out.") from None
     if found is None:
         raise ConfigError(f"{path}: the configuration is empty; it needs checkpoint, evaluation and batch at least.")
     if not isinstance(found, dict):
@@ -87,6 +92,13 @@ def _loader() -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             return _mapping_of(self, node)
 
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            """Compose a node that is no alias: what repeats itself grows without bound."""  # noqa: DOC501
+            if self.check_event(yaml.events.AliasEvent):
+                mark = self.peek_event().start_mark
+                raise yaml.composer.ComposerError(None, None, "an alias (*name) is not read; write it out", mark)
+            return super().compose_node(parent, index)
+
     def resolve(tag: str, pattern: str, construct: Callable[[str], Any]) -> None:
         def constructor(loader: Any, node: Any) -> Any:
             return construct(loader.construct_scalar(node))
@@ -96,8 +108,8 @@ def _loader() -> Any:
 
     resolve(_NULL, "~|null|none|", lambda text: None)
     resolve(_BOOL, "|".join(_WORDS), lambda text: _WORDS[text.lower()])
-    resolve(_INT, r"[-+]?\d+(_\d+)*", int)
-    resolve(_FLOAT, r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", _float)
+    resolve(_INT, r"[-+]?[0-9]+(_[0-9]+)*", _int)
+    resolve(_FLOAT, r"[-+]?([0-9]+(_[0-9]+)*(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?\.inf|\.nan", _float)
     return Loader
 
 
@@ -118,13 +130,20 @@ def _mapping_of(loader: Any, node: Any) -> dict[str, Any]:
     return seen
 
 
+def _int(text: str) -> int | str:
+    """Return an integer of 64 bits; a longer one stays the text that it is, and is refused as that."""
+    if len(text) <= 25 and abs(int(text)) <= LARGEST:
+        return int(text)
+    return text
+
+
 def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 def _calm(error: Exception) -> str:
     """Return the parser's complaint as one line."""
-    problem = getattr(error, "problem", None) or str(error)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
     return where + " ".join(str(problem).split()).rstrip(".")

@@ -8,7 +8,6 @@ that other packages bring (`plugins`).
 from __future__ import annotations
 
 import os
-import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcprobe import plugins
+from funcprobe.data.atomic import fresh_file
 from funcprobe.data.jsonl import read_jsonl, read_jsonl_metadata, write_jsonl
 from funcprobe.data.parquet import read_parquet, read_parquet_metadata, write_parquet
+from funcprobe.data.paths import path_of
 from funcprobe.data.ragged import Array, Ragged, columns, ragged_from_dense
+from funcprobe.data.reading import check_ordinary
 from funcprobe.data.rollouts import rollouts_from_ragged
 from funcprobe.data.schema import SCHEMA_VERSION, Columns, Table
 from funcprobe.data.slicing import take
@@ -29,6 +31,10 @@ from funcprobe.types import Rollouts
 
 #: Per-row columns whose field has another name.
 FIELD_OF = {"reward": "rewards", "advantage": "advantages", "group_id": "group_ids"}
+
+
+#: Tokens of a batch at most, padding included: 16 GiB of ids.
+PADDED = 2**31
 
 
 class _Format(NamedTuple):
@@ -44,10 +50,17 @@ FORMATS = {
 }
 
 
-def read_rollouts(path: str | os.PathLike[str], *, step: int | None = None, vocab_size: int | None = None) -> Rollouts:
+def read_rollouts(
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    vocab_size: int | None = None,
+    max_length: int | None = None,
+) -> Rollouts:
     """Return the rollouts of a file, validated; with `step` those of that training step only.
 
     A suffix other than `.parquet` and `.jsonl` is read by the package that brings a reader for it, if there is one.
+    Rows longer than `max_length`, the positions that a model has, are refused before anything is padded to them.
     Columns that funcprobe does not know are passed over with a warning that names them; rows sampled with top_p < 1 or
     top_k > 0 give a warning as well.
 
@@ -56,12 +69,12 @@ def read_rollouts(path: str | os.PathLike[str], *, step: int | None = None, voca
             a column, has a column of the wrong type, has no row of that step, or fails `validate`.
         MissingExtraError: If a parquet file is read without pyarrow.
     """
-    path, unknown = Path(path), list[str]()
+    path, unknown = path_of(path), list[str]()
     try:
         found = _reader(path)(_existing(path))
         if isinstance(found, Table):
             unknown = found.unknown
-            rollouts = _rollouts(found if step is None else _rows_of_step(found, step), vocab_size)
+            rollouts = _rollouts(found if step is None else _rows_of_step(found, step), vocab_size, max_length)
         else:
             rollouts = _checked(path, found, step, vocab_size)
     except InputError as error:
@@ -88,7 +101,7 @@ def write_rollouts(
             known, or the rollouts fail `validate`.
         MissingExtraError: If a parquet file is written without pyarrow.
     """
-    path = Path(path)
+    path = path_of(path)
     try:
         writer = _format(path).write
         _check_free(path, overwrite)
@@ -96,12 +109,8 @@ def write_rollouts(
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
     metadata = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_id}
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
+    with fresh_file(path, overwrite=overwrite) as partial:
         writer(partial, _columns(validate(rollouts)), metadata)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -111,7 +120,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         InputError: If the file is missing, empty, not in the format of its extension, or of another schema version.
         MissingExtraError: If a parquet file is read without pyarrow.
     """
-    path = Path(path)
+    path = path_of(path)
     try:
         reader = _reader(path)
         own = next((format for format in FORMATS.values() if format.read is reader), None)
@@ -157,10 +166,10 @@ def _checked(path: Path, found: object, step: int | None, vocab_size: int | None
 
 
 def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise InputError("there is no such file; check the path.")
-    if not path.is_file():
-        raise InputError("this is a folder; expected a file of rollouts.")
+    try:
+        check_ordinary(path)
+    except InputError as error:
+        raise InputError(str(error).removeprefix(f"{path}: ")) from None
     if path.stat().st_size == 0:
         raise InputError("the file is empty (0 bytes); was it written completely?")
     return path
@@ -188,18 +197,38 @@ def _located(path: Path, step: int | None, error: InputError) -> str:
     return f"{path}: {text}{note}"
 
 
-def _rollouts(table: Table, vocab_size: int | None) -> Rollouts:
+def _rollouts(table: Table, vocab_size: int | None, max_length: int | None = None) -> Rollouts:
     found: dict[str, Any] = dict(table.columns)
     if not found:
         raise InputError("the file holds 0 rows; expected at least one sequence.")
     prompts, completions, masks = (
         found.pop(name, None) for name in ("prompt_ids", "completion_ids", "completion_mask")
     )
+    _check_lengths(prompts.lengths + completions.lengths, max_length)
     logps = {name: found.pop(name) for name in LOGP_FIELDS if name in found}
     per_row = {FIELD_OF.get(name, name): column for name, column in found.items()}
     return rollouts_from_ragged(
         prompts, completions, completion_masks=masks, logps=logps, vocab_size=vocab_size, **per_row
     )
+
+
+def _check_lengths(lengths: Array, max_length: int | None) -> None:
+    """Refuse rows that are too long for a model, or beside the others, before they are padded to the longest.
+
+    Raises:
+        InputError: Naming the longest row.
+    """
+    row, rows = int(lengths.argmax()), len(lengths)
+    longest = int(lengths[row])
+    if max_length is not None and longest > max_length:
+        raise InputError(
+            f"Row {row} has {longest:,} tokens, and the model has positions for {max_length:,}; drop or cut the row."
+        )
+    if rows * longest > PADDED:
+        raise InputError(
+            f"Row {row} has {longest:,} tokens, and padding {rows:,} rows to that makes {rows * longest:,}, of which "
+            f"{int(lengths.sum()):,} are real; expected at most {PADDED:,}. Drop or cut the row, or give fewer rows."
+        )
 
 
 def _rows_of_step(table: Table, step: int) -> Table:

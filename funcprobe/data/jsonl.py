@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from funcprobe.data.ragged import Array, Ragged, as_dtype, ragged_from_lists, to_array
+from funcprobe.data.reading import parsed
 from funcprobe.data.schema import (
     KNOWN,
     LIST_COLUMNS,
@@ -22,6 +23,7 @@ from funcprobe.data.schema import (
     type_error,
 )
 from funcprobe.errors import InputError
+from funcprobe.visible_text import shortened
 
 
 def read_jsonl(path: Path) -> Table:
@@ -81,7 +83,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line, object_pairs_hook=_pairs)
+        row = parsed(line, object_pairs_hook=_pairs)
     except json.JSONDecodeError as error:
         if number == 1 and line.strip() in ("{", "["):
             raise InputError(
@@ -89,12 +91,10 @@ def _object(number: int, line: str) -> dict[str, Any]:
                 "line, as `jq -c` writes it."
             ) from None
         raise InputError(f"line {number} is not JSON ({error.msg} at column {error.colno}).") from None
-    except RecursionError:
+    except ValueError as error:  # nested too deeply, an integer of too many digits, or a key that stands twice
         raise InputError(
-            f"line {number} is nested too deeply; expected one object of numbers and flat lists."
+            f"line {number} cannot be read ({error}); expected one object of numbers and flat lists."
         ) from None
-    except ValueError as error:  # an integer with more digits than Python reads, or a key that stands twice
-        raise InputError(f"line {number} cannot be read ({str(error).split(';')[0]}).") from None
     if not isinstance(row, dict):
         array = " (a JSON array of rows is no JSONL: write its objects a line each, as `jq -c '.[]'` does)"
         hint = array if isinstance(row, list) else ""
@@ -106,7 +106,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"the key {shortened(next(k for k in keys if keys.count(k) > 1), 60)!r} stands twice")
     return row
 
 

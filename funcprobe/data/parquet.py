@@ -87,7 +87,7 @@ def _not_parquet(error: Exception) -> str:
 
 def _decoded(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
     wanted = (b"schema_version", b"tokenizer")
-    return {key.decode(): value.decode() for key, value in (metadata or {}).items() if key in wanted}
+    return {key.decode(): value.decode(errors="replace") for key, value in (metadata or {}).items() if key in wanted}
 
 
 def _column(name: str, column: Any) -> Ragged | Array:

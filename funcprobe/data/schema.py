@@ -85,7 +85,7 @@ def metadata_of(found: dict[str, Any]) -> dict[str, Any]:
     version = found.get("schema_version")
     if version is not None and str(version) != str(SCHEMA_VERSION):
         raise InputError(
-            f"the schema version is {version!r}; this release reads version {SCHEMA_VERSION}. Update funcprobe, or "
+            f"the schema version is {version!r:.60}; this release reads version {SCHEMA_VERSION}. Update funcprobe, or "
             "write the file again with this release."
         )
     return {"schema_version": None if version is None else SCHEMA_VERSION, "tokenizer": found.get("tokenizer")}

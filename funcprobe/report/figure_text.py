@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from funcprobe.results.visible_text import shortened, visible
+from funcprobe.visible_text import shortened, visible
 
 if TYPE_CHECKING:
     from matplotlib.text import Text

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from funcprobe.data.atomic import fresh_file
 from funcprobe.errors import InputError, missing_extra
 from funcprobe.report.heat_map_page import Page, page_of, signed
 from funcprobe.results.parts import Batch, Parts
@@ -41,13 +41,8 @@ def heat_map(attribution: Parts, path: str | os.PathLike[str], of: Batch = "batc
     if path.is_dir() or not path.parent.is_dir():
         raise InputError(f"{path} cannot be written: {_obstacle(path)}.")
     templates = environment()
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_chunks(templates, page_of(attribution, of, limit)))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with fresh_file(path, overwrite=True) as partial, partial.open("w", encoding="utf-8") as file:
+        file.writelines(_chunks(templates, page_of(attribution, of, limit)))
     return path
 
 

@@ -18,7 +18,7 @@ from funcprobe.report.colour_classes import LegendRow, class_name, classes_of
 from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.probe_words import headline_of, named
-from funcprobe.results.visible_text import visible
+from funcprobe.visible_text import visible
 
 
 class Run(NamedTuple):

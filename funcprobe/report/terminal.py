@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Literal
 from funcprobe.errors import missing_extra
 from funcprobe.results.blocks import Block, Remark, Sentence, Table, in_groups
 from funcprobe.results.result import Result
-from funcprobe.results.visible_text import visible
+from funcprobe.visible_text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType

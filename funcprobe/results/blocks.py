@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from funcprobe.results.visible_text import shortened, visible
+from funcprobe.visible_text import shortened, visible
 
 #: Columns of plain text.
 WIDTH = 100

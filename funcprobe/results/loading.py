@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
+from funcprobe.data.paths import path_of
 from funcprobe.errors import InputError
 from funcprobe.results.any_lr import CurveResult
 from funcprobe.results.attribution import Attribution
@@ -26,7 +26,7 @@ def load(path: str | os.PathLike[str]) -> AnyResult:
     Raises:
         InputError: If there is none, it is damaged, or it has another schema version.
     """
-    folder = Path(path)
+    folder = path_of(path)
     plain, kind = read(folder)
     if kind not in _KINDS:
         raise InputError(f"{folder} holds a result of kind '{kind}'; this funcprobe reads {', '.join(_KINDS)}.")

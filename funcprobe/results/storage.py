@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from funcprobe.data.atomic import fresh_directory, write_arrays
+from funcprobe.data.paths import path_of
+from funcprobe.data.reading import json_of
 from funcprobe.errors import InputError
 from funcprobe.results.codec import Arrays, DamagedError, decode, encode
 from funcprobe.types import Json
@@ -29,6 +31,9 @@ SCHEMA_VERSION = 3
 Kind = Literal["probe", "sweep", "curve", "comparison", "attribution"]
 
 NUMBERS, ARRAYS = FILES = "result.json", "result.safetensors"
+
+#: Bytes of the numbers at most: those of an attribution of 300,000 tokens stand among the arrays.
+LIMIT = 2**30
 
 #: What stands in the file beside the fields of the result.
 _HEAD = ("schema_version", "kind", "arrays")
@@ -114,7 +119,7 @@ def load(cls: type[R], path: str | os.PathLike[str]) -> R:
     Raises:
         InputError: If there is none, it is damaged, of another kind, or of another schema version.
     """
-    folder = Path(path)
+    folder = path_of(path)
     plain, kind = read(folder)
     if kind != cls.kind:
         raise InputError(
@@ -133,14 +138,11 @@ def read(folder: Path) -> tuple[dict[str, Any], str]:
     file = folder / NUMBERS
     if not file.is_file():
         raise InputError(f"{folder} holds no {NUMBERS}; expected a folder that a result's save, or a command, wrote.")
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); the file is damaged.") from error
+    plain = json_of(file, LIMIT)
     version = plain.get(_HEAD[0]) if isinstance(plain, dict) else None
     if version != SCHEMA_VERSION:
-        raise InputError(f"{file} has schema version {version}; this funcprobe reads {SCHEMA_VERSION}.")
-    return plain, str(plain.get("kind"))
+        raise InputError(f"{file} has schema version {version!s:.60}; this funcprobe reads {SCHEMA_VERSION}.")
+    return plain, f"{plain.get('kind')!s:.60}"
 
 
 def decoded(cls: type[R], plain: Mapping[str, Any], folder: Path) -> R:
@@ -165,6 +167,8 @@ def _stored(folder: Path, digest: str | None) -> dict[str, Tensor]:
     file = folder / ARRAYS
     if digest is None:
         return {}
+    if not isinstance(digest, str):
+        raise InputError(f"{folder / NUMBERS} holds {digest!r:.60} as arrays, expected a digest; the file is damaged.")
     if not file.is_file():
         raise InputError(f"{folder} holds no {ARRAYS}, and {NUMBERS} in it refers to one; the result is not whole.")
     if _digest(file) != digest:

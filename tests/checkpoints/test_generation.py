@@ -62,7 +62,7 @@ def test_a_folder_without_one_has_that_of_the_configuration(full_gpt2: Run, tmp_
         ('{"eos_token_id": [1, 2.5]}', "holds 2.5; expected a token id"),
         ('{"eos_token_id": [true]}', "holds True; expected a token id"),
         ('{"eos_token_id": -1}', "holds -1; expected a token id"),
-        ("{", "generation_config.json cannot be read"),
+        ("{", "generation_config.json: this is not JSON"),
         ("[1]", "cannot read the model"),
     ],
 )

@@ -19,6 +19,7 @@ from funcprobe.cli import main as entry
 from funcprobe.cli.command import Beside, Command, PlainCommand, carry_out, merged
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Argument, Option
+from funcprobe.data.ownership import MARKER
 from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
 from funcprobe.results.blocks import Block, Sentence
 from funcprobe.results.result import Result
@@ -114,7 +115,7 @@ def test_a_command_is_parsed_loaded_done_written_and_shown(
     result = carry_out(counting(steps), config, ["--to", "6", "--lr", "1e-3"])
     assert steps == ["check", "load", "do", "write"]
     folder = config.parent / "results-count"
-    assert {p.name: p.read_text() for p in folder.iterdir() if p.name != "config.yaml"} == {
+    assert {p.name: p.read_text() for p in folder.iterdir() if p.name not in ("config.yaml", MARKER)} == {
         "result.json": "6",
         "half.txt": "3.0",
         "summary.txt": "counted to 6\n",
@@ -131,7 +132,7 @@ def test_a_command_is_parsed_loaded_done_written_and_shown(
 
 def test_what_may_be_replaced_is_what_the_record_says_that_it_writes(steps: Steps, config: Path) -> None:
     command = counting(steps)
-    assert command.written == {*FILES, "config.yaml", "summary.txt", "half.txt", "never.txt"}
+    assert command.written == {*FILES, MARKER, "config.yaml", "summary.txt", "half.txt", "never.txt"}
     assert counting(steps, figures=frozenset({"sum"})).written == command.written | {"sum.png"}
     carry_out(command, config, ["--to", "6"])
     with pytest.raises(ConfigError, match="exists already"):
@@ -270,7 +271,7 @@ def test_a_command_without_a_configuration_has_all_its_words(
     err = capsys.readouterr().err.splitlines()
     assert err == [
         "funcprobe: the following arguments are required: FILE; see funcprobe copy --help.",
-        "funcprobe: argument --times: invalid int value: 'x'; see funcprobe copy --help.",
+        "funcprobe: --times: found 'x', expected another value.",
     ]
 
 

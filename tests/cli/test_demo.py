@@ -177,14 +177,19 @@ def test_making_it_anew_keeps_what_is_not_the_demos(tmp_path: Path) -> None:
     assert (folder / "notes.txt").read_text() == "mine"
     assert (folder / "link").readlink() == Path("notes.txt")
     assert (folder / "results" / "mine.txt").read_text() == "mine too"
-    assert (folder / "config.previous.yaml").read_text() == "# edited\n"
     assert not stale.exists()
+    assert (folder / "previous" / "config.yaml").read_text() == "# edited\n"
+    assert (folder / "previous" / "checkpoint" / "stale.bin").read_text() == "old"
+    tiny(folder, force=True)  # what is not the demo's stays so
+    assert (folder / "previous" / "config.yaml").read_text() == "# edited\n"
 
 
 def test_folders_that_are_not_the_demos_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("cat")
-    with pytest.raises(InputError, match=r"photos is not empty and holds no demo \(demo\.json is not there\)"):
+    with pytest.raises(
+        InputError, match=r"photos is not empty and holds no demo \(\.funcprobe\.json does not say so\)"
+    ):
         tiny(tmp_path / "photos", force=True)
     with pytest.raises(InputError, match=r"cat\.jpg is a file; give the demo a folder of its own"):
         tiny(tmp_path / "photos" / "cat.jpg")

@@ -20,6 +20,7 @@ from funcprobe.policy.rewards import load_reward, rewards_of
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory of one's own, whose modules are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     known = set(sys.modules)
     yield tmp_path
     for name in set(sys.modules) - known:
@@ -28,16 +29,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_function_of_a_module_in_the_working_directory(here: Path) -> None:
     (here / "house_rewards.py").write_text("def length(completions, **_):\n    return [len(c) for c in completions]\n")
-    before = list(sys.path)
     reward = load_reward("house_rewards:length")
-    assert sys.path == before
     assert rewards_of(reward, [[1], [2]], [[3, 4], [5]]) == [2.0, 1.0]
 
 
-def test_the_working_directory_hides_nothing_installed(here: Path) -> None:
-    (here / "statistics.py").write_text("mean = None\n")
-    sys.modules.pop("statistics", None)
-    assert callable(load_reward("statistics:mean"))
+def test_the_working_directory_comes_first_and_stays_as_under_python_m(here: Path) -> None:
+    (here / "house_rewards.py").write_text(
+        "def late(completions, **_):\n    import helper\n    return helper.ones(completions)\n"
+    )
+    (here / "helper.py").write_text("def ones(rows):\n    return [1.0 for _ in rows]\n")
+    assert rewards_of(load_reward("house_rewards:late"), [[1]], [[3]]) == [1.0]
+    assert sys.path[0] == str(here)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from funcprobe.errors import InputError, MissingExtraError
 from funcprobe.report.colour_classes import DEPTH, class_name, classes_of
 from funcprobe.report.heat_map import heat_map
-from funcprobe.results.visible_text import shortened, visible
+from funcprobe.visible_text import shortened, visible
 from tests.cases.heat_map_pages import Element, data, page
 from tests.cases.written_attribution import NASTY, attribution, nasty, words
 

@@ -18,7 +18,7 @@ from selenium.webdriver import ActionChains, Keys
 from funcprobe.report.heat_map import heat_map
 from funcprobe.report.heat_map_page import signed
 from funcprobe.results.attribution import Attribution
-from funcprobe.results.visible_text import visible
+from funcprobe.visible_text import visible
 from tests.cases.browser import chromium, requests
 from tests.cases.written_attribution import NASTY, attribution, nasty, words
 

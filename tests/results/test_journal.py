@@ -111,7 +111,7 @@ def test_a_journal_cut_off_anywhere_is_a_journal(tmp_path_factory: pytest.TempPa
     path.write_bytes(whole[: cut % (len(whole) + 1)])
     assert content(case().sweep(LRS, journal=path, **QUICK)) == expected
     # and what is left is whole again: every line reads, no finished point stands twice
-    assert sorted(json.loads(line)["point"]["lr"] for line in path.read_text().splitlines()[1:]) == LRS
+    assert sorted(json.loads(line)["line"]["point"]["lr"] for line in path.read_text().splitlines()[1:]) == LRS
 
 
 @pytest.mark.parametrize("cut", [0, 1, 30, 60, 120])

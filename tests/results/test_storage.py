@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import funcprobe as fp
 from funcprobe.data.atomic import fresh_directory
+from funcprobe.data.ownership import MARKER
 from funcprobe.errors import InputError
 from funcprobe.results.storage import ARRAYS, NUMBERS, SCHEMA_VERSION
 from tests.cases.kept import same
@@ -55,7 +56,7 @@ def test_it_is_strict_json_with_its_kind_and_arrays_only_where_there_are_some(wh
     saved = RESULTS[which]()
     saved.save(tmp_path / "out")
     arrays = which not in ("probe", "sweep without bars")
-    assert {f.name for f in (tmp_path / "out").iterdir()} == ({NUMBERS, ARRAYS} if arrays else {NUMBERS})
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {MARKER, *((NUMBERS, ARRAYS) if arrays else (NUMBERS,))}
 
     def refused(word: str) -> None:
         raise AssertionError(word)
@@ -89,7 +90,7 @@ def test_nothing_is_overwritten_without_a_word(tmp_path: Path) -> None:
     sweep().save(tmp_path / "out", overwrite=True)
     assert isinstance(fp.load(tmp_path / "out"), fp.SweepResult)
     result().save(tmp_path / "out", overwrite=True)
-    assert [f.name for f in (tmp_path / "out").iterdir()] == [NUMBERS]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [MARKER, NUMBERS]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         result().save(tmp_path / "file", overwrite=True)
@@ -145,7 +146,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no numbers": (lambda f: (f / NUMBERS).unlink(), r"holds no result\.json; expected a folder that a result's save"),
     "cut numbers": (lambda f: (f / NUMBERS).write_text('{"schema_version": 3, "k'), "is not JSON .*; the file is dam"),
     "deep numbers": (lambda f: (f / NUMBERS).write_text("[" * 10**5), "is not JSON .*; the file is damaged"),
-    "no text": (lambda f: (f / NUMBERS).write_bytes(b"\xff\xfe{"), "is not JSON .*; the file is damaged"),
+    "no text": (lambda f: (f / NUMBERS).write_bytes(b"\xff\xfe{"), "the file is not UTF-8 text"),
     "no object": (lambda f: (f / NUMBERS).write_text("[1, 2]"), "has schema version None; this funcprobe reads 3"),
     "of tomorrow": (lambda f: changed(f, schema_version=4), "has schema version 4; this funcprobe reads 3"),
     "no version": (lambda f: changed(f, schema_version=...), "has schema version None; this funcprobe reads 3"),
@@ -154,7 +155,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bit of them": (one_bit, r"is not the file that result\.json was saved with; it is damaged, or another result's"),
     "of another": (of_another, r"is not the file that result\.json was saved with"),
     "no safetensors": (unreadable, r"result\.safetensors holds no arrays .*; it is damaged"),
-    "odd digest": (lambda f: changed(f, arrays=3), r"is not the file that result\.json was saved with"),
+    "odd digest": (lambda f: changed(f, arrays=3), r"result\.json holds 3 as arrays, expected a digest"),
     "no digest": (lambda f: changed(f, arrays=None), "an array that is not in result.safetensors.; its files are dam"),
     "no leaves": (lambda f: changed(f, leaves=...), "not? whole attribution .leaves is missing.; its files are damag"),
     "odd leaves": (lambda f: changed(f, leaves=[{"name": "w", "weight": 1}]), r"leaves\.0\.contribution is missing"),
