@@ -6,6 +6,7 @@ A command is a record in a module of its own, registered by one line in `main`.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,10 @@ from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import fresh_directory
 from funcprobe.data.ownership import MARKER
 from funcprobe.errors import ConfigError, FuncprobeError, InputError, Note, collected_notes
+from funcprobe.parallel.environment import is_first
+from funcprobe.parallel.launch import launched
+from funcprobe.parallel.phases import phase
+from funcprobe.parallel.world import world
 from funcprobe.report.figures import save_figures
 from funcprobe.report.terminal import print_result, text_of
 from funcprobe.results.result import Result
@@ -50,11 +55,13 @@ class PlainCommand(NamedTuple):
     when_interrupted: str = ""
 
     def main(self, words: Sequence[str]) -> None:
-        """Parse the words and do it.
+        """Parse the words and do it; of several processes that were started together the first one does.
 
         Raises:
             FuncprobeError: If anything about the input is not usable.
         """
+        if not is_first():
+            return
         parser = Parser(prog=f"funcprobe {self.name}", description=self.description, epilog=self.epilog)
         self.call(parsed(parser, words, self.arguments, self.options))
 
@@ -121,12 +128,14 @@ def carry_out(command: Command[R], path: str | Path, words: Sequence[str] = ()) 
     if command.suffix and not any(word == "--output" or word.startswith("--output=") for word in overrides):
         config = config.model_copy(update={"output": config.output.with_name(config.output.name + command.suffix)})
     trackers = [(name, tracker_named(name)) for name in config.trackers]
-    with Bars() as bars:
-        result = measured(command, config, options, bars, Path(path))
-    print_result(result)
-    for name, tracker in trackers:
-        _track(name, tracker, result, config)
-    print(f"Results: {config.output}")
+    with launched() as own, phase(command.name):
+        with Bars(None if own.is_first else io.StringIO()) as bars:
+            result = measured(command, config, options, bars, Path(path))
+        if own.is_first:
+            print_result(result)
+            for name, tracker in trackers:
+                _track(name, tracker, result, config)
+            print(f"Results: {config.output}")
     return result
 
 
@@ -145,6 +154,14 @@ def measured(command: Command[R], config: Config, options: argparse.Namespace, b
     result = command.warned(result, warned)
     bars.phase("writing the results")
     interrupts.check()
+    with phase("writing the results"):
+        if world().is_first:
+            _write(command, result, config)
+    return result
+
+
+def _write(command: Command[R], result: R, config: Config) -> None:
+    """Write the folder of results, whole or not at all."""
 
     def placed(output: Path) -> None:
         interrupts.placed(output)
@@ -159,7 +176,6 @@ def measured(command: Command[R], config: Config, options: argparse.Namespace, b
         head = f"# As {command.done} by funcprobe {__version__}; every path is absolute.\n"
         (folder / "config.yaml").write_text(head + dump(config), encoding="utf-8")
         (folder / "summary.txt").write_text(text_of(result), encoding="utf-8")
-    return result
 
 
 def merged(warned: Sequence[Note], own: Sequence[Note]) -> tuple[Note, ...]:

@@ -18,6 +18,7 @@ from funcprobe.cli import interrupts, streams
 from funcprobe.cli.allocation import keep_freed_memory
 from funcprobe.cli.options import Parser
 from funcprobe.errors import FuncprobeError
+from funcprobe.parallel.environment import is_first
 from funcprobe.visible_text import calm
 
 DESCRIPTION = """\
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 interrupts.check()
                 command.main(words)
             except FuncprobeError as error:
-                return _end(str(error), 2)
+                return 2 if error.is_shared and not is_first() else _end(str(error), 2)
             except RecursionError:
                 return _end("something that was given is nested too deeply to be read.", 2)
             except OSError as error:

@@ -20,6 +20,8 @@ from funcprobe.data.atomic import put_aside
 from funcprobe.data.numbers import number, whole
 from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.estimators.by_name import observable_names
+from funcprobe.parallel.phases import phase
+from funcprobe.parallel.world import world
 from funcprobe.results.journal import OTHER_JOURNAL
 from funcprobe.results.sweep import SweepResult
 
@@ -99,7 +101,8 @@ def with_journal(config: Config, measure: Callable[[Path], T]) -> T:
     except InputError as error:
         if error.kind != OTHER_JOURNAL or not config.force:
             raise
-    aside = put_aside(journal)
+    with phase("putting a journal aside"):
+        aside = put_aside(journal) if world().is_first else journal
     warnings.warn(
         f"{journal.name} belonged to another sweep, or was damaged; it was kept as {aside.name}.",
         FuncprobeWarning,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -11,21 +11,11 @@ import torch
 from torch import distributed as dist
 
 from funcprobe.errors import ConfigError
+from funcprobe.parallel.environment import is_launched
 from funcprobe.parallel.world import World, world
 
 #: Seconds that a process waits for another one: writing figures, or a slow card, must fit in.
 PATIENCE = 300.0
-
-
-def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether torchrun, or something that sets the same variables, has started this process beside others.
-
-    Example:
-        >>> is_launched({"RANK": "0", "WORLD_SIZE": "2"}), is_launched({"WORLD_SIZE": "1", "RANK": "0"})
-        (True, False)
-    """
-    size = environment.get("WORLD_SIZE", "")
-    return "RANK" in environment and size.isascii() and size.isdigit() and int(size) > 1
 
 
 @contextmanager

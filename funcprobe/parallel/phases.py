@@ -16,8 +16,9 @@ from funcprobe.parallel.world import World, world
 class _Failure(NamedTuple):
     """The error of one process, as it is sent to the others."""
 
-    kind: str  #: the class, where it is one of ours
+    name: str  #: the class, where it is one of ours
     text: str
+    kind: str | None = None  #: see `FuncprobeError`
 
 
 @contextmanager
@@ -50,15 +51,16 @@ def _agreed(own: World, what: str, caught: Exception | None) -> FuncprobeError:
     """Return the error of the first process that failed, as every process raises it."""
     said = None
     if isinstance(caught, FuncprobeError):
-        said = _Failure(type(caught).__name__, str(caught))
+        said = _Failure(type(caught).__name__, str(caught), caught.kind)
     elif caught is not None:
         first = next(iter(str(caught).strip().splitlines()), "")
         reason = "out of memory" if isinstance(caught, torch.OutOfMemoryError) else type(caught).__name__
         said = _Failure("", f"{reason} ({first})" if first else reason)
     everyone = own.all_of(said)
     rank, failure = next((rank, each) for rank, each in enumerate(everyone) if each is not None)
-    kind = getattr(errors, failure.kind) if failure.kind else ParallelError
-    place = f"Process {rank} of {own.size}" + ("" if failure.kind else f", {what}")
-    error: FuncprobeError = kind(f"{place}: {failure.text}")
+    name = getattr(errors, failure.name) if failure.name else ParallelError
+    place = f"Process {rank} of {own.size}" + ("" if failure.name else f", {what}")
+    alike = bool(failure.name) and all(each == failure for each in everyone)
+    error: FuncprobeError = name(failure.text if alike else f"{place}: {failure.text}", kind=failure.kind)
     error.is_shared = True
     return error

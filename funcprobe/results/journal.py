@@ -16,6 +16,8 @@ from funcprobe.data.locks import lock_own
 from funcprobe.errors import InputError
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.optimizers.unreached import reached
+from funcprobe.parallel.phases import phase
+from funcprobe.parallel.world import world
 from funcprobe.results.codec import DamagedError, Inline, decode, encode
 from funcprobe.results.curve import lr_of
 from funcprobe.types import Gradients, Json, TokenScores
@@ -51,7 +53,8 @@ class Journal:
     """Derivatives along a curve and finished points, as lines of JSON; the first line names their measurement.
 
     Every line carries its own SHA-256: {"line": {...}, "sha256": "..."}. As long as the object lives, no other process
-    can open the same journal. Without a path, nothing is kept on disk.
+    can open the same journal. Of several processes of one run the first keeps it, for all of them. Without a path,
+    nothing is kept on disk.
 
     Raises:
         InputError: If the file is not such a journal, is damaged or that of another sweep (then of the kind "journal"),
@@ -65,8 +68,12 @@ class Journal:
         self.points: dict[float, Outcome] = {}
         self.nodes: dict[float, TokenScores] = {}  #: ds/dη over E by the learning rate η
         self._norm: float | None = None
-        if self.path is not None and self.path.exists():
-            self._norm, self.points, self.nodes = _read(self.path, self._open(), identity)
+        if self.path is None:
+            return
+        with phase("reading the journal"):
+            if world().is_first and self.path.exists():
+                self._norm, self.points, self.nodes = _read(self.path, self._open(), identity)
+        self._norm, self.points, self.nodes = world().all_of((self._norm, self.points, self.nodes))[0]
 
     def begin(self, gradient: Gradients) -> None:
         """Write the first line; or hold the one there is to the gradient on U, in which frozen weights show.
@@ -78,11 +85,9 @@ class Journal:
             return
         norm = float(tree.norm(reached(gradient)))
         if self._norm is None:
-            self._close()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.unlink(missing_ok=True)  # a first line that was cut off
-            self._open()
-            self._append({"title": TITLE, "identity": self.identity, "gradient_norm": norm})
+            with phase("beginning the journal"):
+                if world().is_first:
+                    self._begin(self.path, norm)
         elif not math.isclose(norm, self._norm, rel_tol=SAME_MODEL):
             raise InputError(
                 f"{self.path} belongs to a sweep of another model: its gradient on the batch has norm "
@@ -90,6 +95,13 @@ class Journal:
                 "or delete it to begin anew.",
                 kind=OTHER_JOURNAL,
             )
+
+    def _begin(self, path: Path, norm: float) -> None:
+        self._close()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)  # a first line that was cut off
+        self._open()
+        self._append({"title": TITLE, "identity": self.identity, "gradient_norm": norm})
 
     def add(self, point: Outcome) -> None:
         """Keep a finished point, on disk before this returns."""

@@ -37,10 +37,10 @@ class Ended(NamedTuple):
     words: list[str]  #: standard error
 
 
-def together(function: Callable[[], Any], size: int) -> Ended:
-    """Run a function of some module in `size` processes."""
+def together(function: Callable[[], Any], size: int, **variables: str) -> Ended:
+    """Run a function of some module in `size` processes, with variables of their environment."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
         command = [sys.executable, "-c", PROGRAM, function.__module__, function.__name__]
         running = [
             subprocess.Popen(

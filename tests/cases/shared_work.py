@@ -64,6 +64,16 @@ def experts() -> dict[str, Any]:
     return {"routing": tuple(outcome.routing), "change": outcome.main.change}
 
 
+def journaled() -> dict[str, Any]:
+    """Return a sweep whose journal is the file that the environment names, and how often E was run."""
+    calls: list[int] = []
+    case = Case(models.qwen2(torch.float64)).watched_rows(calls)
+    path = os.environ["FUNCPROBE_TEST_JOURNAL"]
+    cold = case.optimizer.init(case.params)  # moments of a step in several processes differ in their last bits
+    result = case.sweep(LRS, evaluation=E, batch=U, state=cold, observables=THREE, journal=path)
+    return {"points": {str(p.lr): readings(p) for p in result.points}, "rows": sum(calls)}
+
+
 class Refuses(torch.nn.Module):
     """A model that fails on a prompt of two sixes, which stands in one row of E: with an error, or with NaN."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_every_verb_gives_the_numbers_of_one_process(of_one: dict[str, float], s
                 assert several[place] == pytest.approx(expected, rel=SAME, abs=SAME * 1e-3), place
     # all processes have made the same step, and read the same numbers, to the last bit
     assert all(repr(dict(numbers(each))) == repr(dict(numbers(ended.returned[0]))) for each in ended.returned)
+
+
+def test_a_journal_of_three_processes_goes_on_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = tmp_path / "kept.jsonl"
+    ended = together(shared_work.journaled, 3, FUNCPROBE_TEST_JOURNAL=str(journal))
+    assert ended.codes == [0, 0, 0], ended.words
+    monkeypatch.setenv("FUNCPROBE_TEST_JOURNAL", str(journal))
+    again = shared_work.journaled()
+    assert repr(again["points"]) == repr(ended.returned[0]["points"])
+    assert again["rows"] < sum(found["rows"] for found in ended.returned) / 2  # U, and first order on E
 
 
 @pytest.mark.filterwarnings("ignore:Tokens of E are sent to other experts")
