@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is chosen: `--help` and `--version` a
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -41,6 +42,9 @@ class Registered(NamedTuple):
     module: str  #: whose COMMAND is the command's record; imported when it is chosen
     help: str
 
+
+#: What a system says of standard output that takes no more.
+_OF_OUTPUT = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EBADF)
 
 #: A new command is a module with a record, and a line here.
 COMMANDS = {
@@ -88,7 +92,8 @@ def _end_of_system(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):  # `funcprobe run ... | head` closed our output: results are written
         streams.drop()
         return 0
-    if error.filename is None and streams.flush() is not None:
+    if error.filename is None and error.errno in _OF_OUTPUT:  # files name themselves
+        streams.drop()
         return _end_of_output(error)
     name = error.filename if not isinstance(error.filename, bytes) else os.fsdecode(error.filename)
     return _end(f"{error.strerror or error}: {name}" if name else str(error), 2)
@@ -127,7 +132,7 @@ def _end(text: str, code: int) -> int:
 
 
 def process() -> None:
-    """Run the command of this process and end it; what comes while the interpreter shuts down changes nothing."""
+    """Run the command of this process and end it; a signal while the interpreter shuts down changes nothing."""
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -13,7 +13,7 @@ from funcprobe.errors import ConfigError, InputError
 from funcprobe.visible_text import shortened
 
 #: Columns of a help text.
-WIDTH = 88
+WIDTH = 80
 
 
 @dataclass(frozen=True)
