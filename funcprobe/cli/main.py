@@ -6,6 +6,7 @@ Nothing heavy is imported before a command is chosen: `--help` and `--version` a
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import importlib
 import os
@@ -18,8 +19,8 @@ from funcprobe import __version__
 from funcprobe.cli import interrupts, streams
 from funcprobe.cli.allocation import keep_freed_memory
 from funcprobe.cli.options import Parser
-from funcprobe.errors import FuncprobeError
-from funcprobe.visible_text import calm
+from funcprobe.errors import ConfigError, FuncprobeError
+from funcprobe.visible_text import calm, shortened
 
 DESCRIPTION = """\
 How far does one policy-gradient step move a language model's entropy? funcprobe
@@ -108,9 +109,20 @@ def _end_of_output(error: OSError | None) -> int:
 
 
 def _chosen(words: list[str]) -> tuple[str, list[str]]:
-    """Return the name of the command and the words after it; help, version and mistakes end here."""
+    """Return the name of the command and the words after it; help and version end here.
+
+    Raises:
+        ConfigError: If there is no such command.
+    """
     if words and words[0] in COMMANDS:
         return words[0], words[1:]
+    if words and not words[0].startswith("-"):
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        meant = f", did you mean '{near[0]}'?" if near else "."
+        listed = ", ".join(COMMANDS)
+        raise ConfigError(
+            f"'{shortened(words[0], 60)}' is no command{meant} The commands are {listed}; see funcprobe --help."
+        )
     # argparse's own list of commands would break a line after the longest name
     listed = "\n".join(f"  {name:<11}{registered.help}" for name, registered in COMMANDS.items())
     parser = Parser(

@@ -333,7 +333,7 @@ def test_a_missing_configuration_is_one_line(tmp_path: Path, refused: Refused) -
     ("words", "message"),
     [
         ([], "the following arguments are required: COMMAND; see funcprobe --help."),
-        (["runn"], "invalid choice: 'runn'"),
+        (["runn"], "'runn' is no command, did you mean 'run'?"),
         (["run"], "the configuration is missing: give CONFIG.yaml"),
         (["sample", "a", "b", "--output", "c.parquet"], "required: --temperature"),
         (["demo", "--seed", "x"], "--seed: found 'x', expected a whole number from 0 to"),
