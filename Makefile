@@ -10,7 +10,7 @@ NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py c
 ROUNDED := $(addprefix tests/,analysis/test_attribute_edges.py benchmarks/test_stateful.py cli/test_demo.py compat \
 	laws/test_updates.py measurement/test_second_order.py policy training/test_step.py)
 
-.PHONY: help demo test coverage families kernels threads browser check format bench notebooks clean
+.PHONY: help demo test coverage families kernels threads browser soak check format bench notebooks clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -42,6 +42,9 @@ families: $(STAMP) ## many architectures and adapters, asked the same (docs/fami
 
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser
+
+soak: $(STAMP)   ## a hundred kills at random moments, long and many rows, the same bits again; minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
 check: $(STAMP)  ## format, lint and types
 	$(BIN)/ruff format --check .

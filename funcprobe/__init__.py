@@ -9,7 +9,7 @@
 Public names are listed in `__init__.pyi` and imported on first use: `import funcprobe` alone imports no torch.
 
 Layers, each importing only from those above it in this table and from `types`, `tree`, `errors`, `plugins`,
-`visible_text`:
+`visible_text`, `arguments`:
 
     layer         contents
     data          rollouts: build, validate, slice, read and write

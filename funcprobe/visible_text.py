@@ -1,4 +1,4 @@
-"""Text of files, tokens and prompts, made safe to look at: nothing in it moves, hides or drowns what is around it.
+"""Text of files, tokens and prompts, made safe to look at: nothing in it moves, hides or drowns the text around it.
 
 Every error and warning of the package goes through here when it is made, every cell of a table when it is shown.
 """
@@ -46,7 +46,7 @@ def shortened(text: str, width: int) -> str:
 
 
 def bounded(text: str, limit: int) -> str:
-    """Return both ends of a text that is longer than `limit`: where something is stands first, what to do last.
+    """Return both ends of a text that is longer than `limit`: the place stands first, the remedy last.
 
     Example:
         >>> bounded("config.yaml: " + "very " * 100 + "long.", 40)

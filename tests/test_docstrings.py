@@ -24,9 +24,9 @@ QUOTED = re.compile(r'``?[^`]*``?|"[^"]*"|\(what, done, total\)')
 VERBS = frozenset(
     re.findall(
         r"\w+",
-        "Add Bring Call Check Compute Count Cross Cut Describe Do Draw Fill Find Give Head Hold Issue Keep Lay Let "
-        "Load Log Look Measure Name Parse Print Put Read Refuse Return Run Sample Save Say Search Set Show Stack Step "
-        "Take Turn Walk Warn Write Yield",
+        "Add Bring Call Check Compute Count Cross Cut Describe Do Draw End Fill Find Give Head Hear Hold Issue Keep "
+        "Lay Let Load Lock Log Look Mark Measure Move Name Note Open Parse Print Put Read Refuse Remove Rename "
+        "Return Run Sample Save Say Search Send Set Show Stack Step Swap Take Turn Walk Warn Write Yield",
     )
 )
 

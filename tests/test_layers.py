@@ -10,7 +10,7 @@ import pytest
 import funcprobe
 
 ROOT = Path(funcprobe.__file__).parent
-FREE = {"types", "tree", "errors", "plugins", "visible_text"}
+FREE = {"types", "tree", "errors", "plugins", "visible_text", "arguments"}
 
 
 def layers() -> list[str]:

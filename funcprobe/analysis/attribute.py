@@ -19,6 +19,7 @@ import torch
 
 from funcprobe import engine
 from funcprobe.analysis.probe import result_of
+from funcprobe.arguments import checked
 from funcprobe.attribution.conditioning import cautions, concentrations
 from funcprobe.attribution.decoding import vocabulary_of
 from funcprobe.attribution.influence import check_influence, influence_of
@@ -40,6 +41,7 @@ from funcprobe.training.response import Form, Response, form_of
 from funcprobe.types import Observable, Progress, Rollouts
 
 
+@checked
 def attribute(
     update: Update,
     evaluation: Rollouts,
@@ -136,6 +138,7 @@ def attribute(
 NO_ADDITIVE_FORM = "the optimizer has no additive form; tokens of U are attributed by its Jacobian"
 
 
+@checked
 def attribute_evaluation(result: ProbeResult, observable: Observable | None = None) -> TokenParts:
     """Return the contribution of every token of E to δF₁ of an observable, from the scores that a probe kept.
 

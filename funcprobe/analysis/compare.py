@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, Unpack
 
 from funcprobe.analysis.probe import provenance_of
+from funcprobe.arguments import checked
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError, placed
 from funcprobe.estimators.divergence import kl
 from funcprobe.estimators.observables import entropy
@@ -29,6 +30,7 @@ from funcprobe.results.comparison import Comparison
 from funcprobe.types import Observable, Progress, Rollouts
 
 
+@checked
 def compare(
     updates: Mapping[str, Update],
     evaluation: Rollouts,

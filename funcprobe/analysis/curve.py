@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from funcprobe.analysis.sweep import swept
+from funcprobe.arguments import checked
 from funcprobe.measurement.bounds import check_positive
 from funcprobe.measurement.measurement import Observables
 from funcprobe.measurement.options import Given
@@ -18,6 +19,7 @@ from funcprobe.types import Progress, Rollouts
 EACH_DECADE, DECADES = 4, 4
 
 
+@checked
 def curve(
     update: Update,
     evaluation: Rollouts,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import NamedTuple, Unpack
 
+from funcprobe.arguments import checked
 from funcprobe.errors import InputError, Note, NumericsError
 from funcprobe.measurement.bounds import Bounds, Found, bisected, check_relative
 from funcprobe.measurement.cautions import before_measuring, ess_fraction, left_alone
@@ -45,6 +46,7 @@ class LargestLr(NamedTuple):
     notes: tuple[Note, ...] = ()  #: where a bound could not be judged
 
 
+@checked
 def largest_lr(
     update: Update,
     evaluation: Rollouts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from funcprobe import engine
+from funcprobe.arguments import checked
 from funcprobe.attribution.predictors import STATS, Predictions, predictions
 from funcprobe.measurement.options import Options
 from funcprobe.measurement.update import Update
@@ -11,6 +12,7 @@ from funcprobe.types import Microbatch, Progress
 _DEFAULT = Options()
 
 
+@checked
 def predict(
     update: Update, *, microbatch: Microbatch = _DEFAULT.microbatch, progress: Progress | None = None
 ) -> Predictions:

@@ -6,6 +6,7 @@ from typing import Unpack
 
 import torch
 
+from funcprobe.arguments import checked
 from funcprobe.measurement.cautions import about_the_copy, step
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder, first_order
@@ -21,6 +22,7 @@ from funcprobe.results.provenance import BatchCounts, Provenance
 from funcprobe.types import Leaves, Params, Progress, Rollouts
 
 
+@checked
 def probe(
     update: Update,
     evaluation: Rollouts,

@@ -6,6 +6,7 @@ import math
 from typing import Literal, NamedTuple
 
 from funcprobe import engine
+from funcprobe.arguments import checked
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.options import Mode, Options
@@ -36,6 +37,7 @@ class SecondOrder(NamedTuple):
         return self.crossover / 20
 
 
+@checked
 def second_order(
     update: Update,
     evaluation: Rollouts,

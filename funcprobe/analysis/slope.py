@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Unpack
 
+from funcprobe.arguments import checked
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import first_order
 from funcprobe.measurement.measurement import Measurement, Observables
@@ -19,6 +20,7 @@ OF_A_MEASUREMENT: Collection[str] = (
 )
 
 
+@checked
 def slope(
     update: Update,
     evaluation: Rollouts,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Unpack
 
 from funcprobe.analysis.probe import provenance_of
+from funcprobe.arguments import checked
 from funcprobe.errors import ForwardModeError, InputError, Note
 from funcprobe.measurement.cautions import before_measuring, left_alone
 from funcprobe.measurement.curve import ScoreCurve, points_of
@@ -24,6 +25,7 @@ from funcprobe.results.sweep import SweepResult
 from funcprobe.types import Progress, Rollouts
 
 
+@checked
 def sweep(
     update: Update,
     evaluation: Rollouts,

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: one line, and true words about what was written.
+"""Ctrl-C and SIGTERM: one line, and true words about the results.
 
 Both raise where the program stands, so that every block tidies up after itself. A library that swallows the exception,
 as some do while they are imported, does not swallow the wish: `check` raises it again.

@@ -6,6 +6,8 @@ Nothing heavy is imported before a command is chosen: `--help` and `--version` a
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import importlib
 import os
 import signal
@@ -17,9 +19,9 @@ from funcprobe import __version__
 from funcprobe.cli import interrupts, streams
 from funcprobe.cli.allocation import keep_freed_memory
 from funcprobe.cli.options import Parser
-from funcprobe.errors import FuncprobeError
+from funcprobe.errors import ConfigError, FuncprobeError
 from funcprobe.parallel.environment import is_first
-from funcprobe.visible_text import calm
+from funcprobe.visible_text import calm, shortened
 
 DESCRIPTION = """\
 How far does one policy-gradient step move a language model's entropy? funcprobe
@@ -42,6 +44,9 @@ class Registered(NamedTuple):
     module: str  #: whose COMMAND is the command's record; imported when it is chosen
     help: str
 
+
+#: What a system says of standard output that takes no more.
+_OF_OUTPUT = (errno.ENOSPC, errno.EIO, errno.EFBIG, errno.EBADF)
 
 #: A new command is a module with a record, and a line here.
 COMMANDS = {
@@ -89,7 +94,8 @@ def _end_of_system(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):  # `funcprobe run ... | head` closed our output: results are written
         streams.drop()
         return 0
-    if error.filename is None and streams.flush() is not None:
+    if error.filename is None and error.errno in _OF_OUTPUT:  # files name themselves
+        streams.drop()
         return _end_of_output(error)
     name = error.filename if not isinstance(error.filename, bytes) else os.fsdecode(error.filename)
     return _end(f"{error.strerror or error}: {name}" if name else str(error), 2)
@@ -104,9 +110,20 @@ def _end_of_output(error: OSError | None) -> int:
 
 
 def _chosen(words: list[str]) -> tuple[str, list[str]]:
-    """Return the name of the command and the words after it; help, version and mistakes end here."""
+    """Return the name of the command and the words after it; help and version end here.
+
+    Raises:
+        ConfigError: If there is no such command.
+    """
     if words and words[0] in COMMANDS:
         return words[0], words[1:]
+    if words and not words[0].startswith("-"):
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        meant = f", did you mean '{near[0]}'?" if near else "."
+        listed = ", ".join(COMMANDS)
+        raise ConfigError(
+            f"'{shortened(words[0], 60)}' is no command{meant} The commands are {listed}; see funcprobe --help."
+        )
     # argparse's own list of commands would break a line after the longest name
     listed = "\n".join(f"  {name:<11}{registered.help}" for name, registered in COMMANDS.items())
     parser = Parser(
@@ -128,7 +145,7 @@ def _end(text: str, code: int) -> int:
 
 
 def process() -> None:
-    """Run the command of this process and end it; what comes while the interpreter shuts down changes nothing."""
+    """Run the command of this process and end it; a signal while the interpreter shuts down changes nothing."""
     code = main()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

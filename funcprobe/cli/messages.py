@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 #: Errors of one file that are told at most.
 MOST = 8
+
+#: An integer that stayed text, because it has more than 64 bits.
+_LONG = re.compile(r"[-+]?[0-9]{19,}")
 
 #: Keys that hold keys.
 _INNER = ("objective", "observable")
@@ -49,6 +53,8 @@ def explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, .
             lines[name] = f"{name}: missing, expected {_expected(model, place)}"
         elif name not in lines:
             lines[name] = f"{name}: found {show(found['input'])}, expected {_expected(model, place)}"
+            if isinstance(found["input"], str) and _LONG.fullmatch(found["input"]):
+                lines[name] += " (an integer has at most 64 bits)"
             if isinstance(found["input"], bool):
                 lines[name] += " (yes, no, on and off are true and false in YAML; quotes make them words)"
     return list(lines.values())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from funcprobe.errors import ConfigError, InputError
 from funcprobe.visible_text import shortened
 
 #: Columns of a help text.
-WIDTH = 88
+WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: Always.
         """
-        raise ConfigError(f"{message}; see {self.prog} --help.")
+        wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = wrong and difflib.get_close_matches(wrong[1], self._option_string_actions, n=1)
+        meant = f", did you mean '{near[0]}'?" if near else ";"
+        raise ConfigError(f"{message}{meant} see {self.prog} --help.")
 
 
 def parsed(

@@ -12,6 +12,9 @@ from funcprobe.errors import InputError, missing_extra
 #: Bytes of a file of prompts at most, where it is text.
 LIMIT = 1024 * MIB
 
+#: Characters of a prompt at most: more than any model has positions for.
+LONGEST = 4 * MIB
+
 #: Of a JSONL or parquet row, the columns that may hold the prompt; ids win over text.
 COLUMNS = ("prompt_ids", "prompt")
 
@@ -77,6 +80,8 @@ def _ids(prompt: Any, tokenizer: Any, where: str) -> list[int]:
     is_chat = isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt)
     if not (isinstance(prompt, str) or is_chat):
         raise InputError(f"{where} (counted from 0): expected text, chat messages or token ids, found {prompt!r:.60}.")
+    if len(str(prompt)) > LONGEST:
+        raise InputError(f"{where} (counted from 0): the text has more than {LONGEST:,} characters; cut it.")
     if tokenizer is None:
         raise InputError(f"{where}: this is text, and the checkpoint folder has no tokenizer; give prompt_ids instead.")
     if is_chat and not getattr(tokenizer, "chat_template", None):

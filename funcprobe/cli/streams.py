@@ -11,7 +11,7 @@ _NAMES = ("stdin", "stdout", "stderr")
 
 
 def open_all() -> None:
-    """Open what is closed on the null device, so that no file of ours gets its number; replace what cannot print."""
+    """Open closed streams on the null device, so that no file gets their numbers; print `?` for lost letters."""
     for number, name in enumerate(_NAMES):
         try:
             os.fstat(number)
@@ -25,7 +25,7 @@ def open_all() -> None:
 
 
 def flush() -> OSError | None:
-    """Write out what standard output still holds, and return why that could not be done.
+    """Write out the rest of standard output, and return why that could not be done.
 
     What could not be written is dropped, so that the interpreter does not try again at its end.
     """
@@ -40,7 +40,7 @@ def flush() -> OSError | None:
 
 
 def drop() -> None:
-    """Send what standard output still holds, and will hold, nowhere."""
+    """Send the rest of standard output, and all that follows, nowhere."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.stdout.flush()

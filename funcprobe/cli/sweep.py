@@ -90,7 +90,7 @@ def journal_of(config: Config) -> Path:
 
 
 def with_journal(config: Config, measure: Callable[[Path], T]) -> T:
-    """Return what is measured with the journal beside the output; forced, one of another sweep is put aside for it.
+    """Return a measurement with the journal beside the output; forced, that of another sweep is put aside for it.
 
     Raises:
         InputError: If the journal is another sweep's, and not forced; or as `measure`.

@@ -17,6 +17,9 @@ from funcprobe.data.reading import text_of
 from funcprobe.errors import ConfigError, InputError, missing_extra
 
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))
+#: Suffixes of what a configuration names, and is not.
+_ROLLOUTS = (".parquet", ".jsonl")
+
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -27,6 +30,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: If the file is missing, not YAML, holds a key twice, or is no mapping.
     """
     yaml = _yaml()
+    if path.suffix in _ROLLOUTS:
+        raise ConfigError(
+            f"{path}: this is named like a file of rollouts; give a YAML configuration, which names such."
+        )
     try:
         found = yaml.load(text_of(path), Loader=_loader())
     except InputError as error:

@@ -187,7 +187,7 @@ def _beside(partial: Path, target: Path) -> Path:
 
 
 def _recover(target: Path) -> None:
-    """End a replacement in two steps that was killed between them: what was finished is placed, or the old put back."""
+    """End a replacement in two steps that was killed between them: the new folder is placed, or the old put back."""
     if os.path.lexists(target) or not target.parent.is_dir():
         return
     for replaced in _like(target, rf"\.[a-z0-9_]{{8}}\{_REPLACED}"):
@@ -198,7 +198,7 @@ def _recover(target: Path) -> None:
 
 
 def _tidy(target: Path, ending: str) -> None:
-    """Remove what dead processes left beside a target: no process holds it, and it carries our marker."""
+    """Remove the remains of dead processes beside a target: no process holds them, and they carry our marker."""
     for path in _like(target, ending):
         if path.suffix == _REPLACED:
             _remove_replaced(path, target)
@@ -218,7 +218,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_replaced(path: Path, target: Path) -> None:
-    """Remove what a killed replacement left of the old folder, once the new one stands in its place."""
+    """Remove the old folder of a killed replacement, once the new one stands in its place."""
     old = path / target.name
     if ownership.is_sealed(target) and (not old.exists() or ownership.is_sealed(old)):
         shutil.rmtree(path, ignore_errors=True)
@@ -232,7 +232,7 @@ def _like(target: Path, ending: str) -> list[Path]:
 
 @contextmanager
 def _naming(target: Path) -> Iterator[None]:
-    """Let an error of writing name what was to be written: a full disk, a limit on the size of files.
+    """Let an error of writing name the path: a full disk, a limit on the size of files.
 
     Raises:
         OSError: The same error, with the path.

@@ -38,7 +38,7 @@ def exchange(new: Path, target: Path) -> bool:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C and SIGTERM until the end of the block: what is renamed in it is also said to be."""
+    """Hold back Ctrl-C and SIGTERM until the end of the block, so that a folder that is renamed is also known to be."""
     wanted = {signal.SIGINT, signal.SIGTERM}
     if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
         yield

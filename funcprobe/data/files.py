@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from funcprobe import plugins
+from funcprobe.arguments import checked
 from funcprobe.data.atomic import fresh_file
 from funcprobe.data.jsonl import read_jsonl, read_jsonl_metadata, write_jsonl
 from funcprobe.data.parquet import read_parquet, read_parquet_metadata, write_parquet
@@ -88,6 +89,7 @@ def read_rollouts(
     return rollouts
 
 
+@checked
 def write_rollouts(
     path: str | os.PathLike[str], rollouts: Rollouts, *, tokenizer_id: str | None = None, overwrite: bool = False
 ) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -69,6 +70,8 @@ def to_array(value: Any, what: str) -> Array:
         InputError: If the rows of a nested list have different lengths, or entries are no numbers.
     """
     if isinstance(value, Tensor):
+        if value.is_meta or value.is_complex() or value.layout != torch.strided:
+            raise InputError(f"'{what}' is a tensor without plain numbers (meta, complex or sparse); expected numbers.")
         tensor = value.detach().cpu()
         return np.asarray((tensor.double() if tensor.is_floating_point() else tensor).numpy())
     try:
@@ -106,7 +109,8 @@ def _row(row: Any, what: str, dtype: type) -> Array:
             raise InputError(f"'{what}' holds {expected}, and position {position} is null.")
     array = to_array(row, what)
     if dtype is int and array.ndim == 1 and array.dtype.kind == "f" and array.size:
-        position, entry = next((at, x) for at, x in enumerate(row) if isinstance(x, float) or abs(int(x)) >= 2**63)
+        listed = row if isinstance(row, list | tuple) else array.tolist()
+        position, entry = next((at, x) for at, x in enumerate(listed) if isinstance(x, float) or abs(int(x)) >= 2**63)
         raise InputError(
             f"'{what}' holds {array.dtype} values; expected integers of 64 bits, and position {position} is {entry}."
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from funcprobe import tree
+from funcprobe.arguments import checked
 from funcprobe.data.rollouts import overlap
 from funcprobe.errors import InputError, Note, collected_notes
 from funcprobe.measurement.line import on_line
@@ -61,6 +62,7 @@ class Update:
     _held: _Held = field(default_factory=_Held, repr=False, compare=False)
 
     @classmethod
+    @checked
     def from_step(
         cls, step: Step, params: Params, opt_state: OptState, batch: Rollouts, lr: float | None = None
     ) -> Update:
@@ -81,6 +83,7 @@ class Update:
         return cls(step.policy, params, step.rule, opt_state, _checked(lr), step, batch)
 
     @classmethod
+    @checked
     def from_gradient(
         cls,
         policy: Policy,
@@ -110,6 +113,7 @@ class Update:
         return cls(policy, params, Rule(optimizer, max_grad_norm), opt_state, _checked(lr), _held=held)
 
     @classmethod
+    @checked
     def from_delta(cls, policy: Policy, params: Params, delta: Leaves, after: Leaves | None = None) -> Update:
         """Return the update that is Δθ itself: two checkpoints, or a step that something else has taken.
 

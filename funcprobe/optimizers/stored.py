@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from funcprobe.arguments import checked
 from funcprobe.errors import InputError
 from funcprobe.optimizers.any_class import LiftedOptimizer, pinned
 from funcprobe.optimizers.closed_form import PureOptimizer
@@ -27,6 +28,7 @@ Storage = Mapping[str, torch.dtype]
 _NUMBERS = frozenset({"step", "mu_product", "mu", "eta"})
 
 
+@checked
 def stored(optimizer: Optimizer, storage: Storage) -> Optimizer:
     """Return an optimizer whose result is stored as a run stores it: `params` rounded by the step, `delta` not.
 

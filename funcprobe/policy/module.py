@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from funcprobe.arguments import checked
 from funcprobe.errors import InputError
 from funcprobe.policy.binding import Bound, Skeleton
 from funcprobe.policy.checks import Checks, Rejected, Trial, alone, decoding, gap, prove
@@ -59,6 +60,7 @@ class Policy:
         return self.substitutes.context
 
 
+@checked
 def from_module(module: nn.Module, *, device: str | torch.device | None = None) -> tuple[Policy, Params]:
     """Return the policy that `module` is, and its trainable leaves keyed by `named_parameters()` names.
 

@@ -117,7 +117,7 @@ def _imported(name: str) -> ModuleType:
 
 
 def told(error: BaseException) -> str:
-    """Return what somebody else's error says, even where it cannot say it."""
+    """Return the words of somebody else's error, or its class where it cannot say any."""
     try:
         words = bounded(" ".join(str(error).split()), 200).rstrip(".")
     except Exception:

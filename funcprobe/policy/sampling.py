@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from funcprobe.arguments import checked
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.errors import InputError, NumericsError, listed
 from funcprobe.policy.checks import COARSEST_FLOAT32, ROUNDING_UNITS
@@ -29,6 +30,7 @@ from funcprobe.types import Params, Progress, Rollouts
 __all__ = ["Reward", "load_reward", "sample"]
 
 
+@checked
 def sample(
     policy: Policy,
     params: Params,
@@ -197,6 +199,8 @@ def _check(
             raise InputError(f"{name} is {count!r}; expected a whole number of at least 1.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise InputError(f"The temperature is {temperature}; expected a number above 0 (1 is the policy itself).")
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+        raise InputError(f"prompts is {type(prompts).__name__}; expected a list with the token ids of every prompt.")
     if len(prompts) == 0:
         raise InputError("There are no prompts to sample from; give at least one.")
     for number, prompt in enumerate(prompts):
@@ -218,6 +222,10 @@ def _end_ids(policy: Policy, eos_id: int | Sequence[int] | None) -> list[int]:
 
 
 def _check_prompt(policy: Policy, number: int, prompt: Sequence[int], max_new_tokens: int) -> None:
+    try:
+        _ = [operator.index(token) for token in prompt]
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"Prompt {number} is no list of token ids ({error}); expected integers.") from error
     if len(prompt) == 0:
         raise InputError(
             f"Prompt {number} is empty (prompts are counted from 0); every prompt needs at least one token, and the "

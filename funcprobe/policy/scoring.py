@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from funcprobe.arguments import checked
 from funcprobe.data.rollouts import to_device
 from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
@@ -34,6 +35,7 @@ CHUNK_ENTRIES, CHUNK_TOKENS = 2**21, 128
 IMPOSSIBLE = -1e9
 
 
+@checked
 def score(
     policy: Policy,
     params: Params,

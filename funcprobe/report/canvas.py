@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from funcprobe.errors import missing_extra
+from funcprobe.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,17 +18,35 @@ def new_axes() -> Axes:
     """Return Axes on a figure of their own, which no pyplot state knows of.
 
     Raises:
+        InputError: If its settings are none.
         MissingExtraError: If matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        with _unlogged("matplotlib"):  # of a home folder that cannot be written in
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
     except ImportError as error:
         missing = missing_extra("matplotlib", "app", "drawing a figure")
         raise missing from error
+    except ValueError as error:  # a setting in the environment or in a matplotlibrc
+        backend = os.environ.get("MPLBACKEND")
+        named = f"MPLBACKEND is {backend!r:.60}" if backend else "its settings"
+        raise InputError(f"matplotlib cannot be set up ({named}); unset it, or set MPLBACKEND=agg.") from error
     figure = Figure(figsize=(7.9, 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     return figure.subplots()
+
+
+@contextmanager
+def _unlogged(name: str) -> Iterator[None]:
+    """Keep the warnings of a library's log off the terminal for a block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def legend_outside(ax: Axes, **options: Any) -> None:

@@ -18,7 +18,10 @@ from funcprobe.report.colour_classes import LegendRow, class_name, classes_of
 from funcprobe.results.attribution_words import ledger_rows, share, ways_rows
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.probe_words import headline_of, named
-from funcprobe.visible_text import visible
+from funcprobe.visible_text import shortened, visible
+
+#: Characters of one token at most; the longest of real vocabularies have 128 or so.
+LONGEST = 400
 
 
 class Run(NamedTuple):
@@ -157,7 +160,7 @@ class _Vocabulary:
 
     def __getitem__(self, token: int) -> str:
         if token not in self._seen:
-            self._seen[token] = visible(shown(token, self._raw), breaks=True)
+            self._seen[token] = visible(shortened(shown(token, self._raw), LONGEST), breaks=True)
         return self._seen[token]
 
     def join(self, tokens: list[int]) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
-from collections.abc import Iterable
-from typing import IO, TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator
+from typing import IO, TYPE_CHECKING
 
 from funcprobe.errors import missing_extra
-from funcprobe.results.blocks import Block, Remark, Sentence, Table, in_groups
+from funcprobe.results.blocks import Block, Remark, Sentence, Table, in_groups, table_lines
 from funcprobe.results.result import Result
 from funcprobe.visible_text import visible
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.text import Text
 
 #: The look of a tone, and of the word that a remark begins with.
@@ -31,9 +32,9 @@ def print_result(result: Result, file: IO[str] | None = None) -> None:
     file = sys.stdout if file is None else file
     if file.isatty():
         printer = console(file)  # first: it says what is missing
-        printer.print(rendered(result.blocks()))
+        printer.print(rendered(result.blocks()), crop=False)
     else:
-        file.write(text_of(result, int(os.environ.get("COLUMNS") or 80)))
+        file.write(text_of(result, shutil.get_terminal_size().columns if "COLUMNS" in os.environ else 80))
 
 
 def text_of(result: Result, width: int = 80) -> str:
@@ -44,7 +45,7 @@ def text_of(result: Result, width: int = 80) -> str:
     """
     buffer = io.StringIO()
     printer = console(buffer, width)
-    printer.print(rendered(result.blocks()))
+    printer.print(rendered(result.blocks()), crop=False)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
@@ -70,7 +71,7 @@ def rendered(blocks: Iterable[Block]) -> RenderableType:
     lines: list[RenderableType] = []
     for group in in_groups(blocks):
         lines += [Text("")] if lines else []
-        lines += [_table(group)] if isinstance(group, Table) else [_line(block) for block in group]
+        lines += [_Laid(group)] if isinstance(group, Table) else [_line(block) for block in group]
     return Group(*lines)
 
 
@@ -84,16 +85,17 @@ def _line(block: Sentence | Remark) -> Text:
     return Text.assemble((label, style), (text, "dim" if style == "dim" else ""))
 
 
-def _table(block: Table) -> RenderableType:
-    from rich.console import Group
-    from rich.table import Table as Rows
-    from rich.text import Text
+class _Laid:
+    """A table, laid out for the columns that there are."""
 
-    table = Rows(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim", show_header=block.has_headings)
-    for column in block.columns:
-        overflow: Literal["ellipsis", "fold"] = "ellipsis" if column.narrow == "cut" else "fold"
-        heading = visible(column.heading)
-        table.add_column(heading, justify=column.side, no_wrap=column.narrow != "broken", overflow=overflow)
-    for row in block.rows:
-        table.add_row(*map(visible, row.cells), style=_TONES[row.tone])
-    return Group(Text(visible(block.caption), "dim"), table) if block.caption else table
+    def __init__(self, block: Table) -> None:
+        self.block = block
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.text import Text
+
+        if self.block.caption:
+            yield Text(visible(self.block.caption), "dim")
+        for line, row in table_lines(self.block, options.max_width):
+            style = "dim" if row is None else _TONES[row.tone]
+            yield Text(line, style, no_wrap=True, overflow="ignore")

@@ -121,7 +121,7 @@ def correlation_table(parts: Parts) -> Table:
         if any(cell is not None for cell in cells):
             rows.append(Row((words, *(text for cell in cells for text in _pair(cell)))))
     numbers = (Column(f"{of} {which}", "right") for of in found for which in ("r", "ρ"))
-    return Table((Column("contribution of U goes with"), *numbers), tuple(rows), CORRELATIONS)
+    return Table((Column("contribution of U goes with", narrow="cut"), *numbers), tuple(rows), CORRELATIONS)
 
 
 def _label(table: str, rows: Columns, k: int) -> str:

@@ -7,6 +7,7 @@ terminal in `report/`. Text of tokens, prompts and names is made safe by the ren
 from __future__ import annotations
 
 import html
+import itertools
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,9 @@ WIDTH = 100
 
 #: Stands for a space at which no line is broken; `visible` leaves none of it in a text.
 _JOINED = "\x00"
+
+#: Characters to which a cell is cut at least, where space is short, and at most, where it is not.
+_CUT, _CELL = 4, 400
 
 #: How much weight a text has: the answer is strong, what is only beside it quiet.
 Tone = Literal["plain", "strong", "quiet"]
@@ -132,28 +136,63 @@ def _line(block: Sentence | Remark) -> str:
     return visible(block.text if isinstance(block, Sentence) else f"{block.label}: {block.sentence}")
 
 
-def _table_lines(table: Table, width: int) -> list[str]:
-    headings = [Row(tuple(column.heading for column in table.columns))] if table.has_headings else []
-    rows = [_cells(table, row) for row in (*headings, *table.rows)]
-    widths = [max(map(_width, cells)) for cells in zip(*rows, strict=True)]
-    room = max(len(table.columns[-1].heading), width - sum(widths[:-1]) - 2 * len(widths[:-1]))
-    lines = [
-        "  ".join(map(_set, line, widths, table.columns)).rstrip()
-        for row in rows
-        for line in _fitted(row, table.columns[-1], room)
+def table_lines(table: Table, width: int) -> list[tuple[str, Row | None]]:
+    """Return the lines of a table in at most `width` columns, each with its row, or None for the headings.
+
+    Text gives way where space is short: it is cut or broken between words. Numbers stay whole, so a table of nothing
+    else may be wider.
+    """
+    headings = [(None, Row(tuple(column.heading for column in table.columns)))] if table.has_headings else []
+    rows = [(whose, _cells(table, row)) for whose, row in (*headings, *((row, row) for row in table.rows))]
+    widths = _widths(table.columns, [cells for _, cells in rows], width - 2 * (len(table.columns) - 1))
+    return [
+        ("  ".join(map(_set, line, widths, table.columns)).rstrip(), whose)
+        for whose, cells in rows
+        for line in itertools.zip_longest(*map(_fitted, cells, widths, table.columns), fillvalue="")
     ]
-    return [*(_broken(visible(table.caption), width) if table.caption else []), *lines]
 
 
-def _fitted(row: Sequence[str], last: Column, room: int) -> list[list[str]]:
-    """Return the lines of a row, whose last cell is broken or cut where it may be and is wider than there is room."""
-    *cells, text = row
-    if last.narrow == "whole" or _width(text) <= room:
-        return [list(row)]
-    if last.narrow == "cut":
-        return [[*cells, shortened(text, room)]]
-    first, *others = _broken(text, room)
-    return [[*cells, first], *([*[""] * len(cells), other] for other in others)]
+def _table_lines(table: Table, width: int) -> list[str]:
+    caption = _broken(visible(table.caption), width) if table.caption else []
+    return [*caption, *(line for line, _ in table_lines(table, width))]
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], room: int) -> list[int]:
+    """Return the width of every column: as wide as its cells, or less where text gives way, the widest first."""
+    widths = [max(map(_width, cells)) for cells in zip(*rows, strict=True)]
+    least = [_least(column, cells) for column, cells in zip(columns, zip(*rows, strict=True), strict=True)]
+    for kind in ("cut", "broken"):
+        while (excess := sum(widths) - room) > 0:
+            free = [w if c.narrow == kind and w > low else -1 for w, low, c in zip(widths, least, columns, strict=True)]
+            widest = max(range(len(free)), key=free.__getitem__, default=0)
+            if not free or free[widest] < 0:
+                break
+            others = sorted((w for w in free if 0 <= w < free[widest]), reverse=True)
+            level = others[0] if others else least[widest]
+            widths[widest] = max(least[widest], min(widths[widest] - 1, max(level, widths[widest] - excess)))
+    return widths
+
+
+def _least(column: Column, cells: Sequence[str]) -> int:
+    """Return the width below which a column is not narrowed: nothing shorter than a word, or than a cut that tells."""
+    if column.narrow == "whole":
+        return max(map(_width, cells))
+    if column.narrow == "cut":
+        return min(_CUT, max(map(_width, cells)))
+    return max(max(map(_width, _broken(cell, 1)), default=0) for cell in cells)
+
+
+def _fitted(cell: str, width: int, column: Column) -> list[str]:
+    """Return the lines of a cell in a column of that width."""
+    if _width(cell) <= width or column.narrow == "whole":
+        return [cell]
+    return [_cut_off(cell, width)] if column.narrow == "cut" else _broken(cell, width)
+
+
+def _cut_off(text: str, width: int) -> str:
+    """Return the beginning of a text that takes as many columns, wide letters counted twice and marks not at all."""
+    ends = itertools.accumulate(map(_width, text))
+    return text[: sum(end < width for end in ends)].rstrip() + "…"
 
 
 def _broken(line: str, width: int) -> list[str]:
@@ -167,7 +206,8 @@ def _broken(line: str, width: int) -> list[str]:
 
 def _cells(table: Table, row: Row) -> list[str]:
     """Return a cell for every column, of which nothing moves the text around it."""
-    return [visible(cell) for cell in row.cells] + [""] * (len(table.columns) - len(row.cells))
+    cells = [visible(shortened(cell, _CELL)) for cell in row.cells]
+    return cells + [""] * (len(table.columns) - len(row.cells))
 
 
 def _set(cell: str, width: int, column: Column) -> str:

@@ -166,7 +166,7 @@ def _digest(plain: Json) -> str:
 
 
 def _checked(line: bytes) -> dict[str, Any]:
-    """Return what one line holds.
+    """Return the content of one line.
 
     Raises:
         ValueError: If it is no line of a journal, or has been altered.

@@ -125,7 +125,7 @@ def family_table(outcome: Outcome, family: Mapping[str, Estimate]) -> Table:
         is_main = name == outcome.main.observable
         label = f"{'›' if is_main else ' '} {WORDS[integrand]}, {WORDS[weighting]}"
         rows.append(Row((label, f"{estimate.change:+.4e}", slope, ratio), "strong" if is_main else "plain"))
-    return Table((Column("estimator"), *numbers), tuple(rows))
+    return Table((Column("estimator", narrow="cut"), *numbers), tuple(rows))
 
 
 def told_apart(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:

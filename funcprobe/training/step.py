@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from funcprobe import engine
+from funcprobe.arguments import checked
 from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.estimators.importance import sampler_mismatch
 from funcprobe.optimizers.unreached import check_reached
@@ -28,6 +29,7 @@ from funcprobe.types import (
 )
 
 
+@checked
 def make_step(
     policy: Policy,
     objective: Objective,

@@ -129,10 +129,10 @@ def bad_tokenizer(folder: Path) -> None:
         (no_weights, "holds no model.safetensors; the weights are missing"),
         (no_config, "neither config.json .* nor adapter_config.json"),
         (no_config_but_inner, "It holds checkpoint-7: give that folder"),
-        (bad_config, "transformers cannot read the model"),
+        (bad_config, "the checkpoint's configuration cannot be read"),
         (weights_lack_one, r"the file lacks transformer.h.0.ln_1.weight"),
         (weights_of_another_width, r"shapes differ: .*transformer.h.0.ln_1.weight"),
-        (truncated_weights, "transformers cannot read the model"),
+        (truncated_weights, "cannot be read as safetensors"),
         (
             objects_in_optimizer,
             r"cannot be read as plain tensors and containers, and nothing else is unpickled: [\w., ]*\.$",
@@ -237,7 +237,7 @@ def pickled_adapter(folder: Path) -> None:
         (other_rank, "does not fit the base model: size mismatch for base_model"),
         (no_base_named, "names no base model; give its folder as base_model"),
         (absent_base, "'somebody/absent-model' of the adapter .* was found neither as a folder"),
-        (bad_adapter_config, "adapter_config.json cannot be read"),
+        (bad_adapter_config, "the adapter's configuration cannot be read"),
         (pickled_adapter, "weights as adapter_model.bin, a pickle, which is never loaded"),
     ],
 )

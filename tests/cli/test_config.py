@@ -143,7 +143,7 @@ def test_every_objective_is_built_with_its_options(name: str, tmp_path: Path) ->
         ("observable: entropy", "observable: found 'entropy', expected keys of its own: integrand"),
         ("observable: {per: day}", "observable.per: found 'day', expected token or sequence"),
         ("observable: {pr: token}", "unknown key 'observable.pr', did you mean 'observable.per'? The keys are obs"),
-        ("objective: dapo", "--objective has keys of its own: give --objective.name"),
+        ("objective: dapo", "objective: found 'dapo', expected keys of its own, objective.name"),
         ("objective: {name: grpi}", "objective.name: found 'grpi', expected one of reinforce, rloo, grpo"),
         ("objective: {name: [1]}", "objective.name: found '[1]', expected one of"),
         ("objective: {espilon: 1}", "unknown key 'objective.espilon', did you mean 'objective.epsilon'? The keys are"),

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,7 @@ def test_force_replaces_the_results_of_an_earlier_run(world: World, tmp_path: Pa
 def test_force_replaces_nothing_that_no_run_wrote(world: World, tmp_path: Path, refused: Refused) -> None:
     config = world.config(tmp_path, output=".")
     (tmp_path / "adapter.txt").write_text("")
-    assert "holds 'adapter.txt', which funcprobe did not write, so it is not replaced" in refused(
-        "run", config, "--force"
-    )
+    assert "holds 'adapter.txt', which funcprobe did not write" in refused("run", config, "--force")
     assert config.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years")
@@ -334,10 +333,10 @@ def test_a_missing_configuration_is_one_line(tmp_path: Path, refused: Refused) -
     ("words", "message"),
     [
         ([], "the following arguments are required: COMMAND; see funcprobe --help."),
-        (["runn"], "invalid choice: 'runn'"),
-        (["run"], "the following arguments are required: CONFIG.yaml"),
+        (["runn"], "'runn' is no command, did you mean 'run'?"),
+        (["run"], "the configuration is missing: give CONFIG.yaml"),
         (["sample", "a", "b", "--output", "c.parquet"], "required: --temperature"),
-        (["demo", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["demo", "--seed", "x"], "--seed: found 'x', expected a whole number from 0 to"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(words: list[str], message: str, refused: Refused) -> None:
@@ -428,21 +427,43 @@ def test_as_a_process_bad_input_ends_with_2_and_one_line_even_where_nothing_but_
     assert b"lr: found 'abc', expected a number ? 0, or none" in done.stderr
 
 
-def test_interrupted_it_ends_with_130_without_a_traceback(tmp_path: Path) -> None:
-    pipe = tmp_path / "config.yaml"
-    os.mkfifo(pipe)
+#: A reward that says that it is imported, and then takes its time; the second does not let an interruption pass.
+SLOW = {
+    "waiting": "import time\nopen('begun', 'w').close()\ntime.sleep(60)\n",
+    "swallowing": (
+        "import time\nopen('begun', 'w').close()\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+        "def reward(**_):\n    return []\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", SLOW)
+def test_interrupted_it_ends_with_one_line_whoever_swallows_the_exception(
+    kind: str, number: signal.Signals, world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW[kind])
+    (tmp_path / "prompts.txt").write_text("1=\n")
+    words = ["sample", world.folder / "checkpoint", "prompts.txt", "--temperature", "1", "--output", "drawn.jsonl"]
     # a suite that was started in the background hands an ignored SIGINT down to its children
     heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command("run", pipe), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heard
+        command(*words, "--reward", "slow:reward"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=heard,
     )
-    with pipe.open("w"):  # opens when the command has opened it for reading, and is now waiting for us
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=600)
-    assert process.returncode == 130
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 128 + number, err
     assert out == ""
-    assert err == "funcprobe: interrupted; no results were written.\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+    assert err == f"funcprobe: {'interrupted' if number == signal.SIGINT else 'terminated'}; no results were written.\n"
+    assert {p.name for p in tmp_path.iterdir()} <= {"slow.py", "prompts.txt", "begun", "__pycache__"}
 
 
 def test_a_reader_that_stops_reading_is_no_error(world: World, tmp_path: Path) -> None:

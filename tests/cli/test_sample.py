@@ -129,12 +129,12 @@ def test_an_existing_file_is_replaced_only_by_force(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (["--temperature", "0"], "--temperature is 0.0; expected a number above 0"),
-        (["--temperature", "nan"], "--temperature is nan; expected a number above 0"),
-        (["--temperature", "warm"], "argument --temperature: invalid float value: 'warm'"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0; expected a whole number of at least 1"),
-        (["--group-size", "0"], "--group-size is 0; expected a whole number of at least 1"),
-        (["--batch-size", "0"], "--batch-size is 0; expected a whole number of at least 1"),
+        (["--temperature", "0"], "--temperature: found '0', expected a number above 0"),
+        (["--temperature", "nan"], "--temperature: found 'nan', expected a number above 0"),
+        (["--temperature", "warm"], "--temperature: found 'warm', expected a number above 0"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: found '0', expected a whole number from 1 to 1,000,000"),
+        (["--group-size", "0"], "--group-size: found '0', expected a whole number from 1 to 1,000,000"),
+        (["--batch-size", "0"], "--batch-size: found '0', expected a whole number from 1 to 1,000,000"),
         (["--max-new-tokens", "999"], "exceeds the 32 positions of the model"),
         (["--output", "a.csv"], "--output is a.csv; expected a file ending in .parquet or .jsonl"),
         (["--output", "absent/a.jsonl"], "--output: the folder absent does not exist"),
@@ -158,7 +158,7 @@ def test_numbers_out_of_range_are_refused_before_anything_is_loaded(
 ) -> None:
     absent = world._replace(folder=tmp_path / "absent")
     said = refused(*words(absent, tmp_path / "absent.txt", tmp_path / "out.jsonl"), option, "0")
-    assert said.startswith(f"funcprobe: {option} is 0")
+    assert said.startswith(f"funcprobe: {option}: found '0', expected")
 
 
 def test_a_prompt_that_the_tokenizer_cannot_encode_is_named(world: World, tmp_path: Path, refused: Refused) -> None:
@@ -221,7 +221,7 @@ def test_files_that_are_no_prompts_are_refused(name: str, content: str | bytes, 
 
 
 def test_a_missing_file_a_missing_column_and_text_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no such file of prompts"):
+    with pytest.raises(InputError, match="there is no such file"):
         read_prompts(tmp_path / "absent.txt", None)
     with pytest.raises(InputError, match="neither a column prompt_ids nor prompt"):
         read_prompts(write(tmp_path / "a.parquet", [{"text": "1="}]), None)

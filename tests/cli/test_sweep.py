@@ -33,6 +33,7 @@ def test_a_sweep_writes_everything_that_it_says(swept: Path) -> None:
     folder = swept / "results-sweep"
     names = {p.name for p in folder.iterdir()}
     assert names == {
+        ".funcprobe.json",
         "result.json",
         "result.safetensors",
         "sweep.csv",
@@ -181,7 +182,7 @@ def test_the_journal_of_another_sweep_is_refused(
         (["--lrs", "1e-6,1e-6"], "stands twice"),
         (["--lrs", "0:1e-6:3"], "cannot be swept"),
         (["--lrs", "-1e-6,1e-6"], "cannot be swept"),
-        (["--lrs", "nan"], "cannot be swept"),
+        (["--lrs", "nan"], "--lrs: found 'nan', expected FIRST:LAST:COUNT"),
         (["--lrs", ","], "no learning rates"),
         ([*LRS, *LRS], "--lrs stands twice"),
         ([*LRS, "--chunk", "0"], "--chunk: found '0'"),

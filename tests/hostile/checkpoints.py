@@ -128,7 +128,7 @@ _SPOILED: dict[str, tuple[str, Callable[[Room], None]]] = {
     "a vocabulary of 1e15": ("checkpoint", _config(vocab_size=10**15)),
     "a vocabulary of 2**70": ("checkpoint", _config(vocab_size=2**70)),
     "1e12 positions": ("checkpoint", _config(n_positions=10**12)),
-    "no layers": ("checkpoint", _config(n_layer=-1)),
+    "no layers": ("optimizer.pt", _config(n_layer=-1)),
     "text as layers": ("checkpoint", _config(n_layer="two")),
     "NaN as layers": ("checkpoint", _file("config.json", '{"model_type": "gpt2", "n_layer": NaN}')),
     "a list as width": ("checkpoint", _config(n_embd=[8])),

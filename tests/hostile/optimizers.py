@@ -132,7 +132,7 @@ _TENSORS: dict[str, tuple[str, Callable[[Room], None]]] = {
     "moments of truths": ("exp_avg", _entry("exp_avg", lambda x: x.bool())),
     "moments of another shape": ("shape", _entry("exp_avg", lambda x: x[:1])),
     "moments that are text": ("exp_avg", _entry("exp_avg", lambda x: "big")),
-    "moments that are missing": ("optimizer.pt", _changed(lambda s: s["state"][0].pop("exp_avg"))),
+    "moments that are missing": ("transformer.wte.weight", _changed(lambda s: s["state"][0].pop("exp_avg"))),
     "moments on meta": ("optimizer.pt", _entry("exp_avg", lambda x: x.to("meta"))),
     "an entry more": ("optimizer.pt", _entry("\x1b[31mevil", lambda x: _tensor(1.0))),
 }

@@ -8,6 +8,8 @@ holds a word, and what is wrong with it:
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
 import resource
@@ -24,20 +26,41 @@ from typing import Any
 PATIENCE, MEMORY = 20.0, 6 * 2**30
 
 
+#: Commands that are run once, in a child, to learn what they import.
+REHEARSED = (
+    ["run", "config.yaml"],
+    ["attribute", "config.yaml"],
+    ["sweep", "config.yaml", "--lrs", "1e-6"],
+    ["sample", "checkpoint", "prompts.txt", "--temperature", "1", "--output", "drawn.parquet", "--max-new-tokens", "2"],
+)
+
+
 class Warm:
     """The template of every room, and the way into one."""
 
     def __init__(self, place: Path) -> None:
         import torch
 
-        from tests.hostile.room import build
+        from funcprobe.cli.main import main
+        from tests.hostile.room import build, copied
 
         torch.set_num_threads(1)
-        _import_everything()
         self.place, self.template, self.count = place, place / "template", 0
         self.template.mkdir()
-        ended = _forked(lambda: build(self.template), place / "built")
+
+        def rehearse() -> None:
+            """Build the template, run every kind of command once, and write down what that imports."""
+            build(self.template)
+            os.chdir(copied(self.template, place / "rehearsal", place / "none").folder)
+            for words in REHEARSED:
+                assert main(words) == 0, words
+            (place / "imported").write_text("\n".join(sys.modules))
+
+        ended = _forked(rehearse, place / "built", 120.0)
         assert ended == 0, (place / "built.err").read_text()
+        for name in (place / "imported").read_text().splitlines():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
 
     def outcome(self, case: Any) -> Any:
         """Return what became of a case."""
@@ -67,17 +90,6 @@ class Warm:
         return Outcome(code, out, err, changed, executed, round(seconds, 2))
 
 
-def _import_everything() -> None:
-    import importlib
-
-    import pyarrow.parquet  # noqa: F401
-
-    from tests.hostile import catalogue  # noqa: F401
-
-    for name in ("run", "sweep", "curve", "attribute", "demo", "sample"):
-        importlib.import_module(f"funcprobe.cli.{name}")
-
-
 def _run(case: Any, room: Any, words: list[str]) -> int:
     """Run a case as the command would, where nothing can be reached and memory is bounded."""
     import socket
@@ -105,7 +117,7 @@ def _run(case: Any, room: Any, words: list[str]) -> int:
     return 0
 
 
-def _forked(do: Callable[[], int | None], name: Path) -> int:
+def _forked(do: Callable[[], int | None], name: Path, patience: float = PATIENCE) -> int:
     """Do something in a child whose output goes to files, and return its exit code; 124 if it takes too long."""
     child = os.fork()
     if child == 0:
@@ -114,7 +126,7 @@ def _forked(do: Callable[[], int | None], name: Path) -> int:
             code = _in_child(do, name)
         finally:
             os._exit(code)
-    ends = time.monotonic() + PATIENCE
+    ends = time.monotonic() + patience
     while time.monotonic() < ends:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
