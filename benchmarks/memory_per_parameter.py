@@ -5,8 +5,8 @@ share as in a 7B model; the slope between them is what a parameter costs, and al
 drops out. What was expected, in bytes (w of the parameters' dtype, 4 or 2): a probe has the gradient (w), then either
 Δθ as a tangent (w, twice where the rounding row is told, as in bfloat16) or θ′ (w), and temporaries of one leaf; the
 backward pass over two microbatches holds two gradients. A curve has a node's θ beside the tangent: w more. An
-attribution holds ∇F besides (w) and carries it through the step in float32 (4). A comparison has a gradient and a
-tangent for every objective.
+attribution holds ∇F besides (w), and then the gradient of one row in place of a tangent. A comparison takes one update
+at a time, since tangents of gigabytes do not share a pass.
 
 After the table: what a full 7.6B model and a 32B LoRA take on one card, from these slopes and the configuration.
 """
@@ -30,6 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import funcprobe as fp
 from funcprobe import tree
+from funcprobe.analysis import compare
 from funcprobe.results.environment import describe_environment
 
 #: (layers, vocabulary): the embedding is 7 % of either model.
@@ -42,7 +43,7 @@ ASKED = {"probe": (12, 8), "sweep": (16, 12), "curve": (16, 12), "attribute": (1
 #: What a card is asked to hold: parameters, those that are trained, and the bytes a parameter of model and state.
 CARDS = {
     "7.6B, full, bfloat16, moments in bfloat16": (7.62e9, 7.62e9, 2, 4),
-    "7.6B, full, bfloat16, moments offloaded": (7.62e9, 7.62e9, 2, 0),
+    "7.6B, full, bfloat16, moments and gradient offloaded": (7.62e9, 7.62e9, 2, -2),
     "32B, LoRA of 134 M, bfloat16 under float32": (32.8e9, 0.134e9, 2, 8),
 }
 
@@ -97,7 +98,7 @@ def verbs(policy: fp.Policy, params: fp.Params) -> dict[str, Callable[[], Any]]:
 
 def peak(verb: str, layers: int, vocabulary: int, dtype: str) -> tuple[int, int]:
     """Return the parameters, and the bytes that a verb needs above model and state at its peak."""
-    tree.KEPT = 0  # as for a tree of gigabytes
+    tree.KEPT = compare.TOGETHER = 0  # as for a tree of gigabytes
     policy, params = fp.from_module(model(layers, vocabulary, getattr(torch, dtype)))
     run = verbs(policy, params)[verb]
     fp.slope(fp.Update.from_delta(policy, params, {n: 1e-3 * p for n, p in params.items()}), rollouts(3))

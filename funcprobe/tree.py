@@ -157,6 +157,16 @@ def size(a: Params) -> int:
     return sum(x.numel() for x in _leaves(a))
 
 
+def bytes_of(a: Params) -> int:
+    """Return the bytes that the leaves take.
+
+    Example:
+        >>> bytes_of({"w": torch.ones(3, dtype=torch.bfloat16)})
+        6
+    """
+    return sum(x.numel() * x.element_size() for x in _leaves(a))
+
+
 def same_keys(a: Leaves, b: Leaves, what: str = "trees") -> None:
     """Check that two trees have the same names and shapes.
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, Unpack
 
+from funcprobe import tree
 from funcprobe.analysis.probe import provenance_of
 from funcprobe.arguments import checked
 from funcprobe.errors import EffectiveSampleSizeError, InputError, NumericsError, placed
@@ -28,6 +29,9 @@ from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.update import Update
 from funcprobe.results.comparison import Comparison
 from funcprobe.types import Observable, Progress, Rollouts
+
+#: Bytes of tangents that share a pass at most; of updates that are larger, each has its gradient only while it is used.
+TOGETHER = 2**30
 
 
 @checked
@@ -52,8 +56,8 @@ def compare(
         evaluation: Rollouts E, drawn at θ, apart from U.
         observables: One, or several by name; by default the entropy, the expected reward where E has rewards, and
             KL(θ′‖θ).
-        chunk: How many updates share a forward-mode pass over E: 1 + 2·chunk forward passes in place of 3·chunk, and
-            memory of tangents that grows with it.
+        chunk: How many updates share a forward-mode pass over E, as long as their tangents take no more than a
+            gibibyte: 1 + 2·chunk forward passes in place of 3·chunk.
         progress: Called as progress(what, done, total).
         **options: See `Options`; rounding, top_k, keep_delta and keep_scores can do nothing here.
 
@@ -69,13 +73,15 @@ def compare(
         raise InputError(f"chunk is {chunk!r}; expected how many updates go together, 1 or more.")
     given = options_of(options, "a comparison", OF_ONE_STEP, rounding=False)
     wanted = _observables(evaluation) if observables is None else observables
-    base = next(iter(several.values()))
+    base = next(iter(updates.values()))
     measurement = Measurement.of(base, evaluation, wanted, given, progress, quiet=True)
     outcomes: dict[str, Outcome] = {}
     shared: FirstOrder | None = None
     names = list(several)
+    chunk = min(chunk, max(1, TOGETHER // max(1, tree.bytes_of(base.params))))
     for start in range(0, len(names), chunk):
-        taken = {name: _taken(measurement, name, several[name]) for name in names[start : start + chunk]}
+        # a gradient that no later update shares goes with its update
+        taken = {name: _taken(measurement, name, several.pop(name)) for name in names[start : start + chunk]}
         if shared is None:
             firsts = first_orders(measurement, base.params, [each.move.delta for each in taken.values()])
             shared = firsts[0] if firsts[0].along is None else None
@@ -131,7 +137,8 @@ def _checked(updates: Mapping[str, Update]) -> dict[str, Update]:
                 "the same policy and the same params; of a checkpoint, run.update(...) and between(run, folder) are."
             )
         known = next((other for other in done.values() if update.shares_gradient(other)), None)
-        done[str(name)] = update if known is None else update.sharing(known)
+        own = update.unheld() if tree.bytes_of(update.params) > TOGETHER else update
+        done[str(name)] = own if known is None else update.sharing(known)
     return done
 
 

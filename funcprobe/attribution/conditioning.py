@@ -16,7 +16,7 @@ from torch import Tensor
 from funcprobe import tree
 from funcprobe.attribution.step_parts import StepParts
 from funcprobe.errors import Note, percent
-from funcprobe.types import Params
+from funcprobe.types import Leaves, Params
 
 #: How many sequences of U are looked into: those that contribute most.
 LOOKED_INTO = 3
@@ -33,7 +33,7 @@ class Concentration(NamedTuple):
     share: float  #: |its part| / Σ|parts| over all entries of all leaves
 
 
-def concentrations(parts: StepParts, direction: Params, contributions: Tensor) -> tuple[Concentration, ...]:
+def concentrations(parts: StepParts, direction: Leaves, contributions: Tensor) -> tuple[Concentration, ...]:
     """Return the entry that carries most, for each of the sequences that contribute most: a gradient of one row each.
 
     Args:
@@ -64,7 +64,7 @@ def cautions(found: Sequence[Concentration], form: str) -> Iterator[Note]:
     )
 
 
-def _of_row(row: int, direction: Params, gradient: Params) -> Concentration:
+def _of_row(row: int, direction: Leaves, gradient: Params) -> Concentration:
     leaf, largest, total = "", -1.0, 0.0
     for name, u in direction.items():
         pieces = zip(tree.pieces(u), tree.pieces(gradient[name]), strict=True)

@@ -81,11 +81,11 @@ def leaf_parts(
     covector: Params,
     delta: Leaves,
     gradient: Gradients,
-    direction: Params,
+    direction: Leaves,
     offsets: Mapping[str, Mapping[str, float]],
 ) -> tuple[LeafPart, ...]:
     """Return every leaf's contribution: ∇F against Δθ, and ∇F carried back through the step against the gradient."""
-    whole, drawn = _dots(covector, delta), _dots(direction, with_zeros(gradient, direction))
+    whole, drawn = _dots(covector, delta), _dots(with_zeros(gradient, covector), direction)
     norms = tree.leaf_norms(delta)
     none: dict[str, float] = dict.fromkeys(delta, 0.0)
     momentum, decay = offsets.get("momentum", none), offsets.get("weight decay", none)

@@ -66,7 +66,7 @@ class StepParts:
         """Return a ∇F carried back through the step."""
         return respond(self.rule, self.params, self.opt_state, self.gradient, covector, self.lr, self.form)
 
-    def pieces(self, table: str) -> Iterator[tuple[str, Params]]:
+    def pieces(self, table: str) -> Iterator[tuple[str, Leaves]]:
         """Yield (label, piece of Δθ) for every row of a table, in the additive form; one exists at a time."""
         if table == "ledger":
             yield "gradient on U", self._moved_by(with_zeros(self.gradient, self.params))
@@ -89,6 +89,6 @@ class StepParts:
             c, self.step.policy, self.params, part, as_training=True, stats=stats, microbatch=self.microbatch
         )
 
-    def _moved_by(self, gradient: Params) -> Params:
+    def _moved_by(self, gradient: Params) -> Leaves:
         """Return `scale ⊙ g_j`: the map from gradients to steps is diagonal, so it is its own transpose."""
         return respond(self.rule, self.params, self.opt_state, self.gradient, gradient, self.lr, "additive").direction

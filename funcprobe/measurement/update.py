@@ -260,6 +260,10 @@ class Update:
         same = a.policy is b.policy and a.objective == b.objective and a.microbatch == b.microbatch
         return same and self.batch is other.batch
 
+    def unheld(self) -> Update:
+        """Return the same update, with whose end its gradient is freed; one that was taken already stays with both."""
+        return self if self._held.loss is not None else replace(self, _held=_Held())
+
     def sharing(self, other: Update) -> Update:
         """Return this update with the other's gradient for its own; see `shares_gradient`."""
         return replace(self, _held=other._held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,8 +180,9 @@ class PureOptimizer:
         lr: float | None = None,
         *,
         as_stored: bool = True,
+        names: Collection[str] | None = None,
     ) -> Iterator[tuple[str, Tensor, Terms]]:
-        """Yield (leaf, gradient, terms) for flat pieces of every leaf, in order: the results of `terms`, cut.
+        """Yield (leaf, gradient, terms) for flat pieces of all leaves, or of some, in order: `terms`, cut.
 
         Where the gradient of a leaf is None, its pieces are 0, terms and all. The gradient is rounded to the dtype of
         its leaf, as an optimizer sees it, unless `as_stored` is false.
@@ -191,6 +192,8 @@ class PureOptimizer:
         """
         hypers = self._leaves(params, lr)
         for name, leaf in params.items():
+            if names is not None and name not in names:
+                continue
             if gradient[name] is None:
                 yield from ((name, torch.zeros_like(theta), still(theta)) for theta in tree.pieces(leaf.detach()))
                 continue

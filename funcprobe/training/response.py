@@ -43,7 +43,7 @@ class Response(NamedTuple):
     """∇F carried back through a step."""
 
     form: Literal["additive", "jacobian"]
-    direction: Params  #: u, in float32 or wider: a part g_j of the raw gradient has the share ⟨u, g_j⟩
+    direction: Leaves  #: u, in float32 or wider: a part g_j of the raw gradient has the share ⟨u, g_j⟩
     offsets: dict[str, dict[str, float]]  #: "momentum" and "weight decay": ⟨∇F_n, offset_n⟩ of every leaf n; or empty
 
 
@@ -102,17 +102,25 @@ def _additive(
     lr: float | None,
     coefficient: float,
 ) -> Response:
-    """Return `coefficient · scale ⊙ ∇F` and ⟨∇F, offset⟩ by leaf, a piece of a leaf at a time in float64."""
-    direction = _empty(params)
+    """Return `coefficient · scale ⊙ ∇F`, leaf by leaf as it is read, and ⟨∇F, offset⟩ by leaf, in float64."""
+
+    def weighed(name: str) -> Tensor:
+        into = _empty({name: params[name]})
+        pieces = optimizer.pieces(params, opt_state, clipped, lr, names=(name,))
+        sides = (tree.pieces(x, params[name].device) for x in (into[name], covector[name]))
+        for (_, _, terms), filled, c in zip(pieces, *sides, strict=True):
+            filled.copy_(coefficient * terms.scale * c.to(terms.scale.device).double())
+        return into[name]
+
     zero = torch.zeros((), dtype=torch.float64)
     offsets = {"momentum": dict.fromkeys(params, zero), "weight decay": dict.fromkeys(params, zero)}
-    into, of = _pieces_of(direction, params), _pieces_of(covector, params)
+    of = _pieces_of(covector, params)
     for name, _, terms in optimizer.pieces(params, opt_state, clipped, lr):
         c = next(of[name]).to(terms.scale.device).double()
-        next(into[name]).copy_(coefficient * terms.scale * c)
         for what, offset in (("momentum", terms.momentum), ("weight decay", terms.decay)):
             offsets[what][name] = offsets[what][name] + (c * offset).sum().cpu()
-    return Response("additive", direction, {what: {n: float(x) for n, x in by.items()} for what, by in offsets.items()})
+    found = {what: {n: float(x) for n, x in by.items()} for what, by in offsets.items()}
+    return Response("additive", tree.Lazy(params, weighed), found)
 
 
 def offsets_of(
