@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _end(str(error), 2)
             except RecursionError:
                 return _end("something that was given is nested too deeply to be read.", 2)
+            except MemoryError:
+                return _end("there is not enough memory for this; give shorter or fewer rows, or a smaller model.", 2)
             except OSError as error:
                 return _end_of_system(error)
             return _end_of_output(streams.flush())
