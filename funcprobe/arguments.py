@@ -71,8 +71,8 @@ KINDS: Mapping[str, _Kind] = {
         "a dict of dtypes by name",
         lambda value: isinstance(value, Mapping) and all(isinstance(x, torch.dtype) for x in value.values()),
     ),
-    "lr": _Kind("a number", _is_number),
-    "lr_max": _Kind("a number", _is_number),
+    "lr": _Kind("a learning rate, which is a number", _is_number),
+    "lr_max": _Kind("a learning rate, which is a number", _is_number),
 }
 
 

@@ -23,9 +23,9 @@ from funcprobe.results.attribution import Attribution
 
 DESCRIPTION = """\
 Take the step that `run` measures, and say which parameters, prompts and tokens
-moved the entropy: every part in the same unit, summing to the first order. Writes
-tables (parquet), charts (PNG) and two pages (HTML) that colour every token of U
-and of E by what it contributed."""
+moved the entropy: every part in the same unit, summing to the first order.
+Writes tables (parquet), charts (PNG) and two pages (HTML) that colour every
+token of U and of E by what it contributed."""
 
 EPILOG = """\
 example:

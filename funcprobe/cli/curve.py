@@ -17,20 +17,21 @@ from funcprobe.results.any_lr import CurveResult
 
 DESCRIPTION = """\
 Measure the step at every learning rate up to one, where the optimizer moves in
-proportion to it: one gradient on U, and derivatives on E at a few learning rates
-between which the scores are interpolated, as many as the tolerance asks for. No
-further pass is made for a learning rate, so that bounds are searched for free.
-Killed half-way, the same command goes on from the derivatives that are done."""
+proportion to it: one gradient on U, and derivatives on E at a few learning
+rates between which the scores are interpolated, as many as the tolerance asks
+for. No further pass is made for a learning rate, so that bounds are searched
+for free. Killed half-way, the same command goes on from the derivatives that
+are done."""
 
 EPILOG = """\
 example:
   funcprobe curve config.yaml --lr-max 1e-3
   funcprobe curve config.yaml --lr-max 1e-4 --tolerance 1e-5 --output my-curve
 
-Sixteen learning rates over four decades are shown and kept. The configuration is
-that of `run`, whose keys may be given here as well (see `funcprobe run --help`);
-lr, rounding, top_k and keep_delta belong to a run and are not looked at. Results
-go to OUTPUT-curve."""
+Sixteen learning rates over four decades are shown and kept. The configuration
+is that of `run`, whose keys may be given here as well (see `funcprobe run
+--help`); lr, rounding, top_k and keep_delta belong to a run and are not looked
+at. Results go to OUTPUT-curve."""
 
 
 def _positive(text: str) -> float:

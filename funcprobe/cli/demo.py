@@ -11,9 +11,10 @@ from funcprobe.cli.options import Option, counted
 from funcprobe.cli.progress import Bars
 
 DESCRIPTION = """\
-Make a small policy with its own tokenizer, train it by supervised and then by RL
-steps, save it as an ordinary checkpoint folder with two rollout files, and run on
-it exactly what `funcprobe run` runs. A second call uses what the first one made."""
+Make a small policy with its own tokenizer, train it by supervised and then by
+RL steps, save it as an ordinary checkpoint folder with two rollout files, and
+run on it exactly what `funcprobe run` runs. A second call uses what the first
+one made."""
 
 
 def _call(given: Namespace) -> None:

@@ -24,18 +24,18 @@ from funcprobe.parallel.environment import is_first
 from funcprobe.visible_text import calm, shortened
 
 DESCRIPTION = """\
-How far does one policy-gradient step move a language model's entropy? funcprobe
-takes the step as a pure function, measures the change on held-out rollouts,
-predicts it by first-order theory, and shows how far to trust either."""
+How far does one policy-gradient step move a language model's entropy?
+funcprobe takes the step as a pure function, measures the change on held-out
+rollouts, predicts it by first-order theory, and shows how far to trust either."""
 
 EPILOG = """\
 commands to begin with:
-  funcprobe demo                            make a small policy and run everything on it
-  funcprobe run config.yaml                 measure one step of your own checkpoint
-  funcprobe run config.yaml --lr 2e-8       the same, with another value of one key
-  funcprobe curve config.yaml --lr-max 1e-4 the same at every learning rate up to there
-  funcprobe attribute config.yaml           which layers, prompts and tokens did it
-  funcprobe run --help                      every key of a configuration"""
+  funcprobe demo                             everything on a small policy
+  funcprobe run config.yaml                  one step of your own checkpoint
+  funcprobe run config.yaml --lr 2e-8        with another value of one key
+  funcprobe curve config.yaml --lr-max 1e-4  at every learning rate up to there
+  funcprobe attribute config.yaml            which prompts and tokens did it
+  funcprobe run --help                       every key of a configuration"""
 
 
 class Registered(NamedTuple):
@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 2 if error.is_shared and not is_first() else _end(str(error), 2)
             except RecursionError:
                 return _end("something that was given is nested too deeply to be read.", 2)
+            except MemoryError:
+                return _end("there is not enough memory for this; give shorter or fewer rows, or a smaller model.", 2)
             except OSError as error:
                 return _end_of_system(error)
             return _end_of_output(streams.flush())

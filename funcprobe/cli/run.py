@@ -16,15 +16,15 @@ from funcprobe.errors import Note
 from funcprobe.results.probe import ProbeResult
 
 DESCRIPTION = """\
-Take one optimizer step on the rollouts U, from the checkpoint and the optimizer
-state of a folder, and measure how far it moves the entropy on the rollouts E.
-Nothing that is read is changed."""
+Take one optimizer step on the rollouts U, from the checkpoint and the
+optimizer state of a folder, and measure how far it moves the entropy on the
+rollouts E. Nothing that is read is changed."""
 
 EPILOG = """\
 The smallest configuration:
-  checkpoint: outputs/checkpoint-500     # Hugging Face or TRL folder with optimizer.pt
-  evaluation: evaluation.parquet         # rollouts E, drawn from this checkpoint
-  batch: batch.parquet                   # rollouts U, apart from E
+  checkpoint: outputs/checkpoint-500  # folder of Hugging Face or TRL
+  evaluation: evaluation.parquet      # rollouts E, drawn from this checkpoint
+  batch: batch.parquet                # rollouts U, apart from E
 
 Every key may be given as --key value, inner ones as --objective.name dapo.
 Paths in the file are relative to the file, those given here to where you are.

@@ -28,19 +28,19 @@ MOST = 1_000_000
 
 DESCRIPTION = """\
 Draw rollouts of a checkpoint for a file of prompts, and write them with the
-sampler's log-probabilities and rewards, ready for `funcprobe run`. A completion
-ends with any end token of the checkpoint: those of its generation_config.json,
-and the tokenizer's."""
+sampler's log-probabilities and rewards, ready for `funcprobe run`. A
+completion ends with any end token of the checkpoint: those of its
+generation_config.json, and the tokenizer's."""
 
 EPILOG = """\
 example:
   funcprobe sample outputs/checkpoint-500 prompts.txt --temperature 1 \\
       --group-size 8 --reward my_rewards:exact_match --output evaluation.parquet
 
-A prompt that is a list of chat messages, [{"role": "user", "content": "..."}], goes
-through the chat template of the checkpoint's own tokenizer (tokenizer_config.json
-or chat_template.jinja), which opens the assistant's turn. Text is encoded as it
-stands, and prompt_ids are taken as they are."""
+A prompt that is a list of chat messages, [{"role": "user", "content": "..."}],
+goes through the chat template of the checkpoint's own tokenizer
+(tokenizer_config.json or chat_template.jinja), which opens the assistant's
+turn. Text is encoded as it stands, and prompt_ids are taken as they are."""
 
 
 def _call(options: Namespace) -> None:

@@ -40,8 +40,8 @@ from what was done."""
 
 EPILOG = """\
 example:
-  funcprobe sweep config.yaml --lrs 1e-8:1e-4:9      # nine, evenly spread by factors
-  funcprobe sweep config.yaml --lrs 1e-6,2e-6,4e-6 --also reward --output my-sweep
+  funcprobe sweep config.yaml --lrs 1e-8:1e-4:9      # nine, spread by factors
+  funcprobe sweep config.yaml --lrs 1e-6,2e-6,4e-6 --output my-sweep
 
 The configuration is that of `run`, whose keys may be given here as well (see
 `funcprobe run --help`); lr, rounding, top_k and keep_delta belong to a run and

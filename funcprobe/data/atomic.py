@@ -191,10 +191,19 @@ def _recover(target: Path) -> None:
     if os.path.lexists(target) or not target.parent.is_dir():
         return
     for replaced in _like(target, rf"\.[a-z0-9_]{{8}}\{_REPLACED}"):
-        finished = (p for p in _like(target, rf"\.[a-z0-9_]{{8}}\{_PARTIAL}") if ownership.is_sealed(p))
+        finished = [p for p in _like(target, rf"\.[a-z0-9_]{{8}}\{_PARTIAL}") if ownership.is_sealed(p)]
+        if any(_is_held(p / ownership.MARKER) for p in finished):
+            return  # a living process is between the two
         for candidate in (*finished, replaced / target.name):
             if candidate.is_dir() and place(candidate, target):
                 return
+
+
+def _is_held(marker: Path) -> bool:
+    lock = _lock(marker)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def _tidy(target: Path, ending: str) -> None:

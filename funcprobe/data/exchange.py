@@ -39,15 +39,21 @@ def exchange(new: Path, target: Path) -> bool:
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C and SIGTERM until the end of the block, so that a folder that is renamed is also known to be."""
-    wanted = {signal.SIGINT, signal.SIGTERM}
-    if not hasattr(signal, "pthread_sigmask") or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():  # which alone runs handlers
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in held:
+        signal.signal(number, lambda number, frame: came.append(number))  # a blocked signal would find another thread
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in held.items():
+            signal.signal(number, handler)
+    for one in came[:1]:
+        signal.raise_signal(one)
 
 
 def _renamed(old: Path, new: Path, flag: int) -> bool:

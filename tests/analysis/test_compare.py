@@ -12,6 +12,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.errors import InputError, NumericsError
+from funcprobe.results.blocks import as_text
 from funcprobe.results.comparison import Comparison
 from tests.cases.comparing import compared, variants
 from tests.cases.probes import Case, E, U, Variant, updates
@@ -143,7 +144,7 @@ def test_what_an_optimizer_or_a_batch_gives_cause_to_say_is_said_of_its_step() -
 
 def test_a_comparison_reads_as_a_table() -> None:
     found = compared(Case("two lines"))
-    text = found.summary()
+    text = as_text(found.blocks(), 400)
     assert text.splitlines()[0].split() == ["update", "entropy", "ΔF", "δF₁", "reward", "ΔF", "kl", "ΔF"]
     assert "minus 'grpo'" in text
     assert f"{found.reading('dapo').change:+.3e} ± {found.reading('dapo').bars['change'].error:.1e}" in text

@@ -366,6 +366,16 @@ def test_help_teaches(words: list[str], parts: list[str], capsys: pytest.Capture
         assert part in out
 
 
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_keeps_to_80_columns(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*filter(None, [name]), "--help"])
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) > 80] == []
+
+
 def test_help_sets_every_command_and_its_meaning_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -170,6 +170,19 @@ def test_the_journal_of_another_sweep_is_refused(
     assert main(["sweep", str(config), *LRS, *ONE_BY_ONE]) == 0
 
 
+def test_forced_the_journal_of_another_sweep_is_put_aside_and_said(
+    world: World, tmp_path: Path, killed: Callable[[list[str]], None]
+) -> None:
+    words = ["sweep", str(world.config(tmp_path)), *LRS, *ONE_BY_ONE]
+    killed(words)
+    kept = (tmp_path / "results-sweep.unfinished.jsonl").read_bytes()
+    assert main([*words, "--objective.epsilon", "0.3", "--force"]) == 0
+    assert (tmp_path / "results-sweep.unfinished-2.jsonl").read_bytes() == kept
+    assert not (tmp_path / "results-sweep.unfinished.jsonl").exists()
+    told = [str(note) for note in SweepResult.load(tmp_path / "results-sweep").warnings]
+    assert any("it was kept as results-sweep.unfinished-2.jsonl" in text for text in told)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -147,6 +147,31 @@ with fresh_directory({str(tmp_path / "out")!r}), fresh_file({str(tmp_path / "fil
     assert names(tmp_path) == [".out.12345678.partial", "file", "moved", "out"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_the_renames_waits_until_the_folder_is_known_to_stand(
+    number: signal.Signals, system: str, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        """Raised by the signal."""
+
+    def stop(*_: object) -> None:
+        raise Stop
+
+    def placed(path: Path) -> None:
+        os.kill(os.getpid(), number)
+        known.append(path)
+
+    known: list[Path] = []
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stop), fresh_directory(tmp_path / "out", placed=placed) as folder:
+            (folder / "one").write_text("new")
+    finally:
+        signal.signal(number, before)
+    assert known == [tmp_path / "out"]
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_link_is_followed_and_what_it_leads_to_replaced(tmp_path: Path) -> None:
     write(tmp_path / "real", "old")
     (tmp_path / "link").symlink_to("real")

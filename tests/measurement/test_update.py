@@ -156,7 +156,7 @@ def test_a_verb_that_needs_more_says_so_in_a_sentence(verb: str) -> None:
 def test_what_does_not_fit_is_refused() -> None:
     c = Case("two lines")
     some = dict(list(c.params.items())[:1])
-    with pytest.raises(InputError, match=r"step is a dict; expected what make_step"):
+    with pytest.raises(InputError, match=r"step is a dict; expected a step, such as make_step"):
         Update.from_step({}, c.params, c.state, U)  # type: ignore[arg-type]
     with pytest.raises(InputError):
         Update.from_delta(c.policy, c.params, some)

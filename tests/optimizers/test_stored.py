@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from funcprobe import tree
 from funcprobe.errors import InputError
 from funcprobe.measurement.move import Move
+from funcprobe.objectives.losses import grpo
 from funcprobe.optimizers.factories import adam, adamw, from_torch, sgd
 from funcprobe.optimizers.groups import Group
 from funcprobe.optimizers.stored import is_stored, storage_name, stored
@@ -20,6 +22,9 @@ from funcprobe.training.step import make_step
 from funcprobe.types import Optimizer, OptState, Params
 from tests.cases.scored import law
 from tests.cases.trees import gradients, leaves
+
+#: A policy of which no model is run here.
+NOBODY: Any = SimpleNamespace(names=(), vocab_size=0, device="cpu")
 
 # eps is a number of float16 where a moment may vanish in it: torch divides by it there
 KINDS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -169,7 +174,7 @@ def test_parts_of_the_step_sum_to_the_exact_update(optimizer: Any) -> None:
     held = stored(optimizer, dict.fromkeys(leaves(torch.float32), torch.bfloat16))
     params, state = advanced(held, at(torch.bfloat16), 2)
     gradient, covector = gradients(params, 3), gradients(params, 4)
-    step = make_step(None, None, held, max_grad_norm=0.5)  # type: ignore[arg-type]
+    step = make_step(NOBODY, grpo(), held, max_grad_norm=0.5)
     update = step.apply(params, state, gradient).delta
     response = respond(step.rule, params, state, gradient, covector)
     parts = float(tree.dot(response.direction, gradient)) + sum(sum(of.values()) for of in response.offsets.values())

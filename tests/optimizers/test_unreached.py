@@ -20,6 +20,9 @@ from tests.cases import models
 from tests.cases.tables import TORCH_CLASSES
 from tests.cases.trees import assert_same, clone
 
+#: A policy of which no model is run here.
+NOBODY: Any = SimpleNamespace(names=(), vocab_size=0, device="cpu")
+
 every = pytest.mark.parametrize("name", TORCH_CLASSES)
 #: Those that move a leaf whose gradient is 0.
 MOVED = [name for name, (_, o) in TORCH_CLASSES.items() if o.get("weight_decay") or o.get("momentum")]
@@ -134,7 +137,7 @@ def test_the_step_answers_to_nothing_there(name: str) -> None:
 @pytest.mark.parametrize("name", ["SGD", "AdamW", "RMSprop"])
 def test_shares_and_offsets_sum_to_the_whole(name: str, clip: float | None) -> None:
     optimizer, params = built(name), drawn(0)
-    step: Any = fp.make_step(None, fp.grpo(), optimizer, clip)  # type: ignore[arg-type]  # no model is run here
+    step: Any = fp.make_step(NOBODY, fp.grpo(), optimizer, clip)
     state = step.apply(params, optimizer.init(params), drawn(1)).opt_state
     gradient, covector = drawn(2, ALONE), tree.cast(drawn(5), torch.float64)
     found, taken = respond(step.rule, params, state, gradient, covector), step.apply(params, state, gradient)
@@ -163,7 +166,7 @@ def test_the_norm_is_that_of_what_is_there() -> None:
     total = float(torch.nn.utils.clip_grad_norm_(list(own.values()), 0.5))
     coefficient, norm = clip_by_global_norm(gradient, 0.5)
     assert norm == pytest.approx(total, rel=1e-6)  # torch sums 38 squares in float32
-    step: Any = fp.make_step(None, fp.grpo(), fp.sgd(0.1), 0.5)  # type: ignore[arg-type]
+    step: Any = fp.make_step(NOBODY, fp.grpo(), fp.sgd(0.1), 0.5)
     clipped, factor, _ = step.rule.clipped(gradient)
     assert factor == coefficient < 1
     assert [n for n, g in clipped.items() if g is None] == list(ALONE)
@@ -182,7 +185,7 @@ def test_none_is_said_explicitly_and_not_of_every_leaf(optimizer: Any) -> None:
         optimizer.apply(params, state, {**drawn(2), "other": None})
     with pytest.raises(InputError, match=r"No leaf has a gradient \(first, unused, last, idle\): the loss depends on"):
         optimizer.apply(params, state, drawn(2, tuple(SHAPES)))
-    step: Any = fp.make_step(None, fp.grpo(), optimizer, 1.0)  # type: ignore[arg-type]
+    step: Any = fp.make_step(NOBODY, fp.grpo(), optimizer, 1.0)
     with pytest.raises(InputError, match="No leaf has a gradient"):
         step.apply(params, state, drawn(2, tuple(SHAPES)))
 

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from funcprobe.report.terminal import console, rendered
 from funcprobe.results.blocks import Block, Column, Figure, Remark, Row, Sentence, Table, as_html, as_text, pairs
@@ -111,6 +112,19 @@ def test_plain_text_is_broken_between_words_and_never_before_a_percent_sign() ->
     assert as_text([cut], 13).splitlines() == ["name  one tw…"]
     whole = table._replace(columns=(Column(), Column()))
     assert as_text([whole], 13).splitlines() == ["name  one two three"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80])
+def test_text_gives_way_and_numbers_never(width: int) -> None:
+    text = "what a long prompt this is, of more than sixty characters and 漢字 as well"
+    columns = (Column("contribution", "right"), Column("share", "right"), Column("who", narrow="cut"))
+    table = Table(columns, (Row(("-1.234567e-04", "12.3 %", text)), Row(("+1.000000e-10", "100.0 %", "a"))))
+    lines = as_text([table], width).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["-1.234567e-04", "+1.000000e-10"]
+    assert all("…" not in line.split("%")[0] for line in lines)
+    assert len(lines) == 3
+    if width >= 40:
+        assert all(cell_len(line) <= width for line in lines)
 
 
 ANYTHING = st.sampled_from([*NASTY, "<b>", "\r", "\x9b1m", "a\nb"]) | st.text(max_size=20)

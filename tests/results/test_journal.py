@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,39 @@ def test_damage_before_the_end_is_said(damage: bytes, tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(InputError, match=r"journal is damaged \(.+\); delete it to begin anew"):
         case().sweep(LRS, journal=path, **QUICK)
+
+
+def altered(lines: list[bytes]) -> list[bytes]:
+    """Return the lines with a digit of a finished point changed: still JSON, still a journal in form."""
+    place = lines[-2].index(b'"lr": ') + len(b'"lr": ')
+    digit = b"2" if lines[-2][place : place + 1] != b"2" else b"3"
+    return [*lines[:-2], lines[-2][:place] + digit + lines[-2][place + 1 :], lines[-1]]
+
+
+def test_a_journal_that_was_altered_or_lost_its_head_is_never_believed(tmp_path: Path) -> None:
+    path, lines = tmp_path / "journal", finished()[0].split(b"\n")
+    path.write_bytes(b"\n".join(altered(lines)))
+    with pytest.raises(InputError, match=r"journal is damaged \(a line has been altered\); delete it to begin anew"):
+        case().sweep(LRS, journal=path, **QUICK)
+    path.write_bytes(b"\n".join(lines[1:]))
+    with pytest.raises(InputError, match=r"journal is not the journal of a sweep; give the name of a new file"):
+        case().sweep(LRS, journal=path, **QUICK)
+
+
+def test_two_processes_never_write_one_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(finished()[0])
+    holder = (
+        f"import fcntl, sys; f = open({str(path)!r}, 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(InputError, match="journal is being written by another sweep; wait for it, or give another"):
+            case().sweep(LRS, journal=path, **QUICK)
+        process.communicate()
+    assert content(case().sweep(LRS, journal=path, **QUICK)) == finished()[1]
 
 
 def test_frozen_weights_are_part_of_the_model(tmp_path: Path) -> None:
