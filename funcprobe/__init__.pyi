@@ -53,6 +53,7 @@ from funcprobe.optimizers.factories import adamw as adamw
 from funcprobe.optimizers.factories import from_torch as from_torch
 from funcprobe.optimizers.factories import sgd as sgd
 from funcprobe.optimizers.stored import stored as stored
+from funcprobe.parallel.batches import gather_rollouts as gather_rollouts
 from funcprobe.policy.module import Policy as Policy
 from funcprobe.policy.module import from_module as from_module
 from funcprobe.policy.sampling import sample as sample

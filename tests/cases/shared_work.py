@@ -10,6 +10,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.errors import FuncprobeError
+from funcprobe.parallel.batches import gather_rollouts
 from funcprobe.parallel.world import world
 from tests.cases import models, routing
 from tests.cases.probes import Case, prompted
@@ -116,3 +117,44 @@ def one_is_killed() -> str:
     except FuncprobeError as error:
         return str(error)
     return "nothing"
+
+
+def parts_of_a_batch() -> Any:
+    """Return the batch that three processes draw, of which the second one has no row."""
+    own = None if world().rank == 1 else prompted(1, 2, seed=world().rank, first=3 + 10 * world().rank)
+    return tuple(gather_rollouts(own))
+
+
+def a_live_ddp_pair() -> dict[str, Any]:
+    """Return how far the step of a DDP trainer is from the update of its batch, and two readings of it."""
+    rank = world().rank
+    model = models.qwen2(torch.float64)
+    live = torch.nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=1e-3, weight_decay=0.1)
+    objective, own = fp.grpo(), prompted(2, 2, seed=5 + rank, first=20 * rank)
+    run = fp.from_training(live, optimizer)
+    batch = gather_rollouts(own)
+    update = run.update(objective, batch)
+    probed, delta = fp.probe(update, E, microbatch=4), update.take().delta
+    before = {name: p.detach().clone() for name, p in run.params.items()}
+    # what the trainer does: a loss on its own rows, whose gradients DDP averages
+    prepared = objective.prepare(own)
+    logits = live(prepared.ids, attention_mask=prepared.attention_mask).logits
+    loss = _grpo_by_hand(logits, prepared)
+    loss.backward()
+    optimizer.step()
+    names = {name.removeprefix("module."): p for name, p in live.named_parameters()}
+    off = max(float((names[n].detach() - before[n] - delta[n]).abs().max()) for n in before)
+    return {"off": off, "change": probed.change, "first order": probed.main.first_order}
+
+
+def _grpo_by_hand(logits: torch.Tensor, rollouts: fp.Rollouts) -> torch.Tensor:
+    """Return GRPO's loss at ratio 1: the mean over rows of the mean over tokens of −A log π."""
+    logp = (logits[:, :-1] / rollouts.temperature[0]).log_softmax(-1)
+    taken = logp.gather(-1, rollouts.ids[:, 1:, None])[..., 0]
+    rows = []
+    for b, (start, mask) in enumerate(zip(rollouts.prompt_lengths.tolist(), rollouts.completion_mask, strict=True)):
+        length = int(mask.sum())
+        assert rollouts.advantages is not None
+        rows.append(-rollouts.advantages[b] * taken[b, start - 1 : start - 1 + length].mean())
+    return torch.stack(rows).mean()
