@@ -213,6 +213,7 @@ def _end_ids(policy: Policy, eos_id: int | Sequence[int] | None) -> list[int]:
     Raises:
         InputError: If one is no token id of the policy.
     """
+    eos_id = eos_id.tolist() if isinstance(eos_id, Tensor) else eos_id
     several = [] if eos_id is None else list(eos_id) if isinstance(eos_id, Iterable) else [eos_id]
     for found in several:
         if isinstance(found, bool) or not hasattr(found, "__index__") or not 0 <= found < policy.vocab_size:

@@ -131,6 +131,13 @@ def test_a_cache_that_forgets_nothing_is_kept() -> None:
     assert not any("whole" in note for note in policy.checks.notes)
 
 
+@pytest.mark.parametrize("given", [torch.tensor(EOS), torch.tensor([EOS]), np.int64(EOS), [EOS]])
+def test_an_end_token_may_come_as_an_array(given: Any) -> None:
+    assert completions(draw(*build("two lines / whole"), eos_id=given)) == completions(
+        draw(*build("two lines / whole"))
+    )
+
+
 def test_without_an_end_token_every_completion_is_full() -> None:
     assert {len(row) for row in completions(draw(*build("gpt2 / cache"), eos_id=None))} == {6}
 
