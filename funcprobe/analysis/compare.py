@@ -26,7 +26,7 @@ from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.move import Move
 from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.outcome import Outcome
-from funcprobe.measurement.update import Update
+from funcprobe.measurement.update import Update, take_gradients
 from funcprobe.results.comparison import Comparison
 from funcprobe.types import Observable, Progress, Rollouts
 
@@ -81,7 +81,11 @@ def compare(
     chunk = min(chunk, max(1, TOGETHER // max(1, tree.bytes_of(base.params))))
     for start in range(0, len(names), chunk):
         # a gradient that no later update shares goes with its update
-        taken = {name: _taken(measurement, name, several.pop(name)) for name in names[start : start + chunk]}
+        own = {name: several.pop(name) for name in names[start : start + chunk]}
+        with measurement.passes.clock("gradient on U"):
+            take_gradients(list(own.values()), progress)
+        taken = {name: _taken(measurement, name, update) for name, update in own.items()}
+        del own
         if shared is None:
             firsts = first_orders(measurement, base.params, [each.move.delta for each in taken.values()])
             shared = firsts[0] if firsts[0].along is None else None

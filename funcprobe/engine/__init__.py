@@ -22,7 +22,7 @@ from funcprobe.engine.forward import (
     second_derivative,
 )
 from funcprobe.engine.kernels import Arithmetic, arithmetic, math_attention
-from funcprobe.engine.reverse import Gradient, ScoresFunction, gradient, pull_back
+from funcprobe.engine.reverse import Gradient, ScoresFunction, Wanted, gradient, gradients, pull_back
 
 __all__ = [
     "Arithmetic",
@@ -31,6 +31,7 @@ __all__ = [
     "Gradient",
     "ScoresFunction",
     "Stats",
+    "Wanted",
     "anchored",
     "arithmetic",
     "contributions",
@@ -44,6 +45,7 @@ __all__ = [
     "each",
     "fields",
     "gradient",
+    "gradients",
     "math_attention",
     "own_pieces",
     "pull_back",

@@ -6,7 +6,7 @@ functions of the old kind, checkpointed blocks and sparse embeddings among it. `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from funcprobe import tree
-from funcprobe.data.rollouts import to_device
+from funcprobe.data.rollouts import take, to_device
 from funcprobe.engine.batches import Stats, detached, fields, finite, gather, pieces, scores
 from funcprobe.engine.forward import cotangents, rows_of
 from funcprobe.engine.kernels import EveryRow, whole_derivative
@@ -30,6 +30,10 @@ from funcprobe.types import Microbatch, Params, Progress, Rollouts, TokenScores
 
 #: A scalar function of scores that also reports: (scores, rollouts) -> (value, info).
 ScoresFunction = Callable[[TokenScores, Rollouts], tuple[Tensor, dict[str, Tensor]]]
+
+
+#: From the scores of a slice, its row indices and its rollouts to its cotangents.
+CotangentsAt = Callable[[TokenScores, Tensor, Rollouts], TokenScores]
 
 
 class Gradient(NamedTuple):
@@ -72,29 +76,75 @@ def gradient(
         NumericsError: If a score is not finite; the message names the sequences.
         ReverseModeError: If the model has no backward pass.
     """
-    rollouts = to_device(rollouts, policy.device)
+    (found,) = gradients(
+        [Wanted(f, rollouts, separable)],
+        policy,
+        params,
+        as_training=as_training,
+        offload=offload,
+        stats=stats,
+        microbatch=microbatch,
+        progress=progress,
+        what=what,
+    )
+    return found
+
+
+class Wanted(NamedTuple):
+    """A scalar function of scores whose gradient is wanted, and its batch."""
+
+    f: ScoresFunction
+    rollouts: Rollouts  #: the rows are those of the others; what f reads beside scores may differ
+    separable: bool = False
+
+
+def gradients(
+    wanted: Sequence[Wanted],
+    policy: Policy,
+    params: Params,
+    *,
+    as_training: bool = True,
+    offload: torch.device | str | None = None,
+    stats: Stats | None = None,
+    microbatch: Microbatch = None,
+    progress: Progress | None = None,
+    what: str = "gradient",
+) -> list[Gradient]:
+    """Return the results of `gradient` for several functions of the scores of one batch, which share forward passes.
+
+    A microbatch is run once, and pulled back through once for each function: one and 2K forward passes in place of 3K.
+    All K gradients exist at once. `stats` are those of all functions.
+
+    Raises:
+        NumericsError: If a score is not finite; the message names the sequences.
+        ReverseModeError: If the model has no backward pass.
+    """
+    wanted = [each._replace(rollouts=to_device(each.rollouts, policy.device)) for each in wanted]
+    rollouts, known = wanted[0].rollouts, None
     if not as_training:
         _check_gradient(policy, params)
-    if separable:
-
-        def cotangents_at(at: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
-            return cotangents(lambda s: f(s, part)[0], at)
-
-    else:
+    if not all(each.separable for each in wanted):
         known = scores(
             policy, params, rollouts, stats=stats, microbatch=microbatch, progress=progress, what=f"{what}: scores"
         )
-        fixed = cotangents(lambda s: f(s, rollouts)[0], known)
-
-        def cotangents_at(at: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
-            return rows_of(fixed, rows, part)
-
     options = _Options(as_training, stats, microbatch, progress, what, offload)
-    pulled, gathered = _pass(cotangents_at, policy, params, rollouts, options)
-    at = gathered if separable else known  # those that the cotangents were taken at: they differ by rounding
-    value, info = f(at, rollouts)
-    unreached = frozenset(params) - pulled.keys()
-    return Gradient(value, _with_zeros(pulled, params), at, info, unreached)
+    ways = [_cotangents_of(each, known) for each in wanted]
+    pulled, gathered = _pass(ways, policy, params, rollouts, options)
+    found = []
+    for each, own in zip(wanted, pulled, strict=True):
+        # those that the cotangents were taken at: they differ by rounding
+        at = gathered if each.separable or known is None else known
+        value, info = each.f(at, each.rollouts)
+        found.append(Gradient(value, _with_zeros(own, params), at, info, frozenset(params) - own.keys()))
+    return found
+
+
+def _cotangents_of(wanted: Wanted, known: TokenScores | None) -> CotangentsAt:
+    """Return the function from a slice's scores to its cotangents: of the slice alone, or its part of the batch's."""
+    if wanted.separable or known is None:
+        return lambda at, rows, _: cotangents(lambda s: wanted.f(s, take(wanted.rollouts, rows))[0], at)
+    fixed = cotangents(lambda s: wanted.f(s, wanted.rollouts)[0], known)
+    return lambda _, rows, part: rows_of(fixed, rows, part)
 
 
 def pull_back(
@@ -121,7 +171,7 @@ def pull_back(
     if not as_training:
         _check_gradient(policy, params)
     options = _Options(as_training, stats, microbatch, progress, what)
-    pulled, _ = _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, rollouts, options)
+    (pulled,), _ = _pass([lambda _, rows, part: rows_of(fixed, rows, part)], policy, params, rollouts, options)
     return _with_zeros(pulled, params)
 
 
@@ -137,28 +187,26 @@ class _Options(NamedTuple):
 
 
 def _pass(
-    cotangents_at: Callable[[TokenScores, Tensor, Rollouts], TokenScores],
-    policy: Policy,
-    params: Params,
-    rollouts: Rollouts,
-    options: _Options,
-) -> tuple[Params, TokenScores]:
-    """Return the sum of all microbatches' pulled-back cotangents, of the leaves that are reached, and the scores."""
-    total: Params = {}
-    ours: set[str] = set()  # names whose entry is a sum of ours, which may be added to in place
+    ways: Sequence[CotangentsAt], policy: Policy, params: Params, rollouts: Rollouts, options: _Options
+) -> tuple[list[Params], TokenScores]:
+    """Return each way's sum of all microbatches' pulled-back cotangents, of leaves that are reached, and the scores."""
+    totals: list[Params] = [{} for _ in ways]
+    ours: list[set[str]] = [set() for _ in ways]  # names whose entry is a sum of ours, which may be added to in place
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
     with phase(options.what):
         for rows, part in pieces(rollouts, options.microbatch, options.progress, options.what):
             run = partial(_score, policy, rollouts=part, options=options)
 
-            def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> TokenScores:
-                return cotangents_at(finite(at, rows, options.what), rows, part)
+            def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> list[TokenScores]:
+                at = finite(at, rows, options.what)
+                return [way(at, rows, part) for way in ways]
 
             part_scores, pulled, flat = _pulled_back(run, params, checked, flat)
             found.append((rows, part_scores))
-            _accumulate(total, pulled, ours, options.offload)
-    return world().summed(total, params, options.offload), gather(found, rollouts)
+            for total, own, more in zip(totals, ours, pulled, strict=True):
+                _accumulate(total, more, own, options.offload)
+    return [world().summed(total, params, options.offload) for total in totals], gather(found, rollouts)
 
 
 def _score(
@@ -187,7 +235,7 @@ def _check_gradient(policy: Policy, params: Params) -> None:
         place = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
         fixed = TokenScores(place.masked_scatter(mask, c[:n]), place.masked_scatter(mask, c[n:]))
         options = _Options(False, None, None, None, "gradient check")
-        pulled, _ = _pass(lambda _, rows, part: rows_of(fixed, rows, part), policy, params, at, options)
+        (pulled,), _ = _pass([lambda _, rows, part: rows_of(fixed, rows, part)], policy, params, at, options)
         return tree.dot(pulled, tree.select(v, pulled)).reshape(1)
 
     if not hold("reverse", policy, params, v, slope, c):
@@ -206,10 +254,10 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 def _pulled_back(
     run: Callable[..., TokenScores],
     params: Params,
-    cotangents_at: Callable[[TokenScores], TokenScores],
+    cotangents_at: Callable[[TokenScores], list[TokenScores]],
     constant_entropy: bool,
-) -> tuple[TokenScores, Params, bool]:
-    """Return a slice's scores, its pulled-back gradient, and whether its entropy had no cotangent.
+) -> tuple[TokenScores, list[Params], bool]:
+    """Return a slice's scores, its pulled-back gradients, and whether its entropy had no cotangent.
 
     Most objectives are functions of logp alone. Once a slice has shown it, the entropy's graph is not built for the
     next one; should that one need it after all, the slice is run again with it.
@@ -219,15 +267,19 @@ def _pulled_back(
         found = run(leaves, constant_entropy=constant_entropy)
         stacked = fields(found)
     at = detached(found)
-    mine = cotangents_at(at)
-    flat = not bool(mine.entropy.any())
+    several = cotangents_at(at)
+    flat = not any(bool(mine.entropy.any()) for mine in several)
     if constant_entropy and not flat:
         return _pulled_back(run, params, cotangents_at, False)
     if not stacked.requires_grad:
-        return at, {}, flat
-    with _backward_errors():
-        pulled = torch.autograd.grad(stacked, list(leaves.values()), fields(mine), allow_unused=True)
-    return at, {n: _dense(g) for n, g in zip(leaves, pulled, strict=True) if g is not None}, flat
+        return at, [{} for _ in several], flat
+    pulled: list[Params] = []
+    for mine in several:
+        kept = len(pulled) + 1 < len(several)  # the graph, for the next one
+        with _backward_errors():
+            of = torch.autograd.grad(stacked, list(leaves.values()), fields(mine), allow_unused=True, retain_graph=kept)
+        pulled.append({n: _dense(g) for n, g in zip(leaves, of, strict=True) if g is not None})
+    return at, pulled, flat
 
 
 def _accumulate(total: Params, more: Params, ours: set[str], device: torch.device | str | None) -> None:

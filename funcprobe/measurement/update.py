@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from funcprobe import tree
 from funcprobe.arguments import checked
 from funcprobe.data.rollouts import overlap
-from funcprobe.errors import InputError, Note, collected_notes
+from funcprobe.errors import FuncprobeError, InputError, Note, collected_notes
 from funcprobe.measurement.line import on_line
 from funcprobe.measurement.move import Move
 from funcprobe.optimizers.groups import check_gradient, check_lr
 from funcprobe.optimizers.stored import is_stored, storage_name
 from funcprobe.policy.module import Policy
 from funcprobe.training.rule import LazyStep, Rule
-from funcprobe.training.step import LossGradient, Step
+from funcprobe.training.step import LossGradient, Step, loss_gradients, share_passes
 from funcprobe.types import Gradients, Leaves, Objective, Optimizer, OptState, Params, Progress, Rollouts, StepResult
 
 #: How much an update knows, from least to most.
@@ -267,6 +269,43 @@ class Update:
     def sharing(self, other: Update) -> Update:
         """Return this update with the other's gradient for its own; see `shares_gradient`."""
         return replace(self, _held=other._held)
+
+
+def take_gradients(updates: Sequence[Update], progress: Progress | None = None) -> None:
+    """Take the gradients of several updates, in passes over U that those of one batch and one θ share.
+
+    An error is left to whoever asks an update for its gradient, and knows the update's name.
+    """
+    waiting = [update for update in updates if update.batch is not None and update._held.loss is None]
+    while waiting:
+        together = [waiting.pop(0)]
+        for update in list(waiting):
+            if _goes_with(update, together):
+                together.append(update)
+                waiting = [other for other in waiting if other is not update]
+        if len(together) > 1:
+            with suppress(FuncprobeError):
+                _take_together(together, progress)
+
+
+def _goes_with(update: Update, others: Sequence[Update]) -> bool:
+    """Return whether an update has another gradient than others, from the same passes."""
+    first = others[0]
+    if update.batch is not first.batch or update.params is not first.params:
+        return False
+    steps = [u.step for u in (*others, update) if u.step is not None]
+    return share_passes(steps) and not any(update._held is other._held for other in others)
+
+
+def _take_together(updates: Sequence[Update], progress: Progress | None) -> None:
+    first, steps = updates[0], [u.step for u in updates if u.step is not None]
+    assert first.batch is not None
+    with collected_notes("gradient"):  # of all; each is told its own
+        losses = loss_gradients(steps, first.params, first.batch, progress)
+    for update, step, loss in zip(updates, steps, losses, strict=True):
+        with collected_notes("gradient") as own:
+            step.caution(first.batch)
+        update._held.loss, update._held.warnings = loss, tuple(own)
 
 
 def _detached(leaves: Leaves) -> Leaves:

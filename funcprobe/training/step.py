@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -24,6 +24,7 @@ from funcprobe.types import (
     Params,
     Progress,
     Rollouts,
+    Statistic,
     StepResult,
     TokenScores,
 )
@@ -125,18 +126,10 @@ class Step:
             InputError: As `gradient`.
             NumericsError: As `gradient`.
         """
-        taken = engine.gradient(
-            self.objective,
-            self.policy,
-            {name: leaf.detach() for name, leaf in params.items()},
-            self.objective.prepare(rollouts),
-            separable=self.objective.separable,
-            stats=self.objective.stats,
-            offload=self.offload,
-            microbatch=self.microbatch,
-            progress=progress,
-            what="gradient",
-        )
+        return loss_gradients([self], params, rollouts, progress)[0]
+
+    def _loss_gradient(self, taken: engine.Gradient, rollouts: Rollouts) -> LossGradient:
+        """Return the gradient that the engine took, checked and with its info."""
         self._caution(rollouts)
         gradient = {name: None if name in taken.unreached else g for name, g in taken.gradient.items()}
         check_reached(gradient)
@@ -145,6 +138,15 @@ class Step:
         mismatch = sampler_mismatch(taken.scores, rollouts)
         sampler = {} if mismatch is None else {"sampler_gap": mismatch.gap, "sampler_ratio": mismatch.ratio}
         return LossGradient(gradient, {**info, **sampler}, taken.scores)
+
+    def caution(self, rollouts: Rollouts) -> None:
+        """Issue the warnings that come with a gradient on a batch, without one.
+
+        Raises:
+            InputError: If the objective cannot use the rollouts.
+        """
+        self.objective.prepare(rollouts)
+        self._caution(rollouts)
 
     def _caution(self, rollouts: Rollouts) -> None:
         terms = () if self.policy.checks is None else self.policy.checks.training
@@ -171,3 +173,42 @@ class Step:
             NumericsError: As `Rule.apply`.
         """
         return self.rule.apply(params, opt_state, gradient, lr, info)
+
+
+def loss_gradients(
+    steps: Sequence[Step], params: Params, rollouts: Rollouts, progress: Progress | None = None
+) -> list[LossGradient]:
+    """Return the result of `Step.loss_gradient` for steps of several objectives, which share the passes over U.
+
+    The steps have one policy, microbatch and place for gradients. A pass over U is one forward pass for all of them and
+    two for each: u + 2u a step, in place of 3u.
+
+    Raises:
+        InputError: If an objective cannot use the rollouts, or no score depends on any leaf.
+        NumericsError: If a score or a gradient is not finite.
+    """
+    first = steps[0]
+    stats: dict[str, Statistic] = {}
+    for step in steps:
+        stats |= step.objective.stats
+    taken = engine.gradients(
+        [engine.Wanted(s.objective, s.objective.prepare(rollouts), s.objective.separable) for s in steps],
+        first.policy,
+        {name: leaf.detach() for name, leaf in params.items()},
+        stats=stats,
+        offload=first.offload,
+        microbatch=first.microbatch,
+        progress=progress,
+        what="gradient",
+    )
+    return [step._loss_gradient(each, rollouts) for step, each in zip(steps, taken, strict=True)]
+
+
+def share_passes(steps: Sequence[Step]) -> bool:
+    """Return whether steps can share the passes over a batch: of one policy, cut alike, with statistics of one mind."""
+    first, known = steps[0], dict[str, Statistic]()
+    return all(
+        (step.policy is first.policy and step.microbatch == first.microbatch and step.offload == first.offload)
+        and all(known.setdefault(name, stat) is stat for name, stat in step.objective.stats.items())
+        for step in steps
+    )
