@@ -169,3 +169,21 @@ def reaching(ids: list[int], n: int = 6, seed: int = 0) -> fp.Rollouts:
     advantages = torch.randn(n, generator=g, dtype=torch.float64).tolist()
     prompts = [[ids[row % 3 % len(ids)]] for row in range(n)]
     return fp.rollouts_from_lists(prompts, drawn, temperature=1.0, advantages=advantages)
+
+
+def in_accelerates_bfloat16(module: nn.Module) -> nn.Module:
+    """Return a module as accelerate prepares it for bfloat16, whatever else the process has had it prepare.
+
+    Its settings belong to the process: where a trainer of another test has made them, others are refused.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    settings = AcceleratorState._shared_state
+    kept = dict(settings)
+    settings.clear()
+    try:
+        return Accelerator(mixed_precision="bf16", cpu=True).prepare(module)
+    finally:
+        settings.clear()
+        settings.update(kept)

@@ -48,9 +48,7 @@ def test_constants_in_float32_are_no_precision() -> None:
 
 
 def test_autocast_of_accelerate_is_kept() -> None:
-    from accelerate import Accelerator
-
-    module = Accelerator(mixed_precision="bf16", cpu=True).prepare(models.qwen2())
+    module = models.in_accelerates_bfloat16(models.qwen2())
     policy, params = fp.from_module(module)
     rollouts = models.rollouts()
     low = torch.finfo(torch.bfloat16).eps
