@@ -20,7 +20,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,7 +119,8 @@ def measured(verb: str, dtype: str) -> dict[str, Any]:
             raise RuntimeError(f"{verb} in {dtype} failed: {done.stderr.strip().splitlines()[-1:]}")
         found.append(json.loads(done.stdout.splitlines()[-1]))
     (small, low), (large, high) = found
-    return {"verb": verb, "dtype": dtype, "peaks": found, "bytes a parameter": (high - low) / (large - small)}
+    slope = (high - low) / (large - small)
+    return {"verb": verb, "dtype": dtype, "peaks": found, "bytes a parameter": slope, "commit": record.commit()}
 
 
 def main() -> None:
@@ -133,6 +133,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(peak(*options.one)))
         return
+    path = record.RESULTS / "memory_per_parameter.json"
+    known = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    kept = [{"commit": known.get("commit"), **row} for row in known["rows"] if row["verb"] not in options.verbs]
     rows = [measured(verb, dtype) for verb in options.verbs for dtype in DTYPES]
     cost = {(row["verb"], row["dtype"]): row["bytes a parameter"] for row in rows}
     cells = [
@@ -141,9 +144,9 @@ def main() -> None:
     ]
     comparing.show("bytes a parameter above model and Adam state", ("verb", *DTYPES), cells)
     comparing.show("gigabytes on a card, activations apart", ("model", *options.verbs), _cards(options.verbs, cost))
-    path = record.RESULTS / "memory_per_parameter.json"
-    if set(options.verbs) == set(ASKED):
-        record.write(Path(path), "memory_per_parameter", {}, describe_environment(torch.device("cpu"), {}, None), rows)
+    # verbs that were not measured now keep their rows, and the commit that these are of
+    environment = describe_environment(torch.device("cpu"), {}, None)
+    record.write(path, "memory_per_parameter", {}, environment, [*kept, *rows])
 
 
 def _cards(chosen: list[str], cost: dict[tuple[str, str], float]) -> list[list[str]]:
