@@ -25,6 +25,7 @@ Layers, each importing only from those above it in this table and from `types`, 
     attribution   contributions of parameters, prompts and tokens to δF₁
     results       the results of the verbs: to be read, printed, saved and loaded
     analysis      the verbs (probe, sweep, compare, attribute, ...), one a file
+    live          the ledger of a run in progress
     report        tables, figures and pages
     cli           the command line
     compat        the stateful system's names, thin on top

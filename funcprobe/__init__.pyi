@@ -33,6 +33,8 @@ from funcprobe.estimators.observables import entropy as entropy
 from funcprobe.estimators.observables import entropy_family as entropy_family
 from funcprobe.estimators.returns import expected_reward as expected_reward
 from funcprobe.estimators.returns import mean_length as mean_length
+from funcprobe.live.books import Books as Books
+from funcprobe.live.ledger import Ledger as Ledger
 from funcprobe.measurement.readings import Reading as Reading
 from funcprobe.measurement.update import Update as Update
 from funcprobe.objectives.losses import bnpo as bnpo

@@ -12,7 +12,7 @@ the gradient, and ∇F is carried back through it to a direction u: a part g_j o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -131,15 +131,40 @@ def offsets_of(
     Raises:
         InputError: If the optimizer has no additive form.
     """
+    found = {what: nothing(params) for what in ("momentum", "weight decay")}
+    add_parts(found, rule, params, opt_state, gradient, lr)
+    return found
+
+
+@torch.no_grad()
+def add_parts(
+    into: Mapping[str, Params],
+    rule: Rule,
+    params: Params,
+    opt_state: OptState,
+    gradient: Gradients,
+    lr: float | None = None,
+) -> None:
+    """Add the parts of Δθ to trees in float32 or wider: those of "gradient on U", "momentum", "weight decay" in `into`.
+
+    "gradient on U" is `scale ⊙ g`; see the module. The trees are changed in place, piece by piece.
+
+    Raises:
+        InputError: If the optimizer has no additive form.
+    """
     if not isinstance(rule.optimizer, PureOptimizer):
         raise InputError(f"{_name(rule.optimizer)} has no additive form: its step is not offset + scale ⊙ g.")
     clipped, _, _ = rule.clipped(gradient)
-    found = {what: _empty(params) for what in ("momentum", "weight decay")}
-    into = {what: _pieces_of(of, params) for what, of in found.items()}
-    for name, _, terms in rule.optimizer.pieces(params, opt_state, clipped, lr):
-        next(into["momentum"][name]).copy_(terms.momentum)
-        next(into["weight decay"][name]).copy_(terms.decay)
-    return found
+    filled = {what: _pieces_of(of, params) for what, of in into.items()}
+    for name, g, terms in rule.optimizer.pieces(params, opt_state, clipped, lr):
+        of = {"momentum": terms.momentum, "weight decay": terms.decay}
+        for what, pieces in filled.items():
+            next(pieces[name]).add_(terms.scale * g if what == "gradient on U" else of[what])
+
+
+def nothing(params: Params) -> Params:
+    """Return a tree of zeros of the parameters' shapes, in float32 or wider."""
+    return {name: x.zero_() for name, x in _empty(params).items()}
 
 
 def _empty(params: Params) -> Params:
