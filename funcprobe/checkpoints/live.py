@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class LivePair(Checkpoint):
     """A checkpoint that shares storage with a model in training."""
 
     leaves: Mapping[str, nn.Parameter] = field(default_factory=dict, repr=False)  #: the module's own, with their .grad
+    module: nn.Module | None = field(default=None, repr=False)  #: the live module, unwrapped
 
     def update_from_grad(self, *, lr: float | None = None, max_grad_norm: float | None = None) -> Update:
         """Return the update that the optimizer is about to make of `.grad`, as it stands now.
@@ -44,6 +45,21 @@ class LivePair(Checkpoint):
         gradient = {name: None if p.grad is None else p.grad.detach() for name, p in self.leaves.items()}
         moved = {name: g if g is None else g.to(self.params[name].device) for name, g in gradient.items()}
         return Update.from_gradient(self.policy, optimizer, self.params, state, moved, lr, max_grad_norm)
+
+    def again(self, optimizer: torch.optim.Optimizer) -> LivePair:
+        """Return the pair as it is at this moment, with the same policy: learning rates and moments are read anew.
+
+        The copy of the module has proved itself once; this is what a training loop calls at every step.
+
+        Raises:
+            CheckpointError: If the optimizer is not that of the module, or one that is not read.
+        """
+        assert self.module is not None
+        device = self.policy.device
+        params = {name: p.detach().to(device) for name, p in self.leaves.items()}
+        elsewhere = any(p.device != device for p in self.leaves.values())
+        pure, state = _read(_inner(optimizer), self.module, params, device if elsewhere else None)
+        return replace(self, params=params, optimizer=pure, opt_state=state)
 
 
 def from_training(
@@ -71,9 +87,9 @@ def from_training(
     own = dict(module.named_parameters())
     leaves = {name: own[name] for name in params}
     if optimizer is None:
-        return LivePair(policy, params, leaves=leaves)
+        return LivePair(policy, params, leaves=leaves, module=module)
     pure, state = _read(_inner(optimizer), module, params, device)
-    return LivePair(policy, params, pure, state, leaves=leaves)
+    return LivePair(policy, params, pure, state, leaves=leaves, module=module)
 
 
 def _read(

@@ -20,7 +20,8 @@ micro-batches of a step, and `on_pre_optimizer_step` the model and the optimizer
 Nothing here imports trl: inputs are mappings of tensors, and a configuration is any object with its fields.
 """
 
-from funcprobe.integrations.trl_batches import rollouts_from_trl
+from funcprobe.integrations.trl_batches import evaluation_from_trl, rollouts_from_trl
+from funcprobe.integrations.trl_ledger import LedgerCallback
 from funcprobe.integrations.trl_objectives import objective_from_config
 
-__all__ = ["objective_from_config", "rollouts_from_trl"]
+__all__ = ["LedgerCallback", "evaluation_from_trl", "objective_from_config", "rollouts_from_trl"]

@@ -76,6 +76,36 @@ def rollouts_from_trl(
     return validate(found._replace(advantages=advantages if advantages.ndim == 1 else advantages[:, :width]))
 
 
+def evaluation_from_trl(
+    inputs: Inputs | Sequence[Inputs],
+    *,
+    temperature: float,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    max_length: int | None = None,
+) -> Rollouts:
+    """Return the rollouts of a generation as E: what the policy drew, whatever of it the loss leaves out.
+
+    `mask_truncated_completions` empties the rows of completions that reached `max_length` without an end; they were
+    drawn all the same, and E without them would be one of short completions. Advantages stay behind.
+
+    Raises:
+        InputError: As `rollouts_from_trl`.
+    """
+    whole = [_with_truncated(batch, max_length) for batch in micro_batches(inputs)]
+    drawn = rollouts_from_trl(whole, temperature=temperature, top_p=top_p, top_k=top_k)
+    return drawn._replace(advantages=None)
+
+
+def _with_truncated(batch: Inputs, max_length: int | None) -> Inputs:
+    """Return a micro-batch in which rows that were emptied for their length have their tokens again."""
+    mask = batch["completion_mask"]
+    if max_length is None or mask.shape[1] < max_length:
+        return batch
+    emptied = mask.sum(1, keepdim=True) == 0
+    return {**batch, "completion_mask": torch.where(emptied, torch.ones_like(mask), mask)}
+
+
 def micro_batches(inputs: Inputs | Sequence[Inputs]) -> list[Inputs]:
     """Return the micro-batches of one optimizer step as a list, each with the fields that a batch needs.
 

@@ -81,10 +81,11 @@ def _share(value: float, whole: float) -> str:
 def _closing(closing: Closing, unit: str) -> str:
     within = abs(closing.error) / closing.error_bar if closing.error_bar else math.inf
     seen = f"{closing.seen:+.4e} ± {closing.seen_error:.1e} {unit}"
+    where = f"from step {closing.start.step} to {closing.end.step}"
     told = (
         f"The books of {closing.observable}: the windows sum to {closing.total.change:+.4e} ± "
-        f"{closing.total.error:.1e}, and from step {closing.start.step} to {closing.end.step} it went by {seen} on "
-        f"other rollouts. Closing error {closing.error:+.1e}, {within:.1f} standard errors"
+        f"{closing.total.error:.1e}; {where} the values at its ends differ by {seen}. Closing error "
+        f"{closing.error:+.1e}, {within:.1f} standard errors"
     )
     missing = f"; {closing.missing} steps in between are in no window" if closing.missing else ""
     return f"{told}{missing}."

@@ -26,6 +26,7 @@ from typing import Any, Literal, Unpack
 
 import torch
 
+from funcprobe import engine
 from funcprobe.arguments import checked
 from funcprobe.attribution.parameter_parts import PARAMETER_TABLES, rolled_up
 from funcprobe.data.rollouts import split
@@ -38,6 +39,7 @@ from funcprobe.live.marks import value_at
 from funcprobe.live.opened import Told, opened
 from funcprobe.live.steps import Steps, split_of
 from funcprobe.live.window import Lost, Mark, Window
+from funcprobe.measurement.measure import LOW_PRECISION
 from funcprobe.measurement.measurement import Observables
 from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.update import Update
@@ -66,7 +68,8 @@ class Ledger:
         draw: Draws E from θ, in place of the trainer's generations: a fixed set of prompts, say.
         on_error: Whether a window that cannot be measured is a line that says so ("warn"), or raises.
         progress: Called as progress(what, done, total).
-        **options: See `Options`. mode is "reverse", the cheapest: four forward passes over E a window.
+        **options: See `Options`. mode is "reverse", the cheapest (four forward passes over E a window), and "auto" where
+            the model's arithmetic is coarser than float32, in which a subtraction would drown.
 
     Raises:
         InputError: If an option is out of range, or the folder is another run's.
@@ -96,6 +99,7 @@ class Ledger:
         self.policy, self.every, self.rows, self.open_every = policy, every, rows, open_every
         self.tokens, self.tokenizer, self.draw = tokens, tokenizer, draw
         self.on_error, self.progress = on_error, progress
+        self._cheapest = "mode" not in options
         self.options = options_of({"mode": "reverse", "rounding": False, **options}, "a ledger", OF_ONE_STEP[1:])
         self.observables = observables_of(observables)
         self._log = Log(folder)
@@ -111,6 +115,12 @@ class Ledger:
     def books(self) -> Books:
         """The lines so far."""
         return Books.of(self._log.lines)
+
+    @property
+    def opens(self) -> bool:
+        """Whether the steps of this moment are to be opened to their tokens, so that they have to know their batch."""
+        last, number = self._generations == self.every, len(self._log.lines.windows)
+        return self._steps is not None and self.open_every > 0 and last and number % self.open_every == 0
 
     def generation(self, params: Params, rollouts: Rollouts | None = None) -> Window | None:
         """Take the rollouts that were drawn from θ at this moment: they close a window, which is returned, or open one.
@@ -156,11 +166,12 @@ class Ledger:
             if self._steps is None:  # steps before the first generation that the ledger saw
                 self._next += 1
                 return
-            self._steps.take(update, self._next)
-            batch = update if update.depth == "batch" else of_batch
-            if batch is not None and self._opens():
-                self._steps.keep(batch, _as_used(batch if update.depth == "delta" else update), self._next)
-            self._next += 1
+            number, self._next = self._next, self._next + 1
+            with self._guarded(f"Step {number}", self._steps):
+                self._steps.take(update, number)
+                batch = update if update.depth == "batch" else of_batch
+                if batch is not None and self.opens:
+                    self._steps.keep(batch, _as_used(batch if update.depth == "delta" else update), number)
 
     def after_step(self, params: Params | None = None) -> None:
         """Hold what the trainer made of the step against our own: one leaf, another one every time.
@@ -232,11 +243,6 @@ class Ledger:
         elif step is not None and step != self._next:
             raise InputError(f"Step {step} came after step {self._next - 1}; steps are counted on, one by one.")
 
-    def _opens(self) -> bool:
-        """Return whether steps of this moment are opened when the window closes."""
-        last_generation = self._generations == self.every
-        return self.open_every > 0 and last_generation and len(self._log.lines.windows) % self.open_every == 0
-
     def _open_window(self, params: Params) -> None:
         self._steps, self._generations = Steps.since(params, self._next or 0), 1
 
@@ -245,6 +251,8 @@ class Ledger:
         assert steps is not None
         with self._guarded(f"The window of steps {steps.first} to {steps.last}", steps):
             evaluation = self._chosen(params, rollouts)
+            if self._cheapest and engine.arithmetic(self.policy, params).eps > LOW_PRECISION:
+                self.options = replace(self.options, mode="auto")  # where a subtraction would drown
             back = look_back(
                 self.policy, params, steps.before, evaluation, self.observables, self.options, self.progress
             )
@@ -327,6 +335,7 @@ class Ledger:
                 raise
             if steps is not None:
                 self._log.add(Lost(steps.first, steps.last, message(str(error))))
+                self._steps = None
             warnings.warn(f"{what} is not in the ledger: {error}", FuncprobeWarning, stacklevel=5)
 
 
