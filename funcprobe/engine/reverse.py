@@ -16,7 +16,7 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.data.rollouts import take, to_device
-from funcprobe.engine.batches import Stats, detached, fields, finite, gather, pieces, scores
+from funcprobe.engine.batches import Stats, detached, fields, finite, gather, in_order, own_pieces, pieces, scores
 from funcprobe.engine.forward import cotangents, rows_of
 from funcprobe.engine.kernels import EveryRow, whole_derivative
 from funcprobe.engine.tangent import few, hold, values, zeros_of
@@ -63,9 +63,10 @@ def gradient(
     """Return `f(scores)` and its gradient in the parameters, by reverse mode.
 
     `∂f/∂θ = Σ_microbatches (∂s/∂θ)ᵀ ∂f/∂s`. In general the cotangents `∂f/∂s` depend on every score, so a pass
-    without gradients comes first. A *separable* f (the value of a batch is the sum of its slices' values) takes its
-    cotangents from the slice at hand, and one pass does. `as_training` leaves out the row `padding_idx` of an
-    embedding, as torch's backward pass does; without it the gradient is the derivative, whatever the policy reads.
+    without gradients comes first, unless the batch is run in one piece. A *separable* f (the value of a batch is the
+    sum of its slices' values) takes its cotangents from the slice at hand, and one pass does. `as_training` leaves out
+    the row `padding_idx` of an embedding, as torch's backward pass does; without it the gradient is the derivative,
+    whatever the policy reads.
 
     A leaf that no score of the batch depends on (an expert that no token reaches, an adapter that is not active) is
     `unreached`: a training loop leaves its `.grad` None, which is another thing than 0.
@@ -123,7 +124,7 @@ def gradients(
     rollouts, known = wanted[0].rollouts, None
     if not as_training:
         _check_gradient(policy, params)
-    if not all(each.separable for each in wanted):
+    if not all(each.separable for each in wanted) and not _in_one_piece(rollouts, microbatch):
         known = scores(
             policy, params, rollouts, stats=stats, microbatch=microbatch, progress=progress, what=f"{what}: scores"
         )
@@ -141,10 +142,21 @@ def gradients(
 
 def _cotangents_of(wanted: Wanted, known: TokenScores | None) -> CotangentsAt:
     """Return the function from a slice's scores to its cotangents: of the slice alone, or its part of the batch's."""
-    if wanted.separable or known is None:
+    if wanted.separable:
         return lambda at, rows, _: cotangents(lambda s: wanted.f(s, take(wanted.rollouts, rows))[0], at)
-    fixed = cotangents(lambda s: wanted.f(s, wanted.rollouts)[0], known)
+
+    def of_batch(whole: TokenScores) -> TokenScores:
+        return cotangents(lambda s: wanted.f(s, wanted.rollouts)[0], whole)
+
+    if known is None:  # the slice is the batch, in another order of rows
+        return lambda at, rows, part: rows_of(of_batch(in_order([(rows, at)], wanted.rollouts)), rows, part)
+    fixed = of_batch(known)
     return lambda _, rows, part: rows_of(fixed, rows, part)
+
+
+def _in_one_piece(rollouts: Rollouts, microbatch: Microbatch) -> bool:
+    """Return whether this process runs the whole batch at once, so that its scores are known when they are needed."""
+    return world().size == 1 and len(own_pieces(rollouts, microbatch)) == 1
 
 
 def pull_back(

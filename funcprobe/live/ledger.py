@@ -68,8 +68,8 @@ class Ledger:
         draw: Draws E from θ, in place of the trainer's generations: a fixed set of prompts, say.
         on_error: Whether a window that cannot be measured is a line that says so ("warn"), or raises.
         progress: Called as progress(what, done, total).
-        **options: See `Options`. mode is "reverse", the cheapest (four forward passes over E a window), and "auto" where
-            the model's arithmetic is coarser than float32, in which a subtraction would drown.
+        **options: See `Options`. mode is "reverse", the cheapest (four forward passes over E a window), and "auto"
+            where the model's arithmetic is coarser than float32, in which a subtraction would drown.
 
     Raises:
         InputError: If an option is out of range, or the folder is another run's.

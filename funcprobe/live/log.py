@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
-from funcprobe.data.locks import lock_own
+from funcprobe.data.locks import held
 from funcprobe.data.paths import path_of
 from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.live.window import Lost, Mark, Window
@@ -81,7 +82,9 @@ class Log:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; a ledger is a folder, so give the name of one.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = _opened(self.folder / FILE)
+        self._lock = _locked(self.folder)
+        self._file = (self.folder / FILE).open("ab", buffering=0)
+        self._end = weakref.finalize(self, _close, self._file, self._lock)
         self.lines, whole = _read(self.folder / FILE)
         os.truncate(self._file.fileno(), whole)
         self._waiting: list[bytes] = []
@@ -100,14 +103,14 @@ class Log:
 
     def close(self) -> int:
         """Close the file and return how many lines could not be written."""
-        self._file.close()
+        self._end()
         return len(self._waiting)
 
     def _append(self, text: bytes) -> None:
         end = self._file.seek(0, os.SEEK_END)
         try:
-            self._file.write(text)
-            self._file.flush()
+            while text:
+                text = text[self._file.write(text) :]  # a disk that fills up takes a part, and only then complains
             os.fsync(self._file.fileno())
         except OSError:
             os.truncate(self._file.fileno(), end)  # half a line would spoil the next
@@ -142,17 +145,25 @@ def read_lines(folder: str | os.PathLike[str]) -> Lines:
     return _read(file)[0]
 
 
-def _opened(path: Path) -> IO[bytes]:
-    """Return the file, which no other process has open.
+def _locked(folder: Path) -> int | None:
+    """Lock the folder, and return the descriptor that holds it; None where its file system knows no locks.
 
     Raises:
-        InputError: If one has.
+        InputError: If another run has it.
     """
-    file = path.open("r+b" if path.exists() else "x+b", buffering=0)
-    if not lock_own(file.fileno()):
-        file.close()
-        raise InputError(f"{path} is being written by another run; give its ledger a folder of its own.")
-    return file
+    try:
+        lock = held(folder)
+    except OSError:
+        return None
+    if lock is None:
+        raise InputError(f"{folder} is being written by another run; give its ledger a folder of its own.")
+    return lock
+
+
+def _close(file: IO[bytes], lock: int | None) -> None:
+    file.close()
+    if lock is not None:
+        os.close(lock)
 
 
 def _read(path: Path) -> tuple[Lines, int]:

@@ -89,8 +89,14 @@ class Window:
 
     @property
     def remainder(self) -> float:
-        """ΔF − δF₁ of the first observable: by how much the steps are not linear."""
-        return self.main.remainder
+        """The first observable's ΔF less the rows of its split: by how much the steps are not linear."""
+        return self.main.change - math.fsum(self.split.values())
+
+    @property
+    def completeness(self) -> float:
+        """How far the rows are from δF₁, relative to their size: rounding of two ways to one number."""
+        size = math.fsum(map(abs, self.split.values()))
+        return abs(math.fsum(self.split.values()) - self.main.first_order) / size if size else 0.0
 
 
 @dataclass(frozen=True)
