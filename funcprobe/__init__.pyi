@@ -33,7 +33,6 @@ from funcprobe.estimators.observables import entropy as entropy
 from funcprobe.estimators.observables import entropy_family as entropy_family
 from funcprobe.estimators.returns import expected_reward as expected_reward
 from funcprobe.estimators.returns import mean_length as mean_length
-from funcprobe.live.books import Books as Books
 from funcprobe.live.ledger import Ledger as Ledger
 from funcprobe.measurement.readings import Reading as Reading
 from funcprobe.measurement.update import Update as Update
@@ -62,6 +61,7 @@ from funcprobe.policy.sampling import sample as sample
 from funcprobe.policy.scoring import score as score
 from funcprobe.results.any_lr import CurveResult as CurveResult
 from funcprobe.results.attribution import Attribution as Attribution
+from funcprobe.results.books import Books as Books
 from funcprobe.results.comparison import Comparison as Comparison
 from funcprobe.results.loading import load as load
 from funcprobe.results.probe import ProbeResult as ProbeResult

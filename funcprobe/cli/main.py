@@ -55,6 +55,7 @@ COMMANDS = {
     "curve": Registered("funcprobe.cli.curve", "measure it at every learning rate up to one"),
     "attribute": Registered("funcprobe.cli.attribute", "say which parameters, prompts and tokens did it"),
     "demo": Registered("funcprobe.cli.demo", "run everything on a policy made on the spot"),
+    "ledger": Registered("funcprobe.cli.ledger", "sum up the ledger of a training run"),
     "sample": Registered("funcprobe.cli.sample", "draw rollouts of a checkpoint"),
 }
 

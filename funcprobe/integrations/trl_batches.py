@@ -84,7 +84,7 @@ def evaluation_from_trl(
     top_k: int | None = None,
     max_length: int | None = None,
 ) -> Rollouts:
-    """Return the rollouts of a generation as E: what the policy drew, whatever of it the loss leaves out.
+    """Return the rollouts of a generation as E: all that the policy drew, with rows that the loss leaves out.
 
     `mask_truncated_completions` empties the rows of completions that reached `max_length` without an end; they were
     drawn all the same, and E without them would be one of short completions. Advantages stay behind.

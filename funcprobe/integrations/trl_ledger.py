@@ -28,7 +28,6 @@ from funcprobe.checkpoints.live import LivePair, from_training
 from funcprobe.errors import FuncprobeError, FuncprobeWarning, InputError, missing_extra
 from funcprobe.integrations.trl_batches import Inputs, evaluation_from_trl, rollouts_from_trl
 from funcprobe.integrations.trl_objectives import objective_from_config
-from funcprobe.live.books import Books
 from funcprobe.live.ledger import Draw, Ledger
 from funcprobe.measurement.measurement import Observables
 from funcprobe.measurement.options import Given
@@ -36,6 +35,7 @@ from funcprobe.measurement.update import Update
 from funcprobe.parallel.batches import gather_rollouts
 from funcprobe.parallel.world import world
 from funcprobe.policy.module import Policy
+from funcprobe.results.books import Books
 from funcprobe.types import Rollouts
 
 try:
@@ -48,7 +48,7 @@ Drawing = Callable[[Policy], Draw]
 
 
 class LedgerCallback(TrainerCallback):
-    """The ledger of a GRPOTrainer's or RLOOTrainer's run; see `Ledger` for what is kept.
+    """The ledger of a GRPOTrainer's or RLOOTrainer's run; see `Ledger`.
 
     Training is left as it is: parameters, moments, random numbers and logs have the bits that they have without it.
     What the ledger cannot do ends the ledger, in one warning, and not the run.
@@ -91,7 +91,7 @@ class LedgerCallback(TrainerCallback):
         return self._books if self.ledger is None else self.ledger.books
 
     def watch(self, trainer: Any) -> LedgerCallback:
-        """See the batches that a trainer trains on, and be called by it; returns this callback.
+        """Look at the batches that a trainer trains on, be called by it, and return this callback.
 
         Raises:
             InputError: If the trainer has no compute_loss.
@@ -130,13 +130,13 @@ class LedgerCallback(TrainerCallback):
                 )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin a step: what it is trained on comes now."""
+        """Look out for the batches of a step, which come now."""
         self._seen, self._steps = [], state.global_step
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        """Close a window where the step's batch is of a new generation, and take the step."""
+        """Give the ledger the step, and before it the rollouts of a new generation."""
         with self._ending():
             if self._ended:
                 return
@@ -161,7 +161,7 @@ class LedgerCallback(TrainerCallback):
             self.ledger.note(logs or {})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the books."""
+        """End the ledger."""
         with self._ending():
             if self.ledger is not None:
                 self._books = self.ledger.close()

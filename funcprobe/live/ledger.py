@@ -32,19 +32,20 @@ from funcprobe.attribution.parameter_parts import PARAMETER_TABLES, rolled_up
 from funcprobe.data.rollouts import split
 from funcprobe.errors import FuncprobeError, FuncprobeWarning, InputError
 from funcprobe.live import tables
-from funcprobe.live.books import Books
-from funcprobe.live.log import Log, Resumed
+from funcprobe.live.log import Log
 from funcprobe.live.looking_back import LookedBack, look_back, observables_of
 from funcprobe.live.marks import value_at
 from funcprobe.live.opened import Told, opened
 from funcprobe.live.steps import Steps, split_of
-from funcprobe.live.window import Lost, Mark, Window
 from funcprobe.measurement.measure import LOW_PRECISION
 from funcprobe.measurement.measurement import Observables
 from funcprobe.measurement.options import OF_ONE_STEP, Given, options_of
 from funcprobe.measurement.update import Update
 from funcprobe.policy.module import Policy
+from funcprobe.results.books import Books
+from funcprobe.results.ledger_lines import Resumed
 from funcprobe.results.provenance import BatchCounts
+from funcprobe.results.window import Lost, Mark, Window
 from funcprobe.types import Gradients, Params, Progress, Rollouts
 from funcprobe.visible_text import message
 
@@ -174,7 +175,7 @@ class Ledger:
                     self._steps.keep(batch, _as_used(batch if update.depth == "delta" else update), number)
 
     def after_step(self, params: Params | None = None) -> None:
-        """Hold what the trainer made of the step against our own: one leaf, another one every time.
+        """Hold the step that was taken against our own: one leaf, another one every time.
 
         Args:
             params: θ after it; None where the leaves of `before_step` were stepped in place.
@@ -185,7 +186,7 @@ class Ledger:
                 self._steps.check(self._live)
 
     def note(self, logged: Mapping[str, float]) -> None:
-        """Keep what the trainer logs of its steps, beside the window's own numbers; of one name the last counts."""
+        """Keep the numbers that a trainer logs of its steps beside a window's own; of one name the last counts."""
         self._logged |= {str(name): float(value) for name, value in logged.items() if isinstance(value, int | float)}
 
     def mark(self, params: Params, rollouts: Rollouts) -> Mark:
@@ -201,7 +202,7 @@ class Ledger:
             return self._mark(params, rollouts)
 
     def close(self, params: Params | None = None) -> Books:
-        """Close the books: a ledger that draws its own closes the last window too, at `params`.
+        """End the ledger and return its books: one that draws its own closes the last window too, at `params`.
 
         Steps after the last generation are in no window, and said to be so.
         """
@@ -225,7 +226,7 @@ class Ledger:
         return self.books
 
     def _count(self, step: int | None) -> None:
-        """Settle the number of the step; a run that was resumed from an earlier one begins again there.
+        """Set the number of the step; a run that was resumed from an earlier one begins again there.
 
         Raises:
             InputError: If steps are not counted one by one.
@@ -288,7 +289,7 @@ class Ledger:
         )
 
     def _chosen(self, params: Params, rollouts: Rollouts | None) -> Rollouts:
-        """Return E: what the ledger draws, or what the trainer drew, cut to whole prompts of about `rows` rows."""
+        """Return E: rollouts of the ledger's own, or the trainer's, cut to whole prompts of about `rows` rows."""
         if self.draw is not None:
             return self.draw(params)
         assert rollouts is not None

@@ -13,11 +13,11 @@ from funcprobe.engine.passes import Passes
 from funcprobe.errors import InputError, NumericsError
 from funcprobe.estimators.divergence import Divergence
 from funcprobe.estimators.uncertainty import bar
-from funcprobe.live.window import Mark
 from funcprobe.measurement.options import Options
 from funcprobe.measurement.readings import resampled
 from funcprobe.policy.module import Policy
 from funcprobe.results.provenance import BatchCounts
+from funcprobe.results.window import Mark
 from funcprobe.types import Observable, Params, Progress, Rollouts
 
 

@@ -13,8 +13,8 @@ from funcprobe.attribution.token_parts import token_parts
 from funcprobe.attribution.token_tables import Columns, movers, prompt_columns, token_columns
 from funcprobe.errors import Note, percent
 from funcprobe.live.steps import Kept
-from funcprobe.live.window import MovedPrompt, MovedToken, Opened
 from funcprobe.optimizers.unreached import with_zeros
+from funcprobe.results.window import MovedPrompt, MovedToken, Opened
 from funcprobe.training.response import form_of
 from funcprobe.types import Gradients, Microbatch, Params
 

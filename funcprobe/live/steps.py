@@ -59,7 +59,7 @@ class Steps:
         return cls({name: p.detach().clone() for name, p in params.items()}, step, step - 1, _sums(params))
 
     def take(self, update: Update, step: int) -> None:
-        """Remember a step that is about to be taken.
+        """Take in a step that is about to be taken.
 
         Raises:
             InputError: If gradient, state or learning rate do not fit.
@@ -84,7 +84,7 @@ class Steps:
         self.expected = Expected(name, taken.after[name], float(tree.norm({name: taken.delta[name]})), rounding)
 
     def keep(self, update: Update, gradient: Gradients, step: int) -> None:
-        """Copy a step made from a batch, so that its tokens can be told later."""
+        """Keep a copy of a step made from a batch, so that its tokens can be told later."""
         held = replace(update, params=_copied(update.params), opt_state=_state(update.opt_state or {}))
         self.kept.append(Kept(step, held, {n: None if g is None else g.detach().clone() for n, g in gradient.items()}))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from funcprobe.attribution.token_tables import Columns
 from funcprobe.data.atomic import fresh_file
-from funcprobe.live.log import columns_of
-from funcprobe.live.window import Window
+from funcprobe.results.ledger_lines import columns_of
+from funcprobe.results.window import Window
 
 #: Windows in one file: rewritten as they come, in milliseconds, until it is full.
 IN_A_FILE = 256

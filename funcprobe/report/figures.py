@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from funcprobe.errors import InputError
 from funcprobe.report.canvas import write
 from funcprobe.report.change_by_lr import plot_remainder, plot_sweep
+from funcprobe.report.change_by_step import plot_ledger
 from funcprobe.report.compared_updates import plot_comparison
 from funcprobe.report.contributions import plot_kinds, plot_layers, plot_movers
 from funcprobe.report.influence_matrix import plot_influence
@@ -32,6 +33,7 @@ _DRAWN: Mapping[str, Callable[[Any, str | None], Axes]] = {
     "kinds": lambda attribution, _: plot_kinds(attribution),
     "tokens": lambda attribution, _: plot_movers(attribution, "tokens"),
     "prompts": lambda attribution, _: plot_movers(attribution, "prompts"),
+    "ledger": lambda books, _: plot_ledger(books),
     "influence": lambda attribution, _: plot_influence(attribution),
 }
 

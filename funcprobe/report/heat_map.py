@@ -72,18 +72,20 @@ def _chunks(templates: Environment, page: Page) -> Iterator[str]:
     """Yield the page piece by piece; its policy lets a browser run its own script and style, and load nothing."""
     from markupsafe import Markup
 
-    parts = {kind: _source(templates, f"heat_map.{kind}") for kind in ("css", "js")}
-    policy = f"default-src 'none'; style-src '{_digest(parts['css'])}'; script-src '{_digest(parts['js'])}'"
+    parts = {kind: source(templates, f"heat_map.{kind}") for kind in ("css", "js")}
+    policy = f"default-src 'none'; style-src '{digest(parts['css'])}'; script-src '{digest(parts['js'])}'"
     trusted = {kind: Markup(text) for kind, text in parts.items()}  # files of this package, no data
     yield from templates.get_template("heat_map.html.j2").generate(page=page, signed=signed, policy=policy, **trusted)
 
 
-def _source(templates: Environment, name: str) -> str:
+def source(templates: Environment, name: str) -> str:
+    """Return the text of one of this package's files."""
     assert templates.loader is not None
     return templates.loader.get_source(templates, name)[0]
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Return the digest by which a page's policy lets a browser use its own style or script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 

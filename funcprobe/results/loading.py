@@ -8,25 +8,29 @@ from funcprobe.data.paths import path_of
 from funcprobe.errors import InputError
 from funcprobe.results.any_lr import CurveResult
 from funcprobe.results.attribution import Attribution
+from funcprobe.results.books import Books
 from funcprobe.results.comparison import Comparison
+from funcprobe.results.ledger_lines import FILE
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.storage import decoded, read
 from funcprobe.results.sweep import SweepResult
 
-AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution
+AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Books
 
-_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution)
+_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Books)
 
 _KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in _CLASSES}
 
 
 def load(path: str | os.PathLike[str]) -> AnyResult:
-    """Return the result that stands in a folder, whichever kind it is; no model is needed.
+    """Return the result that stands in a folder, whichever kind it is; no model is needed. A ledger's folder is one.
 
     Raises:
         InputError: If there is none, it is damaged, or it has another schema version.
     """
     folder = path_of(path)
+    if (folder / FILE).is_file():
+        return Books.read(folder)
     plain, kind = read(folder)
     if kind not in _KINDS:
         raise InputError(f"{folder} holds a result of kind '{kind}'; this funcprobe reads {', '.join(_KINDS)}.")

@@ -13,7 +13,7 @@ from torch import nn
 
 import funcprobe as fp
 from funcprobe.errors import FuncprobeWarning
-from funcprobe.live.window import Window
+from funcprobe.results.window import Window
 from funcprobe.types import Params, Rollouts
 from tests.cases import models
 

@@ -11,7 +11,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.errors import FuncprobeError, InputError
-from funcprobe.live.log import read_lines
+from funcprobe.results.ledger_lines import read_lines
 from tests.cases import ledgers
 from tests.cases.ledgers import Loop, telling, weights
 

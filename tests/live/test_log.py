@@ -14,9 +14,10 @@ import pytest
 
 import funcprobe as fp
 from funcprobe.errors import InputError
-from funcprobe.live.log import FILE, Log, Resumed, columns_of, plain_of, read_lines
-from funcprobe.live.window import Lost, Mark
+from funcprobe.live.log import Log
+from funcprobe.results.ledger_lines import FILE, Resumed, columns_of, plain_of, read_lines
 from funcprobe.results.provenance import BatchCounts
+from funcprobe.results.window import Lost, Mark
 from tests.cases import ledgers
 from tests.cases.ledgers import Loop, telling
 
@@ -130,7 +131,7 @@ def test_a_killed_run_leaves_whole_lines(tmp_path: Path) -> None:
         f"""
         import os, signal
         from funcprobe.live.log import Log
-        from funcprobe.live.window import Lost
+        from funcprobe.results.window import Lost
         log = Log({str(tmp_path)!r})
         for k in range(20):
             log.add(Lost(k, k, "x" * 100))

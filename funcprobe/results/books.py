@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from funcprobe.live.books_words import blocks_of
-from funcprobe.live.log import Lines, columns_of, read_lines
-from funcprobe.live.sums import Sums
-from funcprobe.live.window import Window
-from funcprobe.results.blocks import Block, as_html, as_text
+from funcprobe.results.blocks import Block
+from funcprobe.results.books_words import blocks_of
 from funcprobe.results.frames import frame_of
+from funcprobe.results.ledger_lines import Lines, columns_of, read_lines
+from funcprobe.results.ledger_sums import Sums
+from funcprobe.results.result import Result
+from funcprobe.results.storage import Kind
+from funcprobe.results.window import Window
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
 @dataclass(frozen=True)
-class Books(Sums):
+class Books(Sums, Result):
     """The ledger of a run: its windows summed and split, and whether they close."""
+
+    kind: ClassVar[Kind] = "ledger"
 
     @classmethod
     def of(cls, lines: Lines) -> Books:
@@ -51,13 +55,6 @@ class Books(Sums):
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks of the books: the sum, its split, the closing, the windows that did most."""
         return tuple(blocks_of(self))
-
-    def summary(self) -> str:
-        """Return a text that reads in ten seconds."""
-        return as_text(self.blocks())
-
-    def _repr_html_(self) -> str:
-        return as_html(self.blocks())
 
     def __iter__(self) -> Iterator[Window]:
         return iter(self.windows)

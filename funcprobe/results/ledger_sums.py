@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from funcprobe.live.window import Lost, Mark, Window
+from funcprobe.results.window import Lost, Mark, Window
 
 
 class Sum(NamedTuple):

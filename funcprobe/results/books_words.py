@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from funcprobe.errors import percent
-from funcprobe.live.sums import Closing, Sums
-from funcprobe.live.window import Window
 from funcprobe.results.blocks import Block, Column, Figure, Remark, Row, Sentence, Table
+from funcprobe.results.ledger_sums import Closing, Sums
+from funcprobe.results.window import Window
 from funcprobe.results.words import counted
 
 #: Windows, tokens and prompts that a text shows.
@@ -142,7 +142,7 @@ def _unit(windows: Sequence[Window], name: str) -> str:
 
 
 def _remarks(books: Sums) -> Iterator[Remark]:
-    """Yield what should be known beside the numbers: steps in no window, steps that are not ours, cautions."""
+    """Yield the cautions beside the numbers: steps in no window, steps that are not ours, warnings."""
     for lost in books.lost[:SHOWN]:
         yield Remark("warning", f"Steps {lost.first} to {lost.last} are in no window: {lost.reason}")
     if len(books.lost) > SHOWN:
