@@ -94,7 +94,8 @@ def evaluation_from_trl(
     """
     whole = [_with_truncated(batch, max_length) for batch in micro_batches(inputs)]
     drawn = rollouts_from_trl(whole, temperature=temperature, top_p=top_p, top_k=top_k)
-    return drawn._replace(advantages=None)
+    by_token = not any(batch.get("old_logps") is not None for batch in whole)  # RLOO's are one sum a row
+    return drawn._replace(advantages=None, old_logps=drawn.old_logps if by_token else None)
 
 
 def _with_truncated(batch: Inputs, max_length: int | None) -> Inputs:

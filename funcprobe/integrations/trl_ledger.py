@@ -26,7 +26,7 @@ from torch import nn
 
 from funcprobe.checkpoints.live import LivePair, from_training
 from funcprobe.errors import FuncprobeError, FuncprobeWarning, InputError, missing_extra
-from funcprobe.integrations.trl_batches import Inputs, evaluation_from_trl, rollouts_from_trl
+from funcprobe.integrations.trl_batches import Inputs, chosen_tokens, evaluation_from_trl, rollouts_from_trl
 from funcprobe.integrations.trl_objectives import objective_from_config
 from funcprobe.live.ledger import Draw, Ledger
 from funcprobe.measurement.measurement import Observables
@@ -216,10 +216,12 @@ class LedgerCallback(TrainerCallback):
             return None
         try:
             objective = objective_from_config(args, inputs)
-            batch = rollouts_from_trl(inputs, **_sampling(args))
         except InputError as error:
             self._unopened(str(error))
             return None
+        if not any(bool(chosen_tokens([each], each["completion_ids"].shape[1]).any()) for each in inputs):
+            return None  # every completion was truncated and left out: there is no token to tell of
+        batch = rollouts_from_trl(inputs, **_sampling(args))
         return pair.update(objective, batch, max_grad_norm=args.max_grad_norm or None)
 
     def _unopened(self, reason: str) -> None:

@@ -78,9 +78,12 @@ def test_every_pass_is_counted() -> None:
     calls, told = counted()
     assert calls == ["U", "E", "E", "E", "U"]
     assert told == ["gradient", "E, forward mode", "E at θ′", "E, gradient of F", "U, forward mode"]
-    # a loss that ranks tokens takes its gradient in two passes, and is asked at the scores of these
+    # a loss that ranks tokens is asked at the scores of the pass that it is pulled back through, where there is one;
+    # cut in two it needs all scores before the first half is pulled back
     ranked, _ = counted({"objective": top_entropy_quantile("grpo")})
-    assert sorted(ranked) == ["E"] * 3 + ["U"] * 3
+    assert sorted(ranked) == ["E"] * 3 + ["U"] * 2
+    _, told_of = counted({"objective": top_entropy_quantile("grpo"), "microbatch": 6})
+    assert told_of.count("gradient: scores") == told_of.count("gradient") == 2
     # rows of the matrix share passes over U, and their own passes are over rows of E alone
     calls, told = counted(influence="prompts", chunk=2)
     assert calls == ["U", "E", "E", "E", "U", *["U"] * 3]
