@@ -8,12 +8,9 @@ which admits tensors and plain containers alone.
 
 from __future__ import annotations
 
-import pickle
-import re
 import warnings
-import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -22,25 +19,14 @@ from funcprobe.checkpoints.adapters import adapter_dtypes, load_adapter
 from funcprobe.checkpoints.checkpoint import Checkpoint
 from funcprobe.checkpoints.generation import end_tokens
 from funcprobe.checkpoints.models import load_full, load_tokenizer
-from funcprobe.checkpoints.numpy_numbers import numpy_numbers
-from funcprobe.checkpoints.optimizer_flags import runnable
-from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
-from funcprobe.checkpoints.optimizer_state import (
-    FRESH,
-    as_loaded,
-    check_layout,
-    map_ids_to_names,
-    names_of_groups,
-    state_by_name,
-)
-from funcprobe.checkpoints.optimizer_values import check_values
-from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage_asked_for, storage_of_run
+from funcprobe.checkpoints.optimizer_state import FRESH
+from funcprobe.checkpoints.run_storage import at_storage, storage_asked_for, storage_of_run
+from funcprobe.checkpoints.saved_optimizer import read_optimizer
+from funcprobe.checkpoints.saved_state import state_of_file
 from funcprobe.checkpoints.weights import dtypes_of_leaves, header
 from funcprobe.data.paths import path_of
-from funcprobe.data.reading import check_ordinary
-from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
-from funcprobe.optimizers.closed_form import PureOptimizer
-from funcprobe.optimizers.factories import adamw, from_param_groups
+from funcprobe.errors import CheckpointError, FuncprobeWarning
+from funcprobe.optimizers.factories import adamw
 from funcprobe.optimizers.stored import stored
 from funcprobe.policy.module import from_module
 from funcprobe.training.step import check_offload
@@ -113,39 +99,6 @@ def load_checkpoint(
     tokenizer = load_tokenizer(path, base)
     found = None if found is None else stored(found, keeps)
     return Checkpoint(policy, params, found, state, tokenizer, keeps, end_tokens(path, module, tokenizer), offload)
-
-
-def load_optimizer(path: str | Path, params: Params, lr: float | None = None) -> tuple[Optimizer, OptState]:
-    """Return the optimizer in an `optimizer.pt` and its state by name, for leaves in `named_parameters()` order.
-
-    Raises:
-        CheckpointError: If the file is missing, needs unpickling, is another optimizer's, fits no mapping or several,
-            or if `lr` is None and the saved one is 0.
-        InputError: If `lr` is negative or not finite.
-    """
-    found, state, _ = _read_optimizer(Path(path), params, lr, None)
-    return found, state
-
-
-def _read_optimizer(
-    path: Path, params: Params, lr: float | None, offload: str | None
-) -> tuple[Optimizer, OptState, dict[str, torch.dtype]]:
-    """Return the optimizer and its state as `load_optimizer` does, and the dtype of each leaf's saved moments.
-
-    With `offload` the moments of an optimizer that takes them in pieces stay in the file, as they were saved.
-    """
-    saved = _unpickled(path, mapped=offload is not None)
-    check_layout(saved, path.name)
-    check_values(saved, path.name)
-    cls = optimizer_class(saved, path.name)
-    groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
-    names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
-    _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
-    by_name = state_by_name(saved["state"], names)
-    found = from_param_groups(cls, groups, names_of_groups(groups, names))
-    stays = offload is not None and isinstance(found, PureOptimizer)
-    opt_state = by_name if stays else as_loaded(by_name, params, groups, names)
-    return found, {name: opt_state[name] for name in params}, moment_dtypes(by_name, params)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -225,7 +178,8 @@ def _optimizer(
     if optimizer is None:
         return None, None, {}
     if optimizer == "auto":
-        return _read_optimizer(_optimizer_file(path), params, lr, offload)
+        saved = state_of_file(_optimizer_file(path), mapped=offload is not None)
+        return read_optimizer(saved, params, lr, on_disk=offload is not None)
     warnings.warn(
         "optimizer='fresh': a first AdamW step is sign-like, about lr in every entry whatever the gradient's size, and "
         "represents nothing of the run.",
@@ -241,48 +195,6 @@ def _optimizer_file(path: Path) -> Path:
     """Return the file of the optimizer's state: `optimizer.pt`, or `optimizer.bin`, as accelerate calls the same."""
     whole, other = path / "optimizer.pt", path / "optimizer.bin"
     return other if other.is_file() and not whole.is_file() else whole
-
-
-def _unpickled(path: Path, mapped: bool = False) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"The optimizer state {path} does not exist.")
-    try:
-        check_ordinary(path)
-    except InputError as error:
-        raise CheckpointError(str(error)) from None
-    try:
-        with warnings.catch_warnings(), numpy_numbers():  # what torch says of foreign pickles beside refusing them
-            warnings.simplefilter("ignore")
-            # files older than torch 1.6 are no zip archives, and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-        MemoryError,
-        OverflowError,
-    ) as error:
-        # torch's own message is coloured, and advises to load the file without this guard
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds objects of {named[1]}" if named else "it is damaged, or holds other objects"
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors and containers, and nothing else is unpickled: {reason}."
-        ) from None
-
-
-def _warn_never_stepped(names: list[str], cls: type[torch.optim.Optimizer], what: str) -> None:
-    if names and issubclass(cls, torch.optim.Adam):
-        warnings.warn(
-            f"{what} holds no state for '{names[0]}' and {len(names) - 1} others, which never received a gradient. "
-            "Their step starts from zero moments, as the run's would.",
-            FuncprobeWarning,
-            stacklevel=4,
-        )
 
 
 def _refuse_pickled_weights(path: Path) -> None:

@@ -118,13 +118,13 @@ _NOT_NEGATIVE = frozenset(
 )
 
 
-def check_values(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -> None:
-    """Refuse a state of which a step could not be taken, or would be taken of something else than was saved.
+def check_groups(param_groups: Sequence[Mapping[str, Any]], what: str = "optimizer.pt") -> None:
+    """Refuse groups of which a step could not be taken, or would be taken of something else than was saved.
 
     Raises:
-        CheckpointError: Naming the hyperparameter or the moment, its value, and the values that it may have.
+        CheckpointError: Naming the hyperparameter, its value, and the values that it may have.
     """
-    for number, group in enumerate(state_dict["param_groups"]):
+    for number, group in enumerate(param_groups):
         _check_ids(number, group, what)
         for name, value in group.items():
             expected = HYPERPARAMETERS.get(name) if isinstance(name, str) else None
@@ -133,10 +133,17 @@ def check_values(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -> N
                     f"{name} of group {number} in {what} is {_told(value)}; expected {expected}. The file is damaged, "
                     "or was written by something else than torch.optim."
                 )
-    for i, entries in state_dict["state"].items():
-        for name, value in entries.items():
-            if (reason := _fault(str(name), value)) is not None:
-                raise CheckpointError(f"{name} of parameter {i} in {what} {reason}; the file is damaged, or diverged.")
+
+
+def check_entries(i: int | str, entries: Mapping[str, Any], what: str = "optimizer.pt") -> None:
+    """Refuse the state of a parameter that is none: no finite numbers, squares below 0, a step that is not whole.
+
+    Raises:
+        CheckpointError: Naming the moment and its fault.
+    """
+    for name, value in entries.items():
+        if (reason := _fault(str(name), value)) is not None:
+            raise CheckpointError(f"{name} of parameter {i} in {what} {reason}; the file is damaged, or diverged.")
 
 
 def _check_ids(number: int, group: Mapping[str, Any], what: str) -> None:
