@@ -162,6 +162,8 @@ def _fault(name: str, value: Any) -> str | None:
         return None
     if not isinstance(value, Tensor):
         return None if _real(value) is not None else f"is {_told(value)}, expected a tensor or a finite number"
+    if type(value) is not Tensor:  # such as a DTensor, of which one process saved its part
+        return f"is a {type(value).__name__}, expected a tensor that is all there"
     if value.layout != torch.strided:
         return f"is a tensor of layout {value.layout}, expected a dense one"
     if value.is_meta or value.is_quantized:
