@@ -177,10 +177,8 @@ def _item(folder: Path, info: Any, key: str, sizes: dict[Path, int]) -> Item:
     name, offset, length = (info.state[field] for field in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or not _FILE.fullmatch(name):
         raise _Damaged(f"'{key}' is said to lie in {name!r:.80}, and only .distcp files beside the table are read")
-    if info.state.get("transform_descriptors"):
-        raise _Damaged(
-            f"'{key}' was transformed on saving ({info.state['transform_descriptors']!r:.60}); save it plain"
-        )
+    if through := info.state.get("transform_descriptors"):
+        raise _Damaged(f"'{key}' was saved through transform_descriptors ({through!r:.60}); save without them")
     file = folder / name
     if file not in sizes:
         if not file.is_file():
