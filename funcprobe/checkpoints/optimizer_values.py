@@ -171,7 +171,8 @@ def _fault(name: str, value: Any) -> str | None:
     if name == "step":
         return _fault_of_step(value)
     if not value.is_floating_point():
-        return None if _is_number(name, value) else f"holds {_dtype(value)}, expected floating-point numbers"
+        count = value.numel() <= 1 and not value.is_complex()
+        return None if count else f"holds {_dtype(value)}, expected floating-point numbers"
     if not bool(torch.isfinite(value).all()):
         return f"holds {int((~torch.isfinite(value)).sum())} entries that are NaN or infinite"
     if name in _NOT_NEGATIVE and value.numel() and float(value.min()) < 0:
@@ -184,11 +185,6 @@ def _fault_of_step(value: Tensor) -> str | None:
         return f"is a tensor of {value.numel()} numbers of {_dtype(value)}, expected one whole number"
     step = float(value)
     return None if math.isfinite(step) and step >= 0 and step == int(step) else f"is {step:g}, expected a whole number"
-
-
-def _is_number(name: str, value: Tensor) -> bool:
-    """Return whether an entry that holds no fractions may be so: a count, or codes that are refused by name."""
-    return not value.is_complex() and (value.numel() <= 1 or name.startswith(("state", "qmap", "absmax")))
 
 
 def _real(value: object) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from funcprobe.checkpoints.bitsandbytes_state import without_quantisation
 from funcprobe.checkpoints.optimizer_flags import runnable
 from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
 from funcprobe.checkpoints.optimizer_state import (
@@ -51,6 +52,7 @@ def read_optimizer(
             and the saved one is 0.
         InputError: If `lr` is negative or not finite.
     """
+    saved = without_quantisation(saved)
     described, what = saved.described, saved.what
     cls = optimizer_class(described, what)
     groups = runnable(cls, with_lr(described, lr, what), (p.device for p in params.values()), what)
