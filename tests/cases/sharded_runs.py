@@ -42,6 +42,7 @@ def trained() -> None:
         _in_one_piece(folder / "two_groups.pt", model, optimizer)
         _as_prime_rl(folder / "step_2" / "trainer", model, optimizer)
         _as_torchtitan(folder / "step-2", model, optimizer)
+        _over_meshes(folder / "meshes")
         # verl and SkyRL build their optimizer of one group, and decay everything
         model, optimizer = _model_and_optimizer(decayed=False)
         _step(model, optimizer)
@@ -130,6 +131,30 @@ def _in_one_piece(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     state = get_optimizer_state_dict(model, optimizer, options=options)
     if torch.distributed.get_rank() == 0:
         torch.save({"model": weights, "optimizer": state}, path)
+
+
+def cut() -> torch.Tensor:
+    """Return the tensor that is cut over meshes in every way."""
+    return torch.arange(35.0).view(5, 7)
+
+
+def _over_meshes(folder: Path) -> None:
+    """Write one tensor, cut along rows, columns and both, and kept whole in copies, in rank files and in shards."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    ways = {
+        "rows": ((2,), [Shard(0)]),
+        "columns": ((2,), [Shard(1)]),
+        "copies": ((2,), [Replicate()]),
+        "copies of rows": ((2, 1), [Replicate(), Shard(0)]),
+        "rows of one copy": ((1, 2), [Replicate(), Shard(0)]),
+        "both": ((1, 2), [Shard(0), Shard(1)]),
+    }
+    found = {n: distribute_tensor(cut(), init_device_mesh("cpu", size), how) for n, (size, how) in ways.items()}
+    dcp.save({"model": found}, checkpoint_id=folder)
+    torch.save(found, folder / f"model_world_size_2_rank_{torch.distributed.get_rank()}.pt")
 
 
 def _config(folder: Path, model: Any) -> None:

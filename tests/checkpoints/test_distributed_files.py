@@ -14,6 +14,7 @@ import torch
 
 from funcprobe.checkpoints.distributed_files import DistributedFiles
 from funcprobe.errors import CheckpointError
+from tests.cases.sharded_runs import cut
 from tests.cases.trees import assert_same
 
 KEY = "model.model.embed_tokens.weight"
@@ -35,6 +36,13 @@ def test_every_tensor_is_the_gathered_one(sharded: Path) -> None:
         assert len(entry.chunks) == 2, "each process wrote a part"
     rows = sorted(chunk.sizes[0] for chunk in files.contents.tensors[KEY].chunks)
     assert rows == [11, 12], "of 23 rows, so that the parts differ in size"
+
+
+def test_every_way_to_cut_is_read(sharded: Path) -> None:
+    files = DistributedFiles(sharded / "meshes")
+    assert len(files.contents.tensors) == 6
+    for key in files.contents.tensors:
+        assert_same(files.tensor(key), cut())
 
 
 def test_values_are_plain(sharded: Path) -> None:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from funcprobe.checkpoints.rank_files import rank_files, state_of_ranks, weights_of_ranks
 from funcprobe.errors import CheckpointError
+from tests.cases.sharded_runs import cut
 from tests.cases.trees import assert_same
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -47,6 +48,14 @@ def test_every_tensor_is_the_gathered_one(sharded: Path) -> None:
         assert_same(dict(state.entries(i)), whole["optimizer"]["state"][name])
         described = {key: tuple(value.shape) for key, value in state.described["state"][i].items()}
         assert described == {key: tuple(value.shape) for key, value in state.entries(i).items()}
+
+
+def test_every_way_to_cut_along_one_dimension_is_read(sharded: Path) -> None:
+    weights = weights_of_ranks(sharded / "meshes")
+    for name in set(weights.stored) - {"both"}:
+        assert_same(weights.read(name), cut())
+    with pytest.raises(CheckpointError, match="is no tensor cut along one dimension over 2 processes"):
+        weights.read("both")
 
 
 def test_it_is_read_where_torch_has_not_met_a_dtensor(sharded: Path) -> None:
