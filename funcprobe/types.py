@@ -23,7 +23,7 @@ Leaves = Mapping[str, Tensor]
 Gradients = Mapping[str, Tensor | None]
 
 #: The optimizer's state: for every parameter name the named state tensors (`step`, `exp_avg`, ...) of torch.optim.
-OptState = dict[str, dict[str, Tensor]]
+OptState = Mapping[str, dict[str, Tensor]]
 
 #: A per-token statistic of the conditional distribution: (log_probs [n, V], token [n]) -> [n].
 Statistic = Callable[[Tensor, Tensor], Tensor]

@@ -2,9 +2,10 @@
 
 from funcprobe.checkpoints.between import between
 from funcprobe.checkpoints.checkpoint import Checkpoint
-from funcprobe.checkpoints.folder import load_checkpoint, load_optimizer
+from funcprobe.checkpoints.folder import load_checkpoint
 from funcprobe.checkpoints.live import LivePair, from_training
 from funcprobe.checkpoints.optimizer_state import map_ids_to_names
+from funcprobe.checkpoints.saved_optimizer import load_optimizer
 from funcprobe.checkpoints.saving import save_checkpoint
 
 __all__ = [

@@ -117,7 +117,7 @@ def _base(
     named = base_model if base_model is not None else _named_base(path)
     given = path_of(named, "base_model" if base_model is not None else f"The base model in {path}")
     where = _only_place(path, given, [given] if base_model is not None else [given, path / given, path.parent / given])
-    where = where or _cached(str(named))
+    where = where or cached_model(str(named))
     if where is None:
         raise CheckpointError(
             f"The base model '{named!s:.80}' of the adapter in {path} was found neither as a folder (as given, or "
@@ -131,7 +131,7 @@ def _base(
     return load_full(where, dtype), where
 
 
-def _cached(name: str) -> Path | None:
+def cached_model(name: str) -> Path | None:
     """Return the folder in the local Hugging Face cache that holds a model of that name; nothing is downloaded."""
     from huggingface_hub import snapshot_download
 

@@ -1,46 +1,32 @@
-"""A Hugging Face or TRL checkpoint folder, as policy, parameters, optimizer and optimizer state.
+"""A checkpoint folder, as policy, parameters, optimizer and optimizer state.
 
 Read are `config.json` with `model.safetensors` (or shards and index), or `adapter_config.json` with
 `adapter_model.safetensors` over a base model; the tokenizer; `generation_config.json`; and `optimizer.pt`, which
-accelerate calls `optimizer.bin`. Nothing is unpickled but the optimizer's state, and that through `weights_only=True`,
-which admits tensors and plain containers alone.
+accelerate calls `optimizer.bin`. Shards of FSDP, verl and SkyRL, and folders of torch.distributed.checkpoint, stand in
+for weights and optimizer state (see `places`). Nothing is run: what is pickled goes through `weights_only=True`, which
+admits tensors and plain containers alone, or through a reader of one table.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
 import warnings
-import zipfile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from funcprobe.checkpoints.adapters import adapter_dtypes, load_adapter
+from funcprobe.checkpoints.adapters import adapter_dtypes, cached_model, load_adapter
 from funcprobe.checkpoints.checkpoint import Checkpoint
 from funcprobe.checkpoints.generation import end_tokens
 from funcprobe.checkpoints.models import load_full, load_tokenizer
-from funcprobe.checkpoints.numpy_numbers import numpy_numbers
-from funcprobe.checkpoints.optimizer_flags import runnable
-from funcprobe.checkpoints.optimizer_kind import optimizer_class, with_lr
-from funcprobe.checkpoints.optimizer_state import (
-    FRESH,
-    as_loaded,
-    check_layout,
-    map_ids_to_names,
-    names_of_groups,
-    state_by_name,
-)
-from funcprobe.checkpoints.optimizer_values import check_values
-from funcprobe.checkpoints.run_storage import at_storage, moment_dtypes, storage_asked_for, storage_of_run
+from funcprobe.checkpoints.places import Place, place_of, refuse_missing_optimizer, refuse_missing_weights
+from funcprobe.checkpoints.run_storage import at_storage, storage_asked_for, storage_of_run
+from funcprobe.checkpoints.saved_optimizer import read_optimizer
 from funcprobe.checkpoints.weights import dtypes_of_leaves, header
 from funcprobe.data.paths import path_of
-from funcprobe.data.reading import check_ordinary
-from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
-from funcprobe.optimizers.closed_form import PureOptimizer
-from funcprobe.optimizers.factories import adamw, from_param_groups
+from funcprobe.errors import CheckpointError, FuncprobeWarning, Note
+from funcprobe.optimizers.factories import adamw
 from funcprobe.optimizers.stored import stored
 from funcprobe.policy.module import from_module
 from funcprobe.training.step import check_offload
@@ -57,7 +43,11 @@ def load_checkpoint(
     storage: str | torch.dtype | None = "auto",
     offload: Literal["cpu"] | None = None,
 ) -> Checkpoint:
-    """Return the checkpoint in a folder, with `optimizer.pt` mapped to parameter names or a refusal.
+    """Return the checkpoint in a folder, with the optimizer's state mapped to parameter names or a refusal.
+
+    The framework is recognised from the folder, and said in a warning where the files are not transformers' own: FSDP
+    through accelerate, torch.distributed.checkpoint (prime-rl, AReaL, torchtitan), verl, SkyRL. DeepSpeed and Megatron
+    are refused with the command of theirs that writes a folder which is read.
 
     The model is in eval mode, without key-value cache, in `dtype` ("auto": as stored). Trainable are all parameters of
     a full model, and the adapter's of a PEFT folder. The optimizer's moments take the dtype and device of their
@@ -72,8 +62,10 @@ def load_checkpoint(
         folder: The checkpoint, such as `outputs/checkpoint-500`.
         base_model: The base of an adapter: a folder, a model in the local cache, or a module, which is left untouched
             and shares its frozen weights. By default what `adapter_config.json` names: a path relative to
-            the working directory, `folder` or its parent (refused where several hold a model), or a cached model.
-        optimizer: "auto" reads `optimizer.pt`, and never does without it. "fresh" is AdamW (weight decay 0, as TRL's
+            the working directory, `folder` or its parent (refused where several hold a model), or a cached model. For
+            shards without a config.json: the model that the run started from, of which configuration and tokenizer
+            are used.
+        optimizer: "auto" reads the saved state, and never does without it. "fresh" is AdamW (weight decay 0, as TRL's
             default) with an empty state at `lr`. None reads no optimizer.
         lr: The learning rate of the step; overrides the saved one in every group.
         dtype: What the weights are loaded as; float32 holds bfloat16 and float16 files exactly.
@@ -81,10 +73,10 @@ def load_checkpoint(
         storage: The dtype that the run keeps weights and moments in. "auto" reads it leaf by leaf from the headers of
             the files, and warns where weights and moments differ in it; a dtype sets it for every leaf, and rounds
             weights that are none of its numbers, with a warning; None stores what is computed.
-        offload: "cpu" leaves the moments in the file, which is mapped into memory and must stay as it is, and has every
-            gradient kept in the machine's memory: the step takes both from there, a piece of a leaf at a time. For a
-            model that would not fit its device otherwise, stepped by SGD, Adam or AdamW; any other optimizer has its
-            state read as ever.
+        offload: "cpu" leaves the moments on disk, where the files must stay as they are (mapped into memory, or read a
+            leaf at a time from shards), and has every gradient kept in the machine's memory: the step takes both from
+            there, a piece of a leaf at a time. For a model that would not fit its device otherwise, stepped by SGD,
+            Adam or AdamW; any other optimizer has its state read as ever.
 
     Raises:
         CheckpointError: If the folder, the weights, the adapter or the optimizer state cannot be read faithfully, a
@@ -93,59 +85,36 @@ def load_checkpoint(
         MissingExtraError: If transformers, or for an adapter peft, is not installed.
     """
     check_offload(offload)
-    path, kept = _existing(folder), _storage_dtype(storage)
-    _check_request(path, optimizer, lr)
-    is_adapter = (path / "adapter_config.json").is_file()
-    if is_adapter:
-        module, base = load_adapter(path, base_model, torch_dtype(dtype), device)
-    else:
-        if base_model is not None:
-            raise CheckpointError(f"{path} holds a full model; base_model is for adapter folders, leave it out.")
-        module, base = load_full(path, torch_dtype(dtype), device), None
+    place, kept = _place(folder, base_model), _storage_dtype(storage)
+    _check_request(place, optimizer, lr)
+    module, base, weights = _model(place, base_model, torch_dtype(dtype), device)
     policy, params = from_module(module)
-    found, state, moments = _optimizer(path, params, optimizer, lr, offload)
+    found, state, moments = _optimizer(place, params, optimizer, lr, offload)
     if kept == "auto":
-        weights = adapter_dtypes(path, module) if is_adapter else dtypes_of_leaves(params, header(path))
         keeps = storage_of_run(params, weights, moments)
     else:
         keeps = {} if kept is None else storage_asked_for(params, kept)
     params, state = at_storage(params, state, keeps)
-    tokenizer = load_tokenizer(path, base)
+    assert place.home is not None  # _place has seen to it
+    tokenizer = load_tokenizer(place.home, base)
     found = None if found is None else stored(found, keeps)
-    return Checkpoint(policy, params, found, state, tokenizer, keeps, end_tokens(path, module, tokenizer), offload)
+    return Checkpoint(
+        policy, params, found, state, tokenizer, keeps, end_tokens(place.home, module, tokenizer), offload
+    )
 
 
-def load_optimizer(path: str | Path, params: Params, lr: float | None = None) -> tuple[Optimizer, OptState]:
-    """Return the optimizer in an `optimizer.pt` and its state by name, for leaves in `named_parameters()` order.
-
-    Raises:
-        CheckpointError: If the file is missing, needs unpickling, is another optimizer's, fits no mapping or several,
-            or if `lr` is None and the saved one is 0.
-        InputError: If `lr` is negative or not finite.
-    """
-    found, state, _ = _read_optimizer(Path(path), params, lr, None)
-    return found, state
-
-
-def _read_optimizer(
-    path: Path, params: Params, lr: float | None, offload: str | None
-) -> tuple[Optimizer, OptState, dict[str, torch.dtype]]:
-    """Return the optimizer and its state as `load_optimizer` does, and the dtype of each leaf's saved moments.
-
-    With `offload` the moments of an optimizer that takes them in pieces stay in the file, as they were saved.
-    """
-    saved = _unpickled(path, mapped=offload is not None)
-    check_layout(saved, path.name)
-    check_values(saved, path.name)
-    cls = optimizer_class(saved, path.name)
-    groups = runnable(cls, with_lr(saved, lr, path.name), (p.device for p in params.values()), path.name)
-    names = map_ids_to_names({name: tuple(p.shape) for name, p in params.items()}, saved, path.name)
-    _warn_never_stepped([names[i] for i in names if not saved["state"].get(i)], cls, path.name)
-    by_name = state_by_name(saved["state"], names)
-    found = from_param_groups(cls, groups, names_of_groups(groups, names))
-    stays = offload is not None and isinstance(found, PureOptimizer)
-    opt_state = by_name if stays else as_loaded(by_name, params, groups, names)
-    return found, {name: opt_state[name] for name in params}, moment_dtypes(by_name, params)
+def _model(
+    place: Place, base_model: str | Path | nn.Module | None, dtype: torch.dtype | str, device: str | torch.device
+) -> tuple[nn.Module, Path | None, dict[str, torch.dtype]]:
+    """Return the model, the folder of its base if it is an adapter, and the dtype in the file of every leaf."""
+    assert place.home is not None
+    if _is_adapter(place):
+        module, base = load_adapter(place.home, base_model, dtype, device)
+        return module, base, adapter_dtypes(place.home, module)
+    shards = place.sharded_weights()
+    module = load_full(place.home, dtype, device, shards)
+    leaves = [name for name, leaf in module.named_parameters() if leaf.requires_grad]
+    return module, None, dtypes_of_leaves(leaves, header(place.home) if shards is None else shards.stored)
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -179,53 +148,75 @@ def _storage_dtype(storage: str | torch.dtype | None) -> torch.dtype | Literal["
     return found
 
 
-def _existing(folder: str | Path) -> Path:
+def _place(folder: str | Path, base_model: str | Path | nn.Module | None) -> Place:
+    """Return where a checkpoint has its parts.
+
+    Raises:
+        CheckpointError: If there is no folder, or it has no weights or no configuration.
+    """
     path = path_of(folder, "The checkpoint")
     if not path.exists():
         raise CheckpointError(f"The checkpoint folder {path} does not exist.")
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the checkpoint folder that holds it.")
-    if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        _refuse_shards(path, "the weights")
-        inner = sorted(p.name for p in path.glob("checkpoint-*") if p.is_dir())
-        hint = f" It holds {inner[-1]}: give that folder." if inner else ""
+    place = place_of(path)
+    if place.weights is None or (place.home is None and place.weights.layout == "whole"):
+        refuse_missing_weights(place)
+    if place.home is None:
+        place = place._replace(home=_home(place, base_model))
+    elif base_model is not None and not _is_adapter(place):
+        raise CheckpointError(f"{path} holds a full model; base_model is for adapter folders, leave it out.")
+    if place.framework is not None:
+        text = f"{place.folder} is a checkpoint of {place.framework}, whose shards are put together in reading."
+        warnings.warn(FuncprobeWarning(Note("framework", text)), stacklevel=3)
+    return place
+
+
+def _home(place: Place, base_model: str | Path | nn.Module | None) -> Path:
+    """Return the folder that gives a checkpoint without a configuration one, and a tokenizer.
+
+    Raises:
+        CheckpointError: If none is given, or it has no configuration.
+    """
+    if base_model is None or isinstance(base_model, nn.Module):
         raise CheckpointError(
-            f"{path} has neither config.json (a full model) nor adapter_config.json (an adapter).{hint}"
+            f"{place.folder} holds weights and no config.json; give the folder of the model that the run started from "
+            "as base_model: its configuration and tokenizer are used, its weights are not."
         )
-    weights = "model" if not (path / "adapter_config.json").is_file() else "adapter_model"
-    if not list(path.glob(f"{weights}*.safetensors")):
-        _refuse_shards(path, "the weights")
-        _refuse_pickled_weights(path)
-        raise CheckpointError(f"{path} holds no {weights}.safetensors; the weights are missing.")
-    return path
+    home = path_of(base_model, "base_model")
+    found = home if (home / "config.json").is_file() else cached_model(str(base_model))
+    if found is None:
+        raise CheckpointError(f"base_model is '{base_model!s:.80}', where no config.json was found.")
+    return found
 
 
-def _check_request(path: Path, optimizer: str | None, lr: float | None) -> None:
+def _is_adapter(place: Place) -> bool:
+    return place.home is not None and (place.home / "adapter_config.json").is_file()
+
+
+def _check_request(place: Place, optimizer: str | None, lr: float | None) -> None:
     """Check, before a model is loaded, for requests that would make it useless.
 
     Raises:
-        CheckpointError: If an argument is wrong, or `optimizer.pt` is wanted and missing.
+        CheckpointError: If an argument is wrong, or the optimizer's state is wanted and missing.
     """
     if optimizer not in ("auto", "fresh", None):
         raise CheckpointError(f"optimizer is {optimizer!r}; use 'auto', 'fresh' or None.")
     if optimizer == "fresh" and lr is None:
         raise CheckpointError("optimizer 'fresh' has no learning rate of its own; set lr.")
-    if optimizer == "auto" and not _optimizer_file(path).is_file():
-        _refuse_shards(path, "the optimizer state")
-        raise CheckpointError(
-            f"{path} holds no optimizer.pt, so Adam's moments are unknown and so is the step that the run would take "
-            f"(the trainer was told to save the model only?). {FRESH}, which represents nothing of the run."
-        )
+    if optimizer == "auto" and place.optimizer is None:
+        refuse_missing_optimizer(place)
 
 
 def _optimizer(
-    path: Path, params: Params, optimizer: str | None, lr: float | None, offload: str | None
+    place: Place, params: Params, optimizer: str | None, lr: float | None, offload: str | None
 ) -> tuple[Optimizer | None, OptState | None, dict[str, torch.dtype]]:
     """Return the optimizer, its state, and the dtype that each leaf's moments are saved in."""
     if optimizer is None:
         return None, None, {}
     if optimizer == "auto":
-        return _read_optimizer(_optimizer_file(path), params, lr, offload)
+        saved = place.saved_state(mapped=offload is not None)
+        return read_optimizer(saved, params, lr, on_disk=offload is not None)
     warnings.warn(
         "optimizer='fresh': a first AdamW step is sign-like, about lr in every entry whatever the gradient's size, and "
         "represents nothing of the run.",
@@ -235,80 +226,3 @@ def _optimizer(
     assert lr is not None  # _check_request has seen to it
     fresh = adamw(lr, weight_decay=0.0)
     return fresh, fresh.init(params), {}
-
-
-def _optimizer_file(path: Path) -> Path:
-    """Return the file of the optimizer's state: `optimizer.pt`, or `optimizer.bin`, as accelerate calls the same."""
-    whole, other = path / "optimizer.pt", path / "optimizer.bin"
-    return other if other.is_file() and not whole.is_file() else whole
-
-
-def _unpickled(path: Path, mapped: bool = False) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"The optimizer state {path} does not exist.")
-    try:
-        check_ordinary(path)
-    except InputError as error:
-        raise CheckpointError(str(error)) from None
-    try:
-        with warnings.catch_warnings(), numpy_numbers():  # what torch says of foreign pickles beside refusing them
-            warnings.simplefilter("ignore")
-            # files older than torch 1.6 are no zip archives, and cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path))
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        ValueError,
-        AttributeError,
-        TypeError,
-        RecursionError,
-        MemoryError,
-        OverflowError,
-    ) as error:
-        # torch's own message is coloured, and advises to load the file without this guard
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds objects of {named[1]}" if named else "it is damaged, or holds other objects"
-        raise CheckpointError(
-            f"{path} cannot be read as plain tensors and containers, and nothing else is unpickled: {reason}."
-        ) from None
-
-
-def _warn_never_stepped(names: list[str], cls: type[torch.optim.Optimizer], what: str) -> None:
-    if names and issubclass(cls, torch.optim.Adam):
-        warnings.warn(
-            f"{what} holds no state for '{names[0]}' and {len(names) - 1} others, which never received a gradient. "
-            "Their step starts from zero moments, as the run's would.",
-            FuncprobeWarning,
-            stacklevel=4,
-        )
-
-
-def _refuse_pickled_weights(path: Path) -> None:
-    if pickled := sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(f"*model*{pattern[1:]}")):
-        raise CheckpointError(
-            f"{path} holds its weights as {pickled[0]}, a pickle, which is never loaded; convert it to safetensors "
-            "(load it where you trust it, then model.save_pretrained(folder), which writes safetensors)."
-        )
-
-
-def _refuse_shards(path: Path, what: str) -> None:
-    """Name the framework whose shards stand where the file `what` should be.
-
-    Raises:
-        CheckpointError: If there are such shards.
-    """
-    for framework, patterns in _SHARDS.items():
-        if found := sorted(p.name for pattern in patterns for p in path.glob(pattern)):
-            raise CheckpointError(
-                f"{path} holds {what} as {framework} shards ({found[0]}), which are not read. Supported are "
-                "safetensors weights with the optimizer.pt of transformers.Trainer and TRL without sharding; or use "
-                "from_training(model, optimizer) in an unsharded training process."
-            )
-
-
-_SHARDS = {
-    "DeepSpeed": ("global_step*", "*_optim_states.pt", "zero_to_fp32.py", "*_model_states.pt"),
-    "FSDP": ("optimizer_[0-9]*", "pytorch_model_fsdp*", "*.distcp"),
-}

@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from funcprobe.checkpoints.model_size import check_size
-from funcprobe.checkpoints.weights import WRAPPERS, check_finite, header, plain_name, refuse_unmerged, wrapped
+from funcprobe.checkpoints.weights import (
+    WRAPPERS,
+    ShardedWeights,
+    check_finite,
+    header,
+    plain_name,
+    refuse_unmerged,
+    wrapped,
+)
 from funcprobe.data.reading import json_object
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError, missing_extra
 from funcprobe.policy import copying
@@ -24,8 +32,15 @@ from funcprobe.types import Params
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
-def load_full(path: Path, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> nn.Module:
+def load_full(
+    path: Path,
+    dtype: torch.dtype | str,
+    device: str | torch.device = "cpu",
+    shards: ShardedWeights | None = None,
+) -> nn.Module:
     """Return the causal language model in a folder, in eval mode, without cache, every parameter trainable.
+
+    With `shards`, the folder gives the configuration and they the weights.
 
     Raises:
         CheckpointError: If a file in it is damaged, or not data alone; if the model of its configuration is not that of
@@ -33,33 +48,47 @@ def load_full(path: Path, dtype: torch.dtype | str, device: str | torch.device =
         MissingExtraError: If transformers is not installed.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        import transformers  # noqa: F401  found missing here, before a file is read
     except ImportError as error:
         missing = missing_extra("transformers", "hf", "reading a Hugging Face checkpoint")
         raise missing from error
-    stored = header(path)
+    stored = header(path) if shards is None else shards.stored
     check_size(path, stored)
     keys = _wrapped_keys(path, stored)
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(path),
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation="sdpa",
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # reported in `info`, and refused below with the names
-                **keys,
-            )
+            module, info = _from_pretrained(path, shards, dtype=dtype, **keys)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers, safetensors or a JSON parser say about a folder
         raise CheckpointError(f"transformers cannot read the model in {path}: {first_line(error)}") from error
-    module, info = loaded
     _check_complete(path, info)
     _check_tied(path, module)
     check_finite(path, module)
     return ready(module.requires_grad_(True), device)
+
+
+def _from_pretrained(path: Path, shards: ShardedWeights | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the model and transformers' account of the keys that were missing, unexpected, or of another shape."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    local = {"local_files_only": True, "trust_remote_code": False}
+    options |= {
+        "attn_implementation": "sdpa",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported, and refused with the names
+    }
+    found: Any
+    if shards is None:
+        found = AutoModelForCausalLM.from_pretrained(str(path), use_safetensors=True, **local, **options)
+    else:
+        config = AutoConfig.from_pretrained(str(path), **local)
+        with torch.device("meta"):
+            cls: Any = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        weights = {name: shards.read(name) for name in shards.stored}
+        found = cls.from_pretrained(None, config=config, state_dict=weights, **options)
+    module, info = found
+    return module, info
 
 
 def load_tokenizer(*folders: Path | None) -> Any:

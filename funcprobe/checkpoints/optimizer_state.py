@@ -18,7 +18,7 @@ from torch import Tensor
 
 from funcprobe.errors import CheckpointError
 from funcprobe.optimizers.state import as_tensor
-from funcprobe.types import OptState, Params
+from funcprobe.types import OptState
 
 Shape = tuple[int, ...]
 #: What a state_dict goes by: torch's own numbers parameters, a gathered FSDP one names them.
@@ -104,31 +104,32 @@ def names_of_groups(param_groups: Sequence[Mapping[str, Any]], names: Mapping[An
 
 def state_by_name(state: Mapping[Any, Mapping[str, Any]], names: Mapping[Any, str]) -> OptState:
     """Return the state keyed by parameter name, sharing storage; a parameter that never stepped has an empty one."""
+    return {name: named_entries(name, state.get(i, {})) for i, name in names.items()}
+
+
+def named_entries(name: str, entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state of one parameter as tensors, sharing storage; entries that are None are left out."""
     return {
-        name: {
-            key: value.detach() if isinstance(value, Tensor) else as_tensor(name, key, value)
-            for key, value in state.get(i, {}).items()
-            if value is not None
-        }
-        for i, name in names.items()
+        key: value.detach() if isinstance(value, Tensor) else as_tensor(name, key, value)
+        for key, value in entries.items()
+        if value is not None
     }
 
 
-def as_loaded(
-    opt_state: OptState, params: Params, param_groups: Sequence[Mapping[str, Any]], names: Mapping[Any, str]
-) -> OptState:
-    """Return a state in the order of `params`, placed and typed as `torch.optim.Optimizer.load_state_dict` does.
-
-    Moments take device and dtype of their parameter, because torch's kernels refuse a mixture. `step` stays as it was
-    saved, unless a fused or capturable group wants it as float32 beside the parameter. What fits is not copied.
-    """
-    beside = {
+def counted_beside(param_groups: Sequence[Mapping[str, Any]], names: Mapping[Any, str]) -> dict[str, bool]:
+    """Return for every parameter whether its group, fused or capturable, keeps `step` as float32 beside it."""
+    return {
         names[i]: bool(group.get("fused") or group.get("capturable")) for group in param_groups for i in group["params"]
     }
-    return {
-        name: {key: _placed(key, value, leaf, beside[name]) for key, value in opt_state[name].items()}
-        for name, leaf in params.items()
-    }
+
+
+def as_loaded(entries: Mapping[str, Tensor], leaf: Tensor, beside: bool = False) -> dict[str, Tensor]:
+    """Return the state of one leaf, placed and typed as `torch.optim.Optimizer.load_state_dict` does.
+
+    Moments take device and dtype of their parameter, because torch's kernels refuse a mixture. `step` stays as it was
+    saved, unless it is wanted `beside` the parameter, as float32. What fits is not copied.
+    """
+    return {key: _placed(key, value, leaf, beside) for key, value in entries.items()}
 
 
 def check_layout(state_dict: Any, what: str = "optimizer.pt") -> None:
@@ -140,8 +141,7 @@ def check_layout(state_dict: Any, what: str = "optimizer.pt") -> None:
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         found = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else type(state_dict).__name__
         raise CheckpointError(
-            f"{what} holds {found}; expected a torch.optim state_dict with 'state' and 'param_groups' (DeepSpeed and "
-            "FSDP write other layouts, which are not read)."
+            f"{what} holds {found}; expected a torch.optim state_dict with 'state' and 'param_groups'."
         )
     state, groups = state_dict["state"], state_dict["param_groups"]
     if not isinstance(state, Mapping) or not all(isinstance(entry, Mapping) for entry in state.values()):

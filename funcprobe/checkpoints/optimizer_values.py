@@ -118,13 +118,13 @@ _NOT_NEGATIVE = frozenset(
 )
 
 
-def check_values(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -> None:
-    """Refuse a state of which a step could not be taken, or would be taken of something else than was saved.
+def check_groups(param_groups: Sequence[Mapping[str, Any]], what: str = "optimizer.pt") -> None:
+    """Refuse groups of which a step could not be taken, or would be taken of something else than was saved.
 
     Raises:
-        CheckpointError: Naming the hyperparameter or the moment, its value, and the values that it may have.
+        CheckpointError: Naming the hyperparameter, its value, and the values that it may have.
     """
-    for number, group in enumerate(state_dict["param_groups"]):
+    for number, group in enumerate(param_groups):
         _check_ids(number, group, what)
         for name, value in group.items():
             expected = HYPERPARAMETERS.get(name) if isinstance(name, str) else None
@@ -133,10 +133,17 @@ def check_values(state_dict: Mapping[str, Any], what: str = "optimizer.pt") -> N
                     f"{name} of group {number} in {what} is {_told(value)}; expected {expected}. The file is damaged, "
                     "or was written by something else than torch.optim."
                 )
-    for i, entries in state_dict["state"].items():
-        for name, value in entries.items():
-            if (reason := _fault(str(name), value)) is not None:
-                raise CheckpointError(f"{name} of parameter {i} in {what} {reason}; the file is damaged, or diverged.")
+
+
+def check_entries(i: int | str, entries: Mapping[str, Any], what: str = "optimizer.pt") -> None:
+    """Refuse the state of a parameter that is none: no finite numbers, squares below 0, a step that is not whole.
+
+    Raises:
+        CheckpointError: Naming the moment and its fault.
+    """
+    for name, value in entries.items():
+        if (reason := _fault(str(name), value)) is not None:
+            raise CheckpointError(f"{name} of parameter {i} in {what} {reason}; the file is damaged, or diverged.")
 
 
 def _check_ids(number: int, group: Mapping[str, Any], what: str) -> None:
@@ -155,6 +162,8 @@ def _fault(name: str, value: Any) -> str | None:
         return None
     if not isinstance(value, Tensor):
         return None if _real(value) is not None else f"is {_told(value)}, expected a tensor or a finite number"
+    if type(value) is not Tensor:  # such as a DTensor, of which one process saved its part
+        return f"is a {type(value).__name__}, expected a tensor that is all there"
     if value.layout != torch.strided:
         return f"is a tensor of layout {value.layout}, expected a dense one"
     if value.is_meta or value.is_quantized:
@@ -162,7 +171,8 @@ def _fault(name: str, value: Any) -> str | None:
     if name == "step":
         return _fault_of_step(value)
     if not value.is_floating_point():
-        return None if _is_number(name, value) else f"holds {_dtype(value)}, expected floating-point numbers"
+        count = value.numel() <= 1 and not value.is_complex()
+        return None if count else f"holds {_dtype(value)}, expected floating-point numbers"
     if not bool(torch.isfinite(value).all()):
         return f"holds {int((~torch.isfinite(value)).sum())} entries that are NaN or infinite"
     if name in _NOT_NEGATIVE and value.numel() and float(value.min()) < 0:
@@ -175,11 +185,6 @@ def _fault_of_step(value: Tensor) -> str | None:
         return f"is a tensor of {value.numel()} numbers of {_dtype(value)}, expected one whole number"
     step = float(value)
     return None if math.isfinite(step) and step >= 0 and step == int(step) else f"is {step:g}, expected a whole number"
-
-
-def _is_number(name: str, value: Tensor) -> bool:
-    """Return whether an entry that holds no fractions may be so: a count, or codes that are refused by name."""
-    return not value.is_complex() and (value.numel() <= 1 or name.startswith(("state", "qmap", "absmax")))
 
 
 def _real(value: object) -> float | None:

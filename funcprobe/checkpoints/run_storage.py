@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from funcprobe.checkpoints.saved_state import StateOnDisk
 from funcprobe.errors import CheckpointError, FuncprobeWarning
 from funcprobe.optimizers.stored import as_held, is_moment
 from funcprobe.types import OptState, Params
@@ -67,8 +68,14 @@ def storage_asked_for(params: Params, dtype: torch.dtype) -> dict[str, torch.dty
 def at_storage(
     params: Params, opt_state: OptState | None, storage: Mapping[str, torch.dtype]
 ) -> tuple[Params, OptState | None]:
-    """Return parameters and moments rounded to the storage dtype, with a warning where that changes a weight."""
-    held, state = as_held(params, opt_state or {}, storage)
+    """Return parameters and moments rounded to the storage dtype, with a warning where that changes a weight.
+
+    A state that is left on disk stays as it is there.
+    """
+    if not storage:
+        return params, opt_state
+    on_disk = isinstance(opt_state, StateOnDisk)  # rounded a piece at a time, by the step that reads it
+    held, state = as_held(params, {} if on_disk or opt_state is None else opt_state, storage)
     if moved := [name for name in params if held[name].data_ptr() != params[name].data_ptr()]:
         warnings.warn(
             f"The weights are no numbers of the storage dtype ({_word(storage[moved[0]])}) at '{moved[0]}' and "
@@ -77,15 +84,15 @@ def at_storage(
             FuncprobeWarning,
             stacklevel=3,
         )
-    return held, None if opt_state is None else state
+    return held, opt_state if on_disk or opt_state is None else state
 
 
-def moment_dtypes(opt_state: OptState, params: Params) -> dict[str, torch.dtype]:
+def moment_dtypes(opt_state: Mapping[str, Mapping[str, Any]], params: Params) -> dict[str, torch.dtype]:
     """Return for every leaf the widest dtype among its moments; a leaf without any is left out."""
     moments: dict[str, torch.dtype] = {}
     for name, entries in opt_state.items():
         for key, value in entries.items():
-            if is_moment(key, value, params[name]):
+            if isinstance(value, Tensor) and is_moment(key, value, params[name]):
                 moments[name] = torch.promote_types(moments.get(name, value.dtype), value.dtype)
     return moments
 

@@ -8,12 +8,12 @@ A wrapper that stood round the model when it was saved leaves its name in every 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from funcprobe.data.reading import check_ordinary, json_object, parsed
 from funcprobe.errors import CheckpointError, InputError
@@ -44,6 +44,13 @@ class Stored(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None  #: None for anything that no weight is stepped in: integers, float8
+
+
+class ShardedWeights(NamedTuple):
+    """Weights that several processes wrote, each a part, by name: described before they are read."""
+
+    stored: Mapping[str, Stored]
+    read: Callable[[str], Tensor]  #: one of them, whole
 
 
 def header(path: Path, name: str = "model") -> dict[str, Stored]:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from funcprobe.checkpoints.adapters import load_adapter
-from funcprobe.checkpoints.folder import load_optimizer, torch_dtype
+from funcprobe.checkpoints.folder import torch_dtype
 from funcprobe.checkpoints.models import load_full, load_tokenizer
+from funcprobe.checkpoints.saved_optimizer import load_optimizer
 from funcprobe.compat import buffers
 from funcprobe.compat.components import Preconditioner, ProbeComponents
 from funcprobe.compat.entropy_is import DeltaEntropyIS

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from funcprobe.checkpoints.folder import load_optimizer
+from funcprobe.checkpoints.saved_optimizer import load_optimizer
 from tests.cases.trees import assert_same_state, random_like
 
 

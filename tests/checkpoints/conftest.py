@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
+from tests.cases import sharded_runs
 from tests.cases.third_party import third_party
 from tests.cases.trainer_runs import VOCABULARY, Run, gpt2, lora, qwen2, train
 
@@ -37,6 +40,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def runs(full_qwen2: Run, full_gpt2: Run, adapter: Run) -> dict[str, Run]:
     return {"full_qwen2": full_qwen2, "full_gpt2": full_gpt2, "adapter": adapter}
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of one FSDP2 run of two processes, as five frameworks write them."""
+    folder = tmp_path_factory.mktemp("sharded")
+    sharded_runs.write(folder)
+    return folder
 
 
 @pytest.fixture

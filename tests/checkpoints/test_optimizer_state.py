@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from funcprobe.checkpoints.optimizer_state import as_loaded, map_ids_to_names, state_by_name
+from funcprobe.checkpoints.optimizer_state import as_loaded, counted_beside, map_ids_to_names, state_by_name
 from funcprobe.errors import CheckpointError
 from tests.cases.trainer_runs import Run
 
@@ -200,7 +200,8 @@ def test_moments_are_typed_as_load_state_dict_types_them(dtype: torch.dtype, fus
     leaf = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     reader = torch.optim.AdamW([leaf], lr=0.1, fused=fused)
     reader.load_state_dict(file)
-    found = as_loaded(state_by_name(file["state"], {0: "w"}), {"w": leaf.detach()}, file["param_groups"], {0: "w"})
+    beside = counted_beside(file["param_groups"], {0: "w"})["w"]
+    found = as_loaded(state_by_name(file["state"], {0: "w"})["w"], leaf.detach(), beside)
     for key, value in reader.state[leaf].items():
-        assert found["w"][key].dtype == value.dtype, key
-        assert torch.equal(found["w"][key], value), key
+        assert found[key].dtype == value.dtype, key
+        assert torch.equal(found[key], value), key

@@ -14,9 +14,9 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from funcprobe.checkpoints import from_training, optimizer_flags
-from funcprobe.checkpoints.folder import load_optimizer
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.checkpoints.optimizer_kind import optimizer_class
+from funcprobe.checkpoints.saved_optimizer import load_optimizer
 from funcprobe.errors import CheckpointError, FuncprobeWarning, InputError
 from funcprobe.optimizers.any_class import LiftedOptimizer
 from funcprobe.optimizers.closed_form import PureOptimizer
