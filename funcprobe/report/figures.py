@@ -13,6 +13,7 @@ from funcprobe.report.canvas import write
 from funcprobe.report.change_by_lr import plot_remainder, plot_sweep
 from funcprobe.report.compared_updates import plot_comparison
 from funcprobe.report.contributions import plot_kinds, plot_layers, plot_movers
+from funcprobe.report.dropped_shares import plot_validation
 from funcprobe.report.influence_matrix import plot_influence
 from funcprobe.report.measured_vs_predicted import plot_measured_vs_predicted
 from funcprobe.results.blocks import Figure
@@ -33,6 +34,7 @@ _DRAWN: Mapping[str, Callable[[Any, str | None], Axes]] = {
     "tokens": lambda attribution, _: plot_movers(attribution, "tokens"),
     "prompts": lambda attribution, _: plot_movers(attribution, "prompts"),
     "influence": lambda attribution, _: plot_influence(attribution),
+    "validation": lambda validation, _: plot_validation(validation),
 }
 
 

@@ -12,10 +12,11 @@ from funcprobe.results.comparison import Comparison
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.storage import decoded, read
 from funcprobe.results.sweep import SweepResult
+from funcprobe.results.validation import Validation
 
-AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution
+AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Validation
 
-_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution)
+_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Validation)
 
 _KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in _CLASSES}
 
