@@ -1,4 +1,4 @@
-"""The counterfactual test that attribution owes: drop what a method ranks first, redo the true step, measure again."""
+"""The counterfactual test of attribution: drop the tokens that a method ranks first, redo the true step, measure ΔF."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Validation(Measured):
         return tuple(c.share for c in self.chance)
 
     def effect(self, method: str, end: End, share: float) -> float:
-        """Return ΔF of the re-step minus ΔF of the whole step: above 0 where dropping the lowest did what was said.
+        """Return ΔF of the re-step minus ΔF of the whole step: above 0 where the dropped lowered F.
 
         Raises:
             InputError: If there is no such method, end or share.

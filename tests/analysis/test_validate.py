@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import funcprobe as fp
+from funcprobe.attribution.rankings import METHODS
 from funcprobe.data.rollouts import members, take
 from funcprobe.errors import InputError
 from tests.cases.probes import Case, E, U
@@ -60,7 +61,7 @@ def test_without_fit_every_second_prompt_ranks_and_the_others_measure() -> None:
 def test_every_method_is_tried_and_the_same_prompts_are_cautioned_against() -> None:
     with pytest.warns(fp.errors.FuncprobeWarning, match="fit and E share prompts"):
         found = fp.validate(Case().update(), E, fit=E, **FEW)
-    assert found.methods == tuple(fp.validate.__globals__["METHODS"])
+    assert found.methods == tuple(METHODS)
     assert [w.kind for w in found.warnings] == ["overlap"]
 
 

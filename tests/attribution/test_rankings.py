@@ -54,6 +54,6 @@ def test_readings_alone_take_no_derivative() -> None:
 
 @pytest.mark.parametrize("bad", ["additive", [], ["additive", "luck"]])
 def test_unknown_methods_are_refused(bad: list[str]) -> None:
-    with pytest.raises(InputError, match="Unknown methods .*expected a list of some of additive, jacobian"):
+    with pytest.raises(InputError, match=r"Unknown methods .*expected a list of some of additive, jacobian"):
         check_methods(bad)
     assert check_methods(["sgd", "sgd", "entropy"]) == ("sgd", "entropy")

@@ -26,7 +26,7 @@ def test_rows_hold_every_drop_beside_random_ones() -> None:
     assert rows[0]["random"] == found.chance[0].mean
     assert rows[1]["effect"] == found.effect("additive", "lowest", 0.1)
     assert found.shares == (0.01, 0.1)
-    with pytest.raises(InputError, match="There is no drop of share 0.5"):
+    with pytest.raises(InputError, match=r"There is no drop of share 0\.5"):
         found.effect("additive", "lowest", 0.5)
 
 
