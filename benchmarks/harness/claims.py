@@ -64,7 +64,7 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str, str]]:
     yield "The discriminant tells which tokens lower the entropy", "arXiv 2602.03392", "; ".join(tokens)
     yield (
         "The step itself predicts the entropy change: δH₁ = ⟨∇H, Δθ⟩",
-        "this package",
+        "this package, on the E that measures",
         "; ".join(_matching(rows, step, "first") for step in ("AdamW", "SGD")),
     )
     closes = [

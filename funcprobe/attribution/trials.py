@@ -94,7 +94,7 @@ class Trial(NamedTuple):
         alone = torch.tensor([self.base - self._change(self.prompts == p) for p in range(number)], dtype=torch.float64)
         self._report("prompts left out", number, number)
         kept = torch.stack([_half(number, generator) for _ in range(subsets)])
-        halves = [self._change((self.prompts >= 0) & ~half[self.prompts]) for half in kept]
+        halves = [self._change((self.prompts >= 0) & ~half.to(self.prompts.device)[self.prompts]) for half in kept]
         self._report("halves of the prompts", subsets, subsets)
         actual, found = torch.tensor(halves, dtype=torch.float64), {}
         for name, score in scores.items():
