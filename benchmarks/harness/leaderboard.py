@@ -41,7 +41,7 @@ _OPENING = (
     "independent E and on the E that ranked; **LDS** is the linear datamodelling score (rank correlation over 32",
     "random halves of the prompts). ± is half of a 95 % t interval over seeds, each with a policy, U and E of its own.",
     "Bold: the best of its column by mean, and every method whose difference from it, paired by seed, has an interval",
-    "that holds 0.",
+    "that holds 0: with three seeds few differences are told apart, and bold says no more than that.",
     "",
 )
 
