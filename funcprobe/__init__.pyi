@@ -17,6 +17,7 @@ from funcprobe.analysis.second_order import SecondOrder as SecondOrder
 from funcprobe.analysis.second_order import second_order as second_order
 from funcprobe.analysis.slope import slope as slope
 from funcprobe.analysis.sweep import sweep as sweep
+from funcprobe.analysis.validate import validate as validate
 from funcprobe.checkpoints.between import between as between
 from funcprobe.checkpoints.checkpoint import Checkpoint as Checkpoint
 from funcprobe.checkpoints.folder import load_checkpoint as load_checkpoint
@@ -66,6 +67,7 @@ from funcprobe.results.comparison import Comparison as Comparison
 from funcprobe.results.loading import load as load
 from funcprobe.results.probe import ProbeResult as ProbeResult
 from funcprobe.results.sweep import SweepResult as SweepResult
+from funcprobe.results.validation import Validation as Validation
 from funcprobe.training.step import make_step as make_step
 from funcprobe.types import Estimate as Estimate
 from funcprobe.types import Rollouts as Rollouts

@@ -52,6 +52,7 @@ _OPTIMIZER = _Kind("an optimizer of funcprobe, such as adamw(...) or from_torch(
 KINDS: Mapping[str, _Kind] = {
     "update": _Kind("an Update, such as Update.from_step(...)", _has("need", "policy", "params")),
     "evaluation": _ROLLOUTS,
+    "fit": _ROLLOUTS,
     "rollouts": _ROLLOUTS,
     "batch": _ROLLOUTS,
     "opt_state": _Kind(

@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sweep": (fp.sweep, {**MEASURED, "lrs": [1e-5, 1e-4]}),
     "curve": (fp.curve, {**MEASURED, "lr_max": 1e-4}),
     "attribute": (fp.attribute, MEASURED),
+    "validate": (fp.validate, MEASURED),
     "compare": (fp.compare, {"updates": {"a": UPDATE}, "evaluation": E}),
     "predict": (fp.predict, {"update": UPDATE}),
     "largest_lr": (fp.largest_lr, {**MEASURED, "min_ess": 0.5}),

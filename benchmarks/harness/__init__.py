@@ -9,6 +9,8 @@
     narrow      a float32 model small enough for a float64 copy, and rollouts of it
     prompted    a policy whose every completion is listed: exact values
     ranking     how well predictors order pairs of checkpoint and batch
+    leaderboard docs/validation.md, of the numbers of `validate.py`
+    claims      docs/literature.md, of the numbers of `literature.py`
 
 Imports within are relative, so that it is `benchmarks.harness` from the repository root and `harness` for the scripts
 beside it; `pair` alone is the latter only, since it takes `stateful` from beside the scripts too.

@@ -80,10 +80,14 @@ class StepParts:
             for label in dict.fromkeys(found for found in labels.values() if found is not None):
                 yield label, {n: u if labels[n] == label else torch.zeros_like(u) for n, u in self.delta.items()}
 
-    def gradient_of(self, rows: Tensor) -> Params:
-        """Return the part of some rows of U in the gradient of the loss on all of it."""
+    def gradient_of(self, rows: Tensor, among: Tensor | None = None) -> Params:
+        """Return the part of some rows of U in the gradient of the loss on all of it.
+
+        With `among [B, T]`, the part of those of their tokens where it is True.
+        """
         part = take(self.prepared, rows)
-        c = engine.rows_of(self.on_batch, rows, part)
+        chosen = self.on_batch if among is None else engine.each(lambda c: c * among.to(c), self.on_batch)
+        c = engine.rows_of(chosen, rows, part)
         stats = self.step.objective.stats
         return engine.pull_back(
             c, self.step.policy, self.params, part, as_training=True, stats=stats, microbatch=self.microbatch

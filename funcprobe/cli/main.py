@@ -54,6 +54,7 @@ COMMANDS = {
     "sweep": Registered("funcprobe.cli.sweep", "measure it at many learning rates"),
     "curve": Registered("funcprobe.cli.curve", "measure it at every learning rate up to one"),
     "attribute": Registered("funcprobe.cli.attribute", "say which parameters, prompts and tokens did it"),
+    "validate": Registered("funcprobe.cli.validate", "drop what attribution ranks highest, and step again"),
     "demo": Registered("funcprobe.cli.demo", "run everything on a policy made on the spot"),
     "ledger": Registered("funcprobe.cli.ledger", "sum up the ledger of a training run"),
     "sample": Registered("funcprobe.cli.sample", "draw rollouts of a checkpoint"),

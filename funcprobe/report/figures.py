@@ -14,6 +14,7 @@ from funcprobe.report.change_by_lr import plot_remainder, plot_sweep
 from funcprobe.report.change_by_step import plot_ledger
 from funcprobe.report.compared_updates import plot_comparison
 from funcprobe.report.contributions import plot_kinds, plot_layers, plot_movers
+from funcprobe.report.dropped_shares import plot_validation
 from funcprobe.report.influence_matrix import plot_influence
 from funcprobe.report.measured_vs_predicted import plot_measured_vs_predicted
 from funcprobe.results.blocks import Figure
@@ -35,6 +36,7 @@ _DRAWN: Mapping[str, Callable[[Any, str | None], Axes]] = {
     "prompts": lambda attribution, _: plot_movers(attribution, "prompts"),
     "ledger": lambda books, _: plot_ledger(books),
     "influence": lambda attribution, _: plot_influence(attribution),
+    "validation": lambda validation, _: plot_validation(validation),
 }
 
 

@@ -14,10 +14,11 @@ from funcprobe.results.ledger_lines import FILE
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.storage import decoded, read
 from funcprobe.results.sweep import SweepResult
+from funcprobe.results.validation import Validation
 
-AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Books
+AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Validation | Books
 
-_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Books)
+_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Validation, Books)
 
 _KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in _CLASSES}
 
