@@ -1,4 +1,4 @@
-"""The API reference: the public names of `funcprobe/__init__.pyi`, a page a layer, and modules that stand for themselves."""
+"""The API reference: public names of `funcprobe/__init__.pyi`, a page a layer, and modules that stand for themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph of imports between layers, drawn from the code: an arrow for what is imported and by nothing else implied."""
+"""The graph of imports between layers, drawn from the code; an arrow that others imply is left out."""
 
 from __future__ import annotations
 
