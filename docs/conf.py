@@ -18,8 +18,8 @@ release = version = funcprobe.__version__
 extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "myst_nb",
+    "math_as_markup",
     "made_from_code",
 ]
 templates_path: list[str] = []
@@ -27,9 +27,12 @@ exclude_patterns = ["_build", "_ext", "_generated/extra", "_generated/layers-*.m
 default_role = "code"
 nitpicky = False  # types of torch, numpy and pandas stand in signatures, and their inventories are on a network
 language = "en"
+html_math_renderer = "markup"
+add_module_names = False
 
 html_theme = "furo"
 html_title = "funcprobe"
+html_show_copyright = False
 html_static_path = ["_static"]
 html_extra_path = ["_generated/extra"]
 html_css_files = ["site.css"]

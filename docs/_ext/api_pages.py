@@ -1,4 +1,4 @@
-"""The API reference: public names of `funcprobe/__init__.pyi`, a page a layer, and modules that stand for themselves."""
+"""The API reference: public names of the stub, a page a layer, and modules that stand for themselves."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write(root: Path, folder: Folder) -> None:
         if modules:
             folder.write(f"api/{layer}.md", _layer_page(layer, contents, {m: names[m] for m in modules}))
             pages.append(layer)
-    whole = {m: m.removeprefix("funcprobe.") for m in names if not names[m]} | _there(BESIDE)
+    whole = {m: f"fp.{m.removeprefix('funcprobe.')} (module)" for m in names if not names[m]} | _there(BESIDE)
     for module, title in whole.items():
         short = module.removeprefix("funcprobe.")
         folder.write(f"api/{short}-module.md", _module_page(module, title))

@@ -41,7 +41,7 @@ def drawn(edges: list[tuple[str, str]]) -> str:
     """Return an SVG: layers down a column, an arc from each to every layer that it is built on."""
     at = {layer: TOP + ROW * i for i, layer in enumerate(layers())}
     reach = max(at[a] - at[b] for a, b in edges)
-    width, height = LEFT + BOX + 40 + int(reach * 0.55), TOP * 2 + ROW * len(at)
+    width, height = LEFT + BOX + 40 + int(reach * 0.4), TOP * 2 + ROW * len(at)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="sans-serif" font-size="13" role="img">',
@@ -50,7 +50,7 @@ def drawn(edges: list[tuple[str, str]]) -> str:
         '<path d="M0 0 8 4 0 8z" fill="#7a8699"/></marker></defs>',
     ]
     for a, b in sorted(edges):
-        start, end, bow = at[a] + 10, at[b] + 18, 14 + (at[a] - at[b]) * 0.55
+        start, end, bow = at[a] + 10, at[b] + 18, 14 + (at[a] - at[b]) * 0.45
         x = LEFT + BOX
         lines.append(
             f'<path d="M{x} {start} C{x + bow} {start} {x + bow} {end} {x + 3} {end}" fill="none" stroke="#7a8699" '
