@@ -1,4 +1,4 @@
-"""Build wheel and sdist, and take one probe in fresh environments with the core alone, each extra, and the sdist."""
+"""Build wheel and sdist, and take one probe in fresh environments with the core alone, each extra, and the sdist.
 
 `make packages` runs this; it takes minutes and is no part of `.ci/run`. An environment that cannot be made ends it.
 """
