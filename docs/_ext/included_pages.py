@@ -19,7 +19,10 @@ DOCUMENTS = {
 def write(root: Path, folder: Folder) -> None:
     """Copy documents and notebooks, and write the index of the latter."""
     for page, path in DOCUMENTS.items():
-        folder.write(f"{page}.md", (root / path).read_text(encoding="utf-8"))
+        text = (root / path).read_text(encoding="utf-8")
+        for other, source in DOCUMENTS.items():  # a document that names another one leads to its page
+            text = text.replace(f"]({source})", f"]({other}.md)")
+        folder.write(f"{page}.md", text)
     notebooks = sorted((root / "notebooks").glob("*.ipynb"))
     for path in notebooks:
         folder.write(f"notebooks/{path.name}", path.read_bytes())
