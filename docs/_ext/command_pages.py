@@ -13,7 +13,7 @@ from writing import Folder
 from funcprobe.cli.main import COMMANDS, main
 
 #: Columns of the help texts on the site.
-COLUMNS = "96"
+COLUMNS = "86"
 
 
 def write(root: Path, folder: Folder) -> None:
