@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+SPHINX := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
 # what depends on a processor's arithmetic, and a smaller part in which most of that is float32
 NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py cli/test_demo.py compat engine estimators laws \
@@ -10,7 +11,7 @@ NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py c
 ROUNDED := $(addprefix tests/,analysis/test_attribute_edges.py benchmarks/test_stateful.py cli/test_demo.py compat \
 	laws/test_updates.py measurement/test_second_order.py policy training/test_step.py)
 
-.PHONY: help demo test coverage families kernels threads browser soak check format bench notebooks clean
+.PHONY: help demo test coverage families kernels threads browser soak check format bench notebooks docs links packages clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -61,5 +62,14 @@ bench: $(STAMP)  ## every benchmark in turn; BENCH=--quick only shows that they 
 notebooks: $(STAMP) ## execute every notebook in place of its stored outputs
 	$(BIN)/python notebooks/execute.py
 
+docs: $(STAMP)   ## the site in docs/_build/html: API, commands, notebooks, a demo run; a warning is an error
+	$(SPHINX) -b html docs docs/_build/html
+
+links: $(STAMP)  ## every link of the site, those to other sites over the network
+	$(SPHINX) -b linkcheck docs docs/_build/links
+
+packages: $(STAMP) ## wheel and sdist, installed in fresh environments, core alone and each extra; minutes
+	$(BIN)/python .ci/packages.py
+
 clean:           ## remove the environment and the caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage docs/_build docs/_generated

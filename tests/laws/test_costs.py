@@ -1,4 +1,4 @@
-"""The totals that README states, counted: forward passes over U (u) and E (e), in FLOPs of the same model."""
+"""The totals that docs/verbs.md states, counted: forward passes over U (u) and E (e), in FLOPs of the same model."""
 
 from __future__ import annotations
 
