@@ -89,7 +89,8 @@ def one_step(table: Table, step: int | None) -> Table:
     if step is None and len(steps) > 1:
         raise InputError(
             f"the file holds {len(steps)} steps from {steps[0]} to {steps[-1]}, the rows of each drawn by another "
-            "policy; choose one with step=."
+            "policy; choose one with step=.",
+            kind="several steps",
         )
     return table
 

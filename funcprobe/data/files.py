@@ -93,7 +93,7 @@ def read_rollouts(
         else:
             rollouts = _checked(path, found, step, vocab_size)
     except InputError as error:
-        raise InputError(_located(path, step, error)) from None
+        raise InputError(_located(path, step, error), kind=error.kind) from None
     if unknown:
         warnings.warn(
             f"{path}: the columns {', '.join(unknown)} are not rollout columns and were not read.",
@@ -151,6 +151,20 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         own = next((format for format in FORMATS.values() if format.read is reader), None)
         found = _existing(path)
         return metadata_of({}) if own is None else own.read_metadata(found)
+    except InputError as error:
+        raise InputError(_located(path, None, error)) from None
+
+
+def dump_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the name of the framework whose dump a file is, by the keys of its first line; None for any other file.
+
+    Raises:
+        InputError: If there is no such file, or its first line cannot be read.
+        MissingExtraError: If a parquet file is read without pyarrow.
+    """
+    path = path_of(path)
+    try:
+        return _dump_in(path, "auto")
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
 
