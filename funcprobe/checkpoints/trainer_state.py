@@ -61,7 +61,11 @@ def logged_later(folder: Path, step: int) -> Event | None:
 
     Later checkpoints are folders `checkpoint-N` beside this one, of the least N that is not below the step.
     """
-    beside = {path: re.fullmatch(r"checkpoint-([0-9]{1,18})", path.name) for path in folder.absolute().parent.iterdir()}
+    try:
+        paths = list(folder.absolute().parent.iterdir())
+    except OSError:  # a folder that may be passed through, and not listed
+        return None
+    beside = {path: re.fullmatch(r"checkpoint-([0-9]{1,18})", path.name) for path in paths}
     later = sorted((int(name[1]), path) for path, name in beside.items() if name and int(name[1]) >= step)
     for _, path in later[:1]:
         try:

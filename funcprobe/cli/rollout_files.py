@@ -15,7 +15,7 @@ from funcprobe.cli.config import Config
 from funcprobe.data.dumps import DUMPS
 from funcprobe.data.files import dump_of, read_rollouts
 from funcprobe.data.rollouts import to_device
-from funcprobe.errors import FuncprobeWarning, InputError, Note
+from funcprobe.errors import ConfigError, FuncprobeWarning, InputError, Note
 from funcprobe.types import Rollouts
 
 
@@ -25,17 +25,27 @@ def rollouts_in(path: Path, which: str, config: Config, checkpoint: Checkpoint, 
     `which` is "evaluation" or "batch", for messages.
 
     Raises:
+        ConfigError: If a dump is text, and the checkpoint has no tokenizer.
         InputError: If the file is not usable, or holds several steps and not that one.
     """
     dump = dump_of(path)
     if dump is None:
         found = _read(path, config, checkpoint, None, "auto")
     else:
+        _check_tokenizer(which, dump, checkpoint)
         _tell(which, dump, path)
         expected = None if state is None else state.global_step + DUMPS[dump].lead
         found = _of_dump(path, dump, config, checkpoint, expected)
         _check_step(which, found, state, expected)
     return to_device(found, checkpoint.policy.device)
+
+
+def _check_tokenizer(which: str, dump: str, checkpoint: Checkpoint) -> None:
+    if DUMPS[dump].is_text and checkpoint.tokenizer is None:
+        raise ConfigError(
+            f"{which}: {DUMPS[dump].title} are text, and the checkpoint has no tokenizer to make ids of it with; put "
+            "the run's beside the weights, or give a dump of ids."
+        )
 
 
 def _of_dump(path: Path, dump: str, config: Config, checkpoint: Checkpoint, expected: int | None) -> Rollouts:

@@ -27,6 +27,9 @@ from funcprobe.errors import FuncprobeWarning, InputError, Note, listed
 #: Suffixes of pickles, which are opened as plain tensors and containers or not at all.
 PICKLED = (".pt", ".pth", ".pkl", ".pickle")
 
+#: Tokens of a row at most that a tensor stands for; an expanded one may claim more than any memory holds.
+LONGEST = 2**24
+
 
 def dump_in(path: Path, from_: str) -> str | None:
     """Return the name of the dump that a file or folder is, stated or by the keys of its first line; None for none.
@@ -145,8 +148,13 @@ def _unpickled(path: Path) -> Iterator[tuple[int, Row]]:
     for number, sample in enumerate(found["samples"]):
         if not isinstance(sample, dict):
             raise InputError(f"sample {number} is {type(sample).__name__}; expected a dict.")
-        plain = {name: value.tolist() if isinstance(value, Tensor) else value for name, value in sample.items()}
-        yield number, plain | {"rollout": found.get("rollout_id")}
+        yield number, {name: _listed(x) for name, x in sample.items()} | {"rollout": found.get("rollout_id")}
+
+
+def _listed(value: Any) -> Any:
+    """Return a tensor of numbers as a list; any other value, and a tensor that is more than a row, as it is."""
+    is_row = isinstance(value, Tensor) and value.ndim == 1 and value.layout == torch.strided and not value.is_meta
+    return value.tolist() if is_row and value.numel() <= LONGEST else value
 
 
 def _encoded(number: int, row: Row, tokenizer: Any, dump: Dump) -> Row:

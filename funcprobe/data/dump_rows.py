@@ -81,12 +81,11 @@ def in_turns(line: Row) -> list[Row]:
     for turn in _listed(line, "turns"):
         prompt, completion = (_of_turn(turn, name) for name in ("prompt_token_ids", "completion_token_ids"))
         logps = None if turn.get("completion_logprobs") is None else _listed(turn, "completion_logprobs")
-        before = [*found[-1]["prompt_ids"], *found[-1]["completion_ids"]] if found else None
-        if before is None or prompt[: len(before)] != before:
+        if not found or not _goes_on(found[-1], prompt):
             row = {"prompt_ids": prompt, "completion_ids": [], "completion_mask": [], "sampling_logps": []}
             found.append(shared | row | {"step": turn.get("max_policy_version")})
-            before = prompt
-        _go_on(found[-1], prompt[len(before) :], completion, logps)
+        before = len(found[-1]["prompt_ids"]) + len(found[-1]["completion_ids"])
+        _go_on(found[-1], prompt[before:], completion, logps)
     known = [{name: x for name, x in row.items() if x is not None} for row in found]
     return [row | {"old_logps": row["sampling_logps"]} if "sampling_logps" in row else row for row in known]
 
@@ -126,6 +125,14 @@ def _split(row: Row) -> Row:
     rest = {name: value[start:] if _is_by_token(name, value) else value for name, value in row.items()}
     completion, mask = rest.pop("tokens"), rest.pop("marks")
     return rest | {"prompt_ids": tokens[:start], "completion_ids": completion, "completion_mask": mask}
+
+
+def _goes_on(row: Row, prompt: list[Any]) -> bool:
+    """Return whether a prompt begins with all that a sequence holds so far."""
+    start, end = len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row["completion_ids"])
+    if len(prompt) < end:
+        return False
+    return bool(prompt[:start] == row["prompt_ids"] and prompt[start:end] == row["completion_ids"])
 
 
 def _go_on(row: Row, between: list[Any], completion: list[Any], logps: list[Any] | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from funcprobe.data.dump_rows import Row
@@ -35,12 +36,18 @@ def stamp(rows: int) -> Note:
 
 
 def _prompt(prompt: Any, tokenizer: Any, rendered: bool) -> list[int]:
+    """Return the ids of a prompt of text or of messages.
+
+    Raises:
+        InputError: If it is neither, or the template does not take the messages.
+    """
     if isinstance(prompt, str):
         return _ids(tokenizer, prompt, not rendered)
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
         raise InputError(f"'prompt' is {type(prompt).__name__}; expected text, or a list of messages.")
     plain = [{name: part for name, part in message.items() if part is not None} for message in prompt]
-    return _ids(tokenizer, tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False), False)
+    text = _asked(tokenizer.apply_chat_template, plain, add_generation_prompt=True, tokenize=False)
+    return _ids(tokenizer, text, False)
 
 
 def _reply(completion: Any) -> str:
@@ -60,4 +67,26 @@ def _reply(completion: Any) -> str:
 
 
 def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special)["input_ids"])
+    """Return the ids of a text.
+
+    Raises:
+        InputError: If it holds half a character, which no tokenizer encodes, or the tokenizer does not take it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a text holds half a character ({error.reason} at {error.start}).") from None
+    return list(_asked(tokenizer, text, add_special_tokens=special)["input_ids"])
+
+
+def _asked(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Return the answer of a tokenizer, or of its chat template, which raise whatever they like.
+
+    Raises:
+        InputError: If it raises anything.
+    """
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        told = " ".join(str(error).split()).rstrip(".")
+        raise InputError(f"the tokenizer, or its chat template, does not take a text ({told:.120}).") from error

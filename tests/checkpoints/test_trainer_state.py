@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_damaged_files_are_refused(text: str, message: str, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match=message) as caught:
         trainer_state(tmp_path)
     assert str(caught.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "folder", "itself"])
+def test_places_that_are_no_file_are_refused_at_once(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "trainer_state.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "zero" else path)
+    if kind == "itself":
+        assert trainer_state(tmp_path) is None  # a link to nothing is nothing
+        return
+    with pytest.raises(CheckpointError, match=r"expected (an ordinary|a) file"):
+        trainer_state(tmp_path)
 
 
 @pytest.mark.parametrize("history", [None, 3, "text", [1, None, []], [{"loss": 1.0}], [{"step": "1"}]])

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from tests.hostile import adapters, checkpoints, configurations, optimizers, places, prompts, results, rollouts, words
+from tests.hostile import (
+    adapters,
+    checkpoints,
+    configurations,
+    dumps,
+    optimizers,
+    places,
+    prompts,
+    results,
+    rollouts,
+    words,
+)
 from tests.hostile.room import Case
 
-_TABLES = (words, configurations, places, rollouts, prompts, checkpoints, adapters, optimizers, results)
+_TABLES = (words, configurations, places, rollouts, dumps, prompts, checkpoints, adapters, optimizers, results)
 
 
 def _by_name() -> dict[str, Case]:
