@@ -36,8 +36,9 @@ def with_defaults(config: Config) -> Config:
 def _told(framework: Framework, changed: Mapping[str, Any]) -> str:
     words = [f"max_grad_norm is {show(changed['max_grad_norm'])}"] if "max_grad_norm" in changed else []
     if "objective" in changed:
-        options = framework.objective.model_dump(include={"name", "epsilon", "epsilon_high", "delta", "beta"})
-        words = [f"objective is {', '.join(f'{name} {show(x)}' for name, x in options.items())}", *words]
+        options = framework.objective.model_dump(include={"epsilon", "epsilon_high", "delta", "beta"})
+        listed = ", ".join(f"{name} {show(x)}" for name, x in options.items() if x is not None)
+        words = [f"objective is {framework.objective.name} ({listed})", *words]
     if framework.is_stated:
         return f"{' and '.join(words)}, as {framework.name} states in args.json."
     return f"{' and '.join(words)}, the defaults of {framework.name}, which this comes from; set what the run changed."

@@ -55,7 +55,7 @@ def _with_advantages(rollouts: Rollouts, completions: Ragged, advantages: Ragged
         raise InputError(f"Row {row}: advantage has {found} values for {expected} completion tokens; give one a token.")
     mask = rollouts.completion_mask
     values = torch.from_numpy(pad(advantages, mask.shape[1], np.float64))
-    first = values.gather(1, mask.int().argmax(1, keepdim=True))
+    first = values[:, :1]  # a completion with advantages of tokens begins at the first token that the policy chose
     is_by_row = bool((values == first)[mask].all())
     return validate(rollouts._replace(advantages=first[:, 0] if is_by_row else torch.where(mask, values, 0.0)))
 

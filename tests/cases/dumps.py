@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from funcprobe.data.files import read_rollouts
+from funcprobe.errors import FuncprobeWarning, Note
+from funcprobe.types import Rollouts
+from tests.cases.trl_runs import tokenizer
 
 #: Two groups of two: prompt, completion, reward, advantage, log-probabilities.
 SEQUENCES = [
@@ -156,3 +162,24 @@ def write(folder: Path, written: Written, lines: list[dict[str, Any]] | None = N
     path = folder / written.file
     path.write_text("".join(json.dumps(line) + "\n" for line in (written.lines if lines is None else lines)))
     return path
+
+
+def read(path: Path, from_: str = "auto", **options: Any) -> tuple[Rollouts, dict[str, str]]:
+    """Read a dump; return the rollouts, and the warnings by kind."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = read_rollouts(path, from_=from_, **{"temperature": 0.7, "tokenizer": tokenizer(), **options})
+    notes = [w.message.args[0] for w in caught if isinstance(w.message, FuncprobeWarning)]  # type: ignore[union-attr]
+    assert all(isinstance(note, Note) for note in notes), notes
+    return found, {note.kind: str(note) for note in notes}
+
+
+def row(found: Rollouts, b: int, name: str) -> list[Any]:
+    mask = found.completion_mask[b]
+    values = getattr(found, name)
+    return values[b][mask].tolist() if values.ndim == 2 else [values[b].item()]
+
+
+def turn(prompt: list[int], completion: list[int], logps: list[float] | None = None) -> dict[str, Any]:
+    made = {"min_policy_version": 3, "max_policy_version": 3, "prompt_token_ids": prompt}
+    return made | {"completion_token_ids": completion, "completion_logprobs": logps}

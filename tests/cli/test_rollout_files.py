@@ -11,72 +11,22 @@ from typing import Any
 import pytest
 
 from funcprobe.checkpoints import load_checkpoint
-from funcprobe.cli.command import carry_out
-from funcprobe.cli.run import COMMAND
-from funcprobe.data.files import write_rollouts
-from funcprobe.policy.sampling import sample
-from funcprobe.results.probe import ProbeResult
 from tests.cases.third_party import third_party
-from tests.cases.trl_folders import run_folder
+from tests.cases.trl_folders import Run, said
 from tests.cases.trl_runs import Seen, tokenizer
-
-Run = Callable[..., ProbeResult]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Seen]]:
-    """A TRL run of three steps, of which nothing but the seed differs from its defaults, and rollouts E beside it."""
-    folder = tmp_path_factory.mktemp("trl") / "run"
-    seen = run_folder(folder)
-    import torch
-
-    with third_party():
-        found = load_checkpoint(folder / "checkpoint-1")
-    prompts = [[3, 4], [5, 6, 7]]
-    evaluation = sample(
-        found.policy,
-        found.params,
-        prompts,
-        generator=torch.Generator().manual_seed(0),
-        max_new_tokens=4,
-        group_size=3,
-        temperature=0.9,
-        eos_id=1,
-    )
-    write_rollouts(folder / "evaluation.parquet", evaluation)
-    return folder, seen
-
-
-@pytest.fixture
-def run(trained: tuple[Path, list[Seen]], tmp_path: Path) -> Run:
-    """Run the command on a checkpoint of the run and return its result."""
-    folder, _ = trained
-
-    def result(checkpoint: str, batch: Path | str, *words: str) -> ProbeResult:
-        path = tmp_path / "c.yaml"
-        lines = [f"checkpoint: {folder / checkpoint}", f"evaluation: {folder / 'evaluation.parquet'}"]
-        path.write_text("\n".join([*lines, f"batch: {folder / batch}", "temperature: 0.9"]) + "\n")
-        found: ProbeResult = carry_out(COMMAND, path, ["--force", "--bars", "none", *words])
-        return found
-
-    return result
-
-
-def said(result: ProbeResult, kind: str) -> list[str]:
-    return [str(note) for note in (*result.notes, *result.warnings) if note.kind == kind]
 
 
 def test_the_file_of_the_next_step_is_taken_and_everything_is_said(
-    run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path
+    trl_run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path
 ) -> None:
-    result = run("checkpoint-1", "completions/completions_00002.parquet")
+    result = trl_run("checkpoint-1", "completions/completions_00002.parquet")
     assert said(result, "step") == []
     assert said(result, "format") == ["batch: completions_00002.parquet is read as TRL's completions, by its columns."]
     (stamp,) = said(result, "retokenized")
     assert stamp.startswith("The ids of 8 rows are made again from text")
     assert stamp in result.warnings
     (framework,) = said(result, "framework")
-    assert framework.startswith("objective is name 'dapo', epsilon 0.2, epsilon_high 0.2")
+    assert framework.startswith("objective is dapo (epsilon 0.2, epsilon_high 0.2")
     assert "max_grad_norm is 1.0, the defaults of TRL's GRPOTrainer" in framework
     (log,) = said(result, "trainer log")
     theirs = trained[1][1].log
@@ -89,31 +39,12 @@ def test_the_file_of_the_next_step_is_taken_and_everything_is_said(
     assert "max_grad_norm: 1.0" in config
 
 
-def test_the_file_of_another_step_is_a_warning_with_both_numbers(run: Run) -> None:
-    result = run("checkpoint-1", "completions/completions_00003.parquet")
+def test_the_file_of_another_step_is_a_warning_with_both_numbers(trl_run: Run) -> None:
+    result = trl_run("checkpoint-1", "completions/completions_00003.parquet")
     assert said(result, "step") == [
         "The batch rollouts are of step 3, and the checkpoint, at step 1, is stepped on those of step 2: another "
         "policy sampled them."
     ]
-
-
-def test_the_last_checkpoint_has_the_log_of_the_step_before(run: Run, trained: tuple[Path, list[Seen]]) -> None:
-    theirs = trained[1][2].log
-    result = run("checkpoint-3", "completions/completions_00003.parquet", "--lr", "1e-3")
-    (log,) = said(result, "trainer log")
-    assert log.endswith(f"lr {theirs['learning_rate']:.4g} for step 3, the last before this one.")
-    assert len(said(result, "step")) == 1
-
-
-def test_what_a_configuration_names_is_no_default(run: Run, tmp_path: Path) -> None:
-    result = run("checkpoint-1", "completions/completions_00002.parquet", "--objective.name", "bnpo")
-    (framework,) = said(result, "framework")
-    assert framework.startswith("max_grad_norm is 1.0, the defaults of")
-    assert "name: bnpo" in (tmp_path / "results" / "config.yaml").read_text()
-    given = ("--objective.name", "bnpo", "--max-grad-norm", "none")
-    result = run("checkpoint-1", "completions/completions_00002.parquet", *given)
-    assert said(result, "framework") == []
-    assert "max_grad_norm: null" in (tmp_path / "results" / "config.yaml").read_text()
 
 
 def open_instruct(seen: list[Seen], folder: Path, logps: Callable[[int], list[list[float]]] | None = None) -> Path:
@@ -137,21 +68,21 @@ def open_instruct(seen: list[Seen], folder: Path, logps: Callable[[int], list[li
 
 
 def test_the_rows_of_the_next_step_are_picked_from_a_file_of_many(
-    run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path
+    trl_run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path
 ) -> None:
     path = open_instruct(trained[1], tmp_path)
-    result = run("checkpoint-1", path)
+    result = trl_run("checkpoint-1", path)
     assert said(result, "step") == []
     assert result.batch is not None
     assert result.batch.sequences == 8
     theirs = trained[1][1].log
     assert result.outcome.info["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)  # ids: the step is theirs
-    again = run("checkpoint-1", path, "--step", "3")
+    again = trl_run("checkpoint-1", path, "--step", "3")
     assert "are of step 3" in said(again, "step")[0]
 
 
 def test_a_batch_that_is_not_the_policys_own_is_a_warning_with_the_number(
-    run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path
+    trl_run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path
 ) -> None:
     """The log-probabilities are the checkpoint's own at step 2, and 0.5 nats off at step 3."""
     folder, seen = trained
@@ -169,13 +100,13 @@ def test_a_batch_that_is_not_the_policys_own_is_a_warning_with_the_number(
 
     known = {step: logps(step) for step in (1, 2, 3)}
     path = open_instruct(seen, tmp_path, known.__getitem__)
-    assert said(run("checkpoint-1", path), "sampler mismatch") == []
-    (text,) = said(run("checkpoint-1", path, "--step", "3"), "sampler mismatch")
+    assert said(trl_run("checkpoint-1", path), "sampler mismatch") == []
+    (text,) = said(trl_run("checkpoint-1", path, "--step", "3"), "sampler mismatch")
     assert "of the update rollouts differ by 0.5 nats per token (mean ratio 1.65)" in text
 
 
 def test_a_file_of_many_steps_and_a_checkpoint_of_none(
-    run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path, refused: Callable[..., str]
+    trl_run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path, refused: Callable[..., str]
 ) -> None:
     folder, seen = trained
     shutil.copytree(folder / "checkpoint-1", tmp_path / "plain")
@@ -187,18 +118,8 @@ def test_a_file_of_many_steps_and_a_checkpoint_of_none(
     assert "holds 3 steps from 1 to 3" in refused("run", path, "--temperature", "0.9")
     assert "temperature: found 0, expected a number > 0" in refused("run", path, "--temperature", "0")
     assert "no row is of step 7; the file has 3 steps" in refused("run", path, "--temperature", ".9", "--step", "7")
-    result = run(str(tmp_path / "plain"), batch, "--step", "2")
+    result = trl_run(str(tmp_path / "plain"), batch, "--step", "2")
     assert said(result, "step") == said(result, "trainer log") == said(result, "framework") == []
-
-
-def test_a_damaged_state_is_told_and_not_used(run: Run, trained: tuple[Path, list[Seen]], tmp_path: Path) -> None:
-    shutil.copytree(trained[0] / "checkpoint-1", tmp_path / "torn")
-    (tmp_path / "torn" / "trainer_state.json").write_text('{"global_step": ')
-    result = run(str(tmp_path / "torn"), "completions/completions_00003.parquet")
-    (text,) = said(result, "trainer state")
-    assert text.endswith("the file is damaged. It is not used.")
-    assert said(result, "step") == []
-    assert len(said(result, "framework")) == 1  # by U, which is TRL's
 
 
 def test_the_tokenizer_of_the_checkpoint_is_used_for_text(trained: tuple[Path, list[Seen]]) -> None:
