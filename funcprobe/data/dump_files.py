@@ -136,6 +136,8 @@ def _unpickled(path: Path) -> Iterator[tuple[int, Row]]:
         ValueError,
         AttributeError,
         TypeError,
+        MemoryError,
+        OverflowError,
     ) as error:
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"it holds objects of {named[1]}" if named else "it is damaged, or a pickle of another kind"
