@@ -120,7 +120,7 @@ def test_a_reader_is_found_by_the_suffix_of_a_file(install: Install, tmp_path: P
     path.write_text("5 6 7")
     assert fp.read_rollouts(path).ids.tolist() == [[5, 6, 7]]
     assert fp.read_rollouts(path, step=3).step == torch.tensor([3])
-    assert read_metadata(path) == {"schema_version": None, "tokenizer": None}
+    assert read_metadata(path) == {"schema_version": None, "tokenizer": None, "retokenized": False}
     with pytest.raises(InputError, match=r"rows.mine: no row is of step 4; the file has 1 steps from 3 to 3"):
         fp.read_rollouts(path, step=4)
     with pytest.raises(InputError, match=r"rows.mine: .*7.*vocabulary"):

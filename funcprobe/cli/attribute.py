@@ -12,7 +12,7 @@ from funcprobe import __version__
 from funcprobe.analysis.attribute import attribute
 from funcprobe.attribution.part_bars import BARRED
 from funcprobe.attribution.token_tables import TOKEN_TABLES, Columns
-from funcprobe.cli.command import Beside, Command, merged
+from funcprobe.cli.command import Beside, Command, told
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
@@ -84,8 +84,7 @@ def _do(config: Config, options: Namespace, bars: Bars) -> Attribution:
 
 
 def _warned(result: Attribution, warned: Sequence[Note]) -> Attribution:
-    outcome = result.probe.outcome
-    outcome = dataclasses.replace(outcome, warnings=merged(warned, outcome.warnings))
+    outcome = told(result.probe.outcome, warned)
     return dataclasses.replace(result, probe=dataclasses.replace(result.probe, outcome=outcome))
 
 

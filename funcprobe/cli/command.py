@@ -6,6 +6,7 @@ A command is a record in a module of its own, registered by one line in `main`.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from funcprobe.results.result import Result
 from funcprobe.results.storage import FILES
 
 R = TypeVar("R", bound=Result)
+T = TypeVar("T")
 
 #: What every command writes beside the stored result.
 ALWAYS = frozenset({"config.yaml", "summary.txt", MARKER})
@@ -79,7 +81,7 @@ class Command(Generic[R]):
     epilog: Callable[[], str]  #: examples and what is particular; the options are told after it
     done: str  #: participle for the head of the configuration as run: "swept"
     do: Callable[[Config, argparse.Namespace, Bars], R]  #: loads what the configuration names, and measures
-    warned: Callable[[R, Sequence[Note]], R]  #: the result with those warnings before its own
+    warned: Callable[[R, Sequence[Note]], R]  #: the result with those notes and warnings before its own
     options: tuple[Option, ...] = ()
     suffix: str = ""  #: of the output folder, unless one is named on the command line
     check: Callable[[Config, argparse.Namespace], None] = _nothing_more  #: refuses what cannot be done, first of all
@@ -148,9 +150,10 @@ def measured(command: Command[R], config: Config, options: argparse.Namespace, b
     """
     command.check(config, options)
     check_output(config, path)
-    config = resolved(config)
-    with collected_notes("input") as warned, memory_advice(config):
-        result = command.do(config, options, bars)
+    with collected_notes("input") as warned:
+        config = resolved(config)
+        with memory_advice(config):
+            result = command.do(config, options, bars)
     result = command.warned(result, warned)
     bars.phase("writing the results")
     interrupts.check()
@@ -178,9 +181,16 @@ def _write(command: Command[R], result: R, config: Config) -> None:
         (folder / "summary.txt").write_text(text_of(result), encoding="utf-8")
 
 
-def merged(warned: Sequence[Note], own: Sequence[Note]) -> tuple[Note, ...]:
-    """Return the warnings that were collected on the way and those of a result, each once."""
-    return tuple(dict.fromkeys([*warned, *own]))
+#: Kinds of notes that say what was read and recognised, and are no warnings.
+INFORMATION = frozenset({"format", "framework", "trainer log"})
+
+
+def told(holder: T, found: Sequence[Note]) -> T:
+    """Return an outcome or a result with the notes that were collected on the way before its own, each once."""
+    own: Any = holder
+    of_kind = {known: [note for note in found if (note.kind in INFORMATION) is known] for known in (True, False)}
+    notes, warned = (tuple(dict.fromkeys([*of_kind[k], *o])) for k, o in ((True, own.notes), (False, own.warnings)))
+    return dataclasses.replace(own, notes=notes, warnings=warned)
 
 
 def tracker_named(name: str) -> Callable[..., Any]:

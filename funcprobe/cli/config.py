@@ -68,12 +68,20 @@ class Inputs(Strict):
     )
     evaluation: FilePath = key(..., "the path of a rollout file", "rollouts E that measure the step")
     batch: FilePath = key(..., "the path of a rollout file", "rollouts U that the step is taken on")
+    temperature: float | None = key(
+        None, "a number > 0, or none", "of rollouts in a framework's dump, which does not say", gt=0
+    )
+    step: int | None = key(
+        None, "an integer ≥ 0, or none", "whose rows of a dump are read; none: the checkpoint's next", ge=0, lt=2**63
+    )
     objective: SerializeAsAny[ObjectiveConfig] = Field(
         default_factory=lambda: objective_model("grpo")(),
-        description="the loss: a name and its options",
+        description="the loss: a name and its options; the framework's where one is recognised",
         json_schema_extra={"expected": "keys of its own, objective.name and the options of that objective"},
     )
-    max_grad_norm: float | None = key(None, "a number > 0, or none", "clip the gradient's global norm", gt=0)
+    max_grad_norm: float | None = key(
+        None, "a number > 0, or none", "clip the gradient's global norm; left out: a recognised framework's", gt=0
+    )
     microbatch: int | None = key(None, "an integer ≥ 1, or none", "sequences at a time", ge=1)
     microbatch_tokens: int | None = key(
         default_of("microbatch").tokens,
@@ -153,7 +161,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), own
     for name, value in parse_overrides(overrides, own).items():
         set_key(values, name, value)
     problems: list[str] = []
-    if isinstance(values.setdefault("objective", {}), dict):
+    if isinstance(values.get("objective"), dict):
         values["objective"] = _objective(values["objective"], problems)
     found = _validated(Config, values, (), problems)
     if problems:
@@ -178,6 +186,10 @@ def dump(config: Config) -> str:
     return dumped(config.model_dump(mode="json"))
 
 
+#: Where the defaults of `objective` and `max_grad_norm` come from.
+_RECOGNISED = "without objective, what a framework that is recognised takes"
+
+
 def describe_keys(columns: int = 120) -> str:
     """Return a line a key, or several where they have to fit into columns: its name, default and meaning."""
     width = max(columns - 44, 32)
@@ -185,7 +197,7 @@ def describe_keys(columns: int = 120) -> str:
     lines = []
     for name, field in Config.model_fields.items():
         if name == "objective":
-            lines += _lines("objective.name", "grpo", ", ".join(objective_names()), width)
+            lines += _lines("objective.name", "grpo", f"{', '.join(objective_names())}; {_RECOGNISED}", width)
             lines += _lines("objective.OPTION", "", "an option of it: epsilon, beta, base, scale_rewards, ...", width)
         elif name == "observable":
             for inner, f in ObservableConfig.model_fields.items():

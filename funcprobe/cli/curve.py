@@ -6,12 +6,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from funcprobe.analysis.curve import curve
-from funcprobe.cli.command import Beside, Command
+from funcprobe.cli.command import Beside, Command, told
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
-from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, warned, with_journal
+from funcprobe.cli.sweep import FIGURES, journal_of, save_csv, with_journal
 from funcprobe.data.numbers import number
 from funcprobe.results.any_lr import CurveResult
 
@@ -70,7 +70,7 @@ COMMAND = Command(
     epilog=lambda: EPILOG,
     done="measured along a curve",
     do=_do,
-    warned=warned,
+    warned=told,
     options=(LR_MAX,),
     suffix="-curve",
     figures=FIGURES,

@@ -13,9 +13,10 @@ import torch
 from funcprobe.checkpoints import Checkpoint, load_checkpoint
 from funcprobe.cli.config import Config
 from funcprobe.cli.progress import Bars
+from funcprobe.cli.rollout_files import rollouts_in
+from funcprobe.cli.run_defaults import state_of, with_defaults
 from funcprobe.data.atomic import check_absent
-from funcprobe.data.files import read_metadata, read_rollouts
-from funcprobe.data.rollouts import to_device
+from funcprobe.data.files import read_metadata
 from funcprobe.errors import ConfigError, InputError
 from funcprobe.measurement.update import Update
 from funcprobe.policy.devices import device_of
@@ -41,7 +42,10 @@ def prepared(config: Config, bars: Bars) -> Prepared:
     bars.phase("loading the checkpoint")
     checkpoint = _checkpoint(config)
     bars.phase("reading the rollouts")
-    evaluation, batch = (_rollouts(path, checkpoint) for path in (config.evaluation, config.batch))
+    state = state_of(config)
+    evaluation, batch = (
+        rollouts_in(getattr(config, which), which, config, checkpoint, state) for which in ("evaluation", "batch")
+    )
     _check_fields(config, evaluation)
     update = checkpoint.update(
         config.objective.build(), batch, max_grad_norm=config.max_grad_norm, microbatch=config.microbatching
@@ -80,6 +84,8 @@ def check_output(config: Config, path: Path) -> None:
 def resolved(config: Config) -> Config:
     """Return the configuration with the device that is really used, having settled all that needs no model.
 
+    The loss and the bound of a framework that is recognised stand in for those that are not given.
+
     Raises:
         ConfigError: If there is no step to take, or no such device.
     """
@@ -90,7 +96,7 @@ def resolved(config: Config) -> Config:
     new_axes()  # a missing matplotlib is found out now, not after the run
     for path in (config.evaluation, config.batch):
         read_metadata(path)
-    return config.model_copy(update={"device": device_of(config.device)})
+    return with_defaults(config.model_copy(update={"device": device_of(config.device)}))
 
 
 def _checkpoint(config: Config) -> Checkpoint:
@@ -104,11 +110,6 @@ def _checkpoint(config: Config) -> Checkpoint:
         device=config.device,
         offload=config.offload,
     )
-
-
-def _rollouts(path: Path, checkpoint: Checkpoint) -> Rollouts:
-    found = read_rollouts(path, vocab_size=checkpoint.policy.vocab_size, max_length=checkpoint.policy.max_length)
-    return to_device(found, checkpoint.policy.device)
 
 
 def _check_fields(config: Config, evaluation: Rollouts) -> None:

@@ -8,7 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from funcprobe.analysis.probe import probe
-from funcprobe.cli.command import Command, merged
+from funcprobe.cli.command import Command, told
 from funcprobe.cli.config import Config, describe_keys
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
@@ -39,8 +39,7 @@ def _do(config: Config, options: Namespace, bars: Bars) -> ProbeResult:
 
 
 def _warned(result: ProbeResult, warned: Sequence[Note]) -> ProbeResult:
-    outcome = dataclasses.replace(result.outcome, warnings=merged(warned, result.outcome.warnings))
-    return dataclasses.replace(result, outcome=outcome)
+    return dataclasses.replace(result, outcome=told(result.outcome, warned))
 
 
 COMMAND = Command(

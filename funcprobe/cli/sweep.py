@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from funcprobe.analysis.sweep import check_lrs, sweep
-from funcprobe.cli.command import Beside, Command, merged
+from funcprobe.cli.command import Beside, Command, told
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
 from funcprobe.data.atomic import put_aside
 from funcprobe.data.numbers import number, whole
-from funcprobe.errors import FuncprobeWarning, InputError, Note
+from funcprobe.errors import FuncprobeWarning, InputError
 from funcprobe.estimators.by_name import observable_names
 from funcprobe.parallel.phases import phase
 from funcprobe.parallel.world import world
@@ -129,11 +128,6 @@ def _do(config: Config, options: Namespace, bars: Bars) -> SweepResult:
     return with_journal(config, measure)
 
 
-def warned(result: S, found: Sequence[Note]) -> S:
-    """Return the result with the warnings that were collected on the way before its own."""
-    return dataclasses.replace(result, warnings=merged(found, result.warnings))
-
-
 def save_csv(result: SweepResult, folder: Path) -> None:
     """Write the long form of the table."""
     result.to_frame().to_csv(folder / "sweep.csv", index=False)
@@ -165,7 +159,7 @@ COMMAND = Command(
     epilog=lambda: EPILOG,
     done="swept",
     do=_do,
-    warned=warned,
+    warned=told,
     options=(LRS, CHUNK),
     suffix="-sweep",
     figures=FIGURES,

@@ -1,8 +1,8 @@
 """Rollouts to and from files: parquet (`.parquet`) and JSONL (`.jsonl`), the columns of `schema`, one row per sequence.
 
 Reading what was written gives the same rollouts, every float64 bit included. A file appears under its name only when it
-is complete, and an existing one is never replaced unless that is asked for. Files of other suffixes are read by readers
-that other packages bring (`plugins`).
+is complete, and an existing one is never replaced unless that is asked for. Dumps of training frameworks are read too
+(`dumps`), and files of other suffixes by readers that other packages bring (`plugins`).
 """
 
 from __future__ import annotations
@@ -17,25 +17,21 @@ import numpy as np
 
 from funcprobe import plugins
 from funcprobe.arguments import checked
+from funcprobe.data.assembly import FIELD_OF, of_step, one_step, rollouts_of, rows_of_step
 from funcprobe.data.atomic import fresh_file
+from funcprobe.data.dump_files import PICKLED, dump_in, read_dump
+from funcprobe.data.dump_text import stamp
+from funcprobe.data.dumps import DUMPS
 from funcprobe.data.jsonl import read_jsonl, read_jsonl_metadata, write_jsonl
 from funcprobe.data.parquet import read_parquet, read_parquet_metadata, write_parquet
 from funcprobe.data.paths import path_of
 from funcprobe.data.ragged import Array, Ragged, columns, ragged_from_dense
 from funcprobe.data.reading import check_ordinary
-from funcprobe.data.rollouts import rollouts_from_ragged
-from funcprobe.data.schema import SCHEMA_VERSION, Columns, Table
+from funcprobe.data.schema import SCHEMA_VERSION, Columns, Table, metadata_of
 from funcprobe.data.slicing import take
 from funcprobe.data.validation import LOGP_FIELDS, validate
-from funcprobe.errors import FuncprobeWarning, InputError
+from funcprobe.errors import FuncprobeWarning, InputError, Note
 from funcprobe.types import Rollouts
-
-#: Per-row columns whose field has another name.
-FIELD_OF = {"reward": "rewards", "advantage": "advantages", "group_id": "group_ids"}
-
-
-#: Tokens of a batch at most, padding included: 16 GiB of ids.
-PADDED = 2**31
 
 
 class _Format(NamedTuple):
@@ -57,46 +53,70 @@ def read_rollouts(
     step: int | None = None,
     vocab_size: int | None = None,
     max_length: int | None = None,
+    from_: str = "auto",
+    tokenizer: Any = None,
+    temperature: float | None = None,
 ) -> Rollouts:
     """Return the rollouts of a file, validated; with `step` those of that training step only.
 
-    A suffix other than `.parquet` and `.jsonl` is read by the package that brings a reader for it, if there is one.
+    The file is funcprobe's own or a training framework's dump, `from_` one of `trl`, `ms-swift`, `verl`,
+    `open-instruct`, `nemo-rl`, `prime-rl`, `torchtitan` and `slime`; `auto` goes by the keys of its first line, and a
+    warning says so. Another suffix is read by the package that brings a reader for it, if there is one.
     Rows longer than `max_length`, the positions that a model has, are refused before anything is padded to them.
     Columns that funcprobe does not know are passed over with a warning that names them; rows sampled with top_p < 1 or
-    top_k > 0 give a warning as well.
+    top_k > 0 give a warning as well, and so do ids that are made from text (a note of kind "retokenized").
+
+    Args:
+        path: The file; of prime-rl a step's folder, whose ranks make one batch.
+        step: The step whose rows are wanted; a dump of several steps needs it, for each has a policy of its own.
+        vocab_size: Where given, ids are checked against it.
+        max_length: The tokens that a row may have.
+        from_: Whose file it is: "auto", "funcprobe" or a framework.
+        tokenizer: The run's, as transformers loads it; needed where a dump is text, and not read elsewhere.
+        temperature: The one that the rows were sampled at, where the file does not say; a file's own column stands.
 
     Raises:
         InputError: If the file is missing, empty, not in the format of its extension, of another schema version, lacks
-            a column, has a column of the wrong type, has no row of that step, or fails `validate`.
+            a column, has a column of the wrong type, has no row of that step, or fails `validate`; or if a dump needs
+            a step, a tokenizer or a temperature, or is a pickle of other things than tensors and containers.
         MissingExtraError: If a parquet file is read without pyarrow.
     """
     path, unknown = path_of(path), list[str]()
     try:
-        found = _reader(path)(_existing(path))
+        if (dump := _dump_in(path, from_)) is not None:
+            found: Table | Rollouts = one_step(read_dump(path, dump, tokenizer, temperature), step)
+        else:
+            found = _reader(path)(_existing(path))
         if isinstance(found, Table):
             unknown = found.unknown
-            rollouts = _rollouts(found if step is None else _rows_of_step(found, step), vocab_size, max_length)
+            rollouts = rollouts_of(found if step is None else rows_of_step(found, step), vocab_size, max_length)
         else:
             rollouts = _checked(path, found, step, vocab_size)
     except InputError as error:
-        raise InputError(_located(path, step, error)) from None
+        raise InputError(_located(path, step, error), kind=error.kind) from None
     if unknown:
         warnings.warn(
             f"{path}: the columns {', '.join(unknown)} are not rollout columns and were not read.",
             FuncprobeWarning,
             stacklevel=2,
         )
+    _tell(path, dump if from_ == "auto" else None, found)
     return rollouts
 
 
 @checked
 def write_rollouts(
-    path: str | os.PathLike[str], rollouts: Rollouts, *, tokenizer_id: str | None = None, overwrite: bool = False
+    path: str | os.PathLike[str],
+    rollouts: Rollouts,
+    *,
+    tokenizer_id: str | None = None,
+    overwrite: bool = False,
+    retokenized: bool = False,
 ) -> None:
     """Write the rollouts, and the name of the tokenizer that made their ids, to a `.parquet` or `.jsonl` file.
 
     The mask and the weight are written only where they are not all ones. `token_weights`, which an objective derives
-    from the other fields, is not written.
+    from the other fields, is not written. `retokenized` stamps rollouts whose ids were made again from text.
 
     Raises:
         InputError: If the file exists and `overwrite` is not set, its folder does not exist, its extension is not
@@ -111,12 +131,13 @@ def write_rollouts(
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
     metadata = {"schema_version": SCHEMA_VERSION, "tokenizer": tokenizer_id}
+    metadata |= {"retokenized": True} if retokenized else {}
     with fresh_file(path, overwrite=overwrite) as partial:
         writer(partial, _columns(validate(rollouts)), metadata)
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return {"schema_version": int, "tokenizer": str} of a rollout file, None where it does not say.
+    """Return {"schema_version": int, "tokenizer": str, "retokenized": bool} of a rollout file, None where it is silent.
 
     Raises:
         InputError: If the file is missing, empty, not in the format of its extension, or of another schema version.
@@ -124,12 +145,51 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = path_of(path)
     try:
+        if (dump := _dump_in(path, "auto")) is not None:
+            return metadata_of({"retokenized": DUMPS[dump].is_text})
         reader = _reader(path)
         own = next((format for format in FORMATS.values() if format.read is reader), None)
         found = _existing(path)
-        return {"schema_version": None, "tokenizer": None} if own is None else own.read_metadata(found)
+        return metadata_of({}) if own is None else own.read_metadata(found)
     except InputError as error:
         raise InputError(_located(path, None, error)) from None
+
+
+def dump_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the name of the framework whose dump a file is, by the keys of its first line; None for any other file.
+
+    Raises:
+        InputError: If there is no such file, or its first line cannot be read.
+        MissingExtraError: If a parquet file is read without pyarrow.
+    """
+    path = path_of(path)
+    try:
+        return _dump_in(path, "auto")
+    except InputError as error:
+        raise InputError(_located(path, None, error)) from None
+
+
+def _dump_in(path: Path, from_: str) -> str | None:
+    """Return the name of the dump that a path is; None for one of the other formats, or of none.
+
+    Raises:
+        InputError: If there is no such file, or its first line cannot be read.
+    """
+    if from_ == "auto" and path.suffix in FORMATS:
+        _reader(path)  # a package that brings one of these suffixes too is named first
+    if (not path.is_dir() and path.suffix in (*FORMATS, *PICKLED)) or from_ not in ("auto", "prime-rl"):
+        _existing(path)
+    return dump_in(path, from_)
+
+
+def _tell(path: Path, dump: str | None, found: Table | Rollouts) -> None:
+    """Warn of decisions about a file: whose dump it is, and that its ids were made from text."""
+    if dump is not None:
+        text = f"{path} is read as {DUMPS[dump].title}, by its columns; from_='{dump}' says so without this line."
+        warnings.warn(Note("format", text), FuncprobeWarning, stacklevel=3)
+    if isinstance(found, Table) and found.metadata["retokenized"]:
+        rows = len(found.columns["prompt_ids"].lengths)  # type: ignore[union-attr]
+        warnings.warn(stamp(rows), FuncprobeWarning, stacklevel=3)
 
 
 def _format(path: Path) -> _Format:
@@ -163,7 +223,7 @@ def _checked(path: Path, found: object, step: int | None, vocab_size: int | None
         raise error
     if step is not None:
         steps = None if found.step is None else found.step.cpu().numpy()
-        found = take(found, np.flatnonzero(_of_step(steps, step)).tolist())
+        found = take(found, np.flatnonzero(of_step(steps, step)).tolist())
     return validate(found, vocab_size)
 
 
@@ -197,67 +257,6 @@ def _located(path: Path, step: int | None, error: InputError) -> str:
     among = "" if step is None else f" among those of step {step}"
     note = f" (Rows are counted from 0{among}.)" if "row " in text.lower() else ""
     return f"{path}: {text}{note}"
-
-
-def _rollouts(table: Table, vocab_size: int | None, max_length: int | None = None) -> Rollouts:
-    found: dict[str, Any] = dict(table.columns)
-    if not found:
-        raise InputError("the file holds 0 rows; expected at least one sequence.")
-    prompts, completions, masks = (
-        found.pop(name, None) for name in ("prompt_ids", "completion_ids", "completion_mask")
-    )
-    _check_lengths(prompts.lengths + completions.lengths, max_length)
-    logps = {name: found.pop(name) for name in LOGP_FIELDS if name in found}
-    per_row = {FIELD_OF.get(name, name): column for name, column in found.items()}
-    return rollouts_from_ragged(
-        prompts, completions, completion_masks=masks, logps=logps, vocab_size=vocab_size, **per_row
-    )
-
-
-def _check_lengths(lengths: Array, max_length: int | None) -> None:
-    """Refuse rows that are too long for a model, or beside the others, before they are padded to the longest.
-
-    Raises:
-        InputError: Naming the longest row.
-    """
-    row, rows = int(lengths.argmax()), len(lengths)
-    longest = int(lengths[row])
-    if max_length is not None and longest > max_length:
-        raise InputError(
-            f"Row {row} has {longest:,} tokens, and the model has positions for {max_length:,}; drop or cut the row."
-        )
-    if rows * longest > PADDED:
-        raise InputError(
-            f"Row {row} has {longest:,} tokens, and padding {rows:,} rows to that makes {rows * longest:,}, of which "
-            f"{int(lengths.sum()):,} are real; expected at most {PADDED:,}. Drop or cut the row, or give fewer rows."
-        )
-
-
-def _rows_of_step(table: Table, step: int) -> Table:
-    keep = _of_step(table.columns.get("step"), step)
-    return table._replace(columns={name: _keep(column, keep) for name, column in table.columns.items()})
-
-
-def _of_step(steps: Any, step: int) -> Array:
-    """Return which rows were drawn at that step.
-
-    Raises:
-        InputError: If there is none.
-    """
-    if steps is None:
-        raise InputError(f"step {step} was asked for, but the file has no column 'step'.")
-    steps = np.asarray(steps)
-    keep: Array = steps == step
-    if not keep.any():
-        known = np.unique(steps)
-        raise InputError(f"no row is of step {step}; the file has {len(known)} steps from {known[0]} to {known[-1]}.")
-    return keep
-
-
-def _keep(column: Ragged | Array, keep: Array) -> Ragged | Array:
-    if not isinstance(column, Ragged):
-        return column[keep]
-    return Ragged(column.values[np.repeat(keep, column.lengths)], column.lengths[keep])
 
 
 def _columns(rollouts: Rollouts) -> Columns:

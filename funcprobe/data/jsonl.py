@@ -32,7 +32,7 @@ def read_jsonl(path: Path) -> Table:
     Raises:
         InputError: If a line is broken, the schema version another, or a key missing.
     """
-    lines = list(_objects(path))
+    lines = list(objects_of(path))
     header = _header(lines[:1])
     rows = lines[1:] if header is not None else lines
     metadata = metadata_of(header or {})
@@ -42,7 +42,7 @@ def read_jsonl(path: Path) -> Table:
     present = [name for name in names if name in KNOWN and any(row.get(name) is not None for _, row in rows)]
     if rows:
         check_columns(present)
-    columns = {name: _column(name, rows) for name in present}
+    columns = {name: column_of(name, rows) for name in present}
     return Table(columns, [name for name in names if name not in KNOWN], metadata)
 
 
@@ -52,7 +52,7 @@ def read_jsonl_metadata(path: Path) -> dict[str, Any]:
     Raises:
         InputError: If the first line is broken, or the schema version another.
     """
-    return metadata_of(_header(list(islice(_objects(path), 1))) or {})
+    return metadata_of(_header(list(islice(objects_of(path), 1))) or {})
 
 
 def write_jsonl(path: Path, columns: Columns, metadata: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def write_jsonl(path: Path, columns: Columns, metadata: dict[str, Any]) -> None:
             file.write(json.dumps(dict(zip(lists, row, strict=True)), allow_nan=False) + "\n")
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) of every line that is not blank.
 
     Raises:
@@ -114,7 +114,13 @@ def _header(lines: list[tuple[int, dict[str, Any]]]) -> dict[str, Any] | None:
     return next((row for _, row in lines if "schema_version" in row and "prompt_ids" not in row), None)
 
 
-def _column(name: str, rows: list[tuple[int, dict[str, Any]]]) -> Ragged | Array:
+def column_of(name: str, rows: list[tuple[int, dict[str, Any]]]) -> Ragged | Array:
+    """Return one column of rows that stand in the lines of those numbers.
+
+    Raises:
+        InputError: If a row lacks it, others have it, or it holds another number; the message names the line.
+        type_error: If it holds another type, which is an InputError.
+    """
     for number, row in rows:
         if row.get(name) is None:
             raise InputError(f"line {number} has no '{name}', other lines do; give it in every line or in none.")

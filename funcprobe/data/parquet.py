@@ -60,6 +60,36 @@ def read_parquet_metadata(path: Path) -> dict[str, Any]:
         raise InputError(_not_parquet(error)) from None
 
 
+def parquet_names(path: Path) -> list[str]:
+    """Return the names of the columns of a parquet file, reading its footer only.
+
+    Raises:
+        InputError: If the file is not parquet.
+        MissingExtraError: If pyarrow is not installed.
+    """
+    pa, pq = _pyarrow()
+    try:
+        return list(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(_not_parquet(error)) from None
+
+
+def parquet_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a parquet file as dictionaries: for texts, of which there are as many as sequences.
+
+    Raises:
+        InputError: If the file is not parquet.
+        MissingExtraError: If pyarrow is not installed.
+    """
+    pa, pq = _pyarrow()
+    try:
+        with pq.ParquetFile(path) as file:
+            rows: list[dict[str, Any]] = file.read().to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(_not_parquet(error)) from None
+    return rows
+
+
 def write_parquet(path: Path, columns: Columns, metadata: dict[str, Any]) -> None:
     """Write the columns with zstd compression; the metadata goes into the footer as text.
 
@@ -86,7 +116,7 @@ def _not_parquet(error: Exception) -> str:
 
 
 def _decoded(metadata: dict[bytes, bytes] | None) -> dict[str, Any]:
-    wanted = (b"schema_version", b"tokenizer")
+    wanted = (b"schema_version", b"tokenizer", b"retokenized")
     return {key.decode(): value.decode(errors="replace") for key, value in (metadata or {}).items() if key in wanted}
 
 

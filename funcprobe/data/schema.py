@@ -60,7 +60,7 @@ class Table(NamedTuple):
 
     columns: Columns  #: the known columns that are there and not empty
     unknown: list[str]  #: names of the columns that funcprobe does not know
-    metadata: dict[str, Any]  #: `schema_version` and `tokenizer`, None where the file does not say
+    metadata: dict[str, Any]  #: `schema_version`, `tokenizer` and `retokenized`: see `metadata_of`
 
 
 def check_columns(found: list[str]) -> None:
@@ -77,7 +77,9 @@ def check_columns(found: list[str]) -> None:
 
 
 def metadata_of(found: dict[str, Any]) -> dict[str, Any]:
-    """Return `schema_version` (an int, None where not stated) and `tokenizer` (None likewise).
+    """Return `schema_version` (an int, None where not stated), `tokenizer` (None likewise) and `retokenized`.
+
+    The last is whether the ids were made again from text, and so may differ from those that were sampled.
 
     Raises:
         InputError: If the version is one that this release does not read.
@@ -88,7 +90,9 @@ def metadata_of(found: dict[str, Any]) -> dict[str, Any]:
             f"the schema version is {version!r:.60}; this release reads version {SCHEMA_VERSION}. Update funcprobe, or "
             "write the file again with this release."
         )
-    return {"schema_version": None if version is None else SCHEMA_VERSION, "tokenizer": found.get("tokenizer")}
+    stamped = str(found.get("retokenized")) == "True"  # a footer holds text, a header a truth value
+    known = None if version is None else SCHEMA_VERSION
+    return {"schema_version": known, "tokenizer": found.get("tokenizer"), "retokenized": stamped}
 
 
 def type_error(name: str, found: object, example: str = "") -> InputError:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from funcprobe.checkpoints import save_checkpoint
+from funcprobe.checkpoints import load_checkpoint, save_checkpoint
+from funcprobe.cli.command import carry_out
 from funcprobe.cli.demo_task import SYMBOLS, build_tokenizer, draw_prompts, reward
+from funcprobe.cli.run import COMMAND
 from funcprobe.data.files import write_rollouts
 from funcprobe.objectives.losses import grpo
 from funcprobe.optimizers.factories import adamw
 from funcprobe.policy.module import from_module
 from funcprobe.policy.sampling import sample
+from funcprobe.results.probe import ProbeResult
 from funcprobe.training.step import make_step
 from funcprobe.types import Rollouts
 from tests.cases import models
+from tests.cases.third_party import third_party
+from tests.cases.trl_folders import Run, run_folder
+from tests.cases.trl_runs import Seen
 from tests.cases.world import Demo, World
 
 
@@ -90,3 +97,40 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Seen]]:
+    """A TRL run of three steps, of which nothing but the seed differs from its defaults, and rollouts E beside it."""
+    folder = tmp_path_factory.mktemp("trl") / "run"
+    seen = run_folder(folder)
+    with third_party():
+        found = load_checkpoint(folder / "checkpoint-1")
+    prompts = [[3, 4], [5, 6, 7]]
+    evaluation = sample(
+        found.policy,
+        found.params,
+        prompts,
+        generator=torch.Generator().manual_seed(0),
+        max_new_tokens=4,
+        group_size=3,
+        temperature=0.9,
+        eos_id=1,
+    )
+    write_rollouts(folder / "evaluation.parquet", evaluation)
+    return folder, seen
+
+
+@pytest.fixture
+def trl_run(trained: tuple[Path, list[Seen]], tmp_path: Path) -> Run:
+    """Run the command on a checkpoint of the run and return its result."""
+    folder, _ = trained
+
+    def result(checkpoint: str, batch: Path | str, *words: str) -> ProbeResult:
+        path = tmp_path / "c.yaml"
+        lines = [f"checkpoint: {folder / checkpoint}", f"evaluation: {folder / 'evaluation.parquet'}"]
+        path.write_text("\n".join([*lines, f"batch: {folder / batch}", "temperature: 0.9"]) + "\n")
+        found: ProbeResult = carry_out(COMMAND, path, ["--force", "--bars", "none", *words])
+        return found
+
+    return result

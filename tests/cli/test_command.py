@@ -8,7 +8,7 @@ import re
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 
 from funcprobe.cli import command as way
 from funcprobe.cli import main as entry
-from funcprobe.cli.command import Beside, Command, PlainCommand, carry_out, merged
+from funcprobe.cli.command import Beside, Command, PlainCommand, carry_out, told
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Argument, Option
 from funcprobe.data.ownership import MARKER
@@ -47,6 +47,7 @@ class Counted(Result):
 
     number: int
     warnings: tuple[Note, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     def blocks(self) -> tuple[Block, ...]:
         return (Sentence(f"counted to {self.number}"),)
@@ -66,10 +67,8 @@ def counting(steps: Steps, **changes: Any) -> Command[Counted]:
         steps.append("do")
         warnings.warn("counting is slow", FuncprobeWarning, stacklevel=1)
         warnings.warn(Note("kind", "and of a kind"), FuncprobeWarning, stacklevel=1)
+        warnings.warn(Note("format", "read as such"), FuncprobeWarning, stacklevel=1)
         return Counted(options.to, (Note("kind", "and of a kind"), Note("own", "three")))
-
-    def warned(result: Counted, found: Sequence[Note]) -> Counted:
-        return dataclasses.replace(result, warnings=merged(found, result.warnings))
 
     def half(result: Counted, folder: Path) -> None:
         steps.append("write")
@@ -81,7 +80,7 @@ def counting(steps: Steps, **changes: Any) -> Command[Counted]:
         "epilog": lambda: "example:\n  funcprobe count c.yaml --to 3",
         "done": "counted",
         "do": do,
-        "warned": warned,
+        "warned": told,
         "options": (Option("to", "N", "how far", read=int, expected="a whole number", required=True),),
         "suffix": "-count",
         "check": lambda config, options: steps.append("check"),
@@ -128,6 +127,7 @@ def test_a_command_is_parsed_loaded_done_written_and_shown(
         ("kind", "and of a kind"),
         ("own", "three"),
     ]
+    assert [(note.kind, str(note)) for note in result.notes] == [("format", "read as such")]
 
 
 def test_what_may_be_replaced_is_what_the_record_says_that_it_writes(steps: Steps, config: Path) -> None:

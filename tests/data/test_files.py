@@ -46,7 +46,11 @@ def test_columns_are_those_of_the_schema(tmp_path: Path, extension: str) -> None
     listed = "prompt_ids completion_ids completion_mask reward group_id temperature sampling_logps step"
     assert names == listed.split()
     assert set(names) <= set(KNOWN)
-    assert read_metadata(tmp_path / f"a{extension}") == {"schema_version": 1, "tokenizer": "some/tokenizer"}
+    assert read_metadata(tmp_path / f"a{extension}") == {
+        "schema_version": 1,
+        "tokenizer": "some/tokenizer",
+        "retokenized": False,
+    }
 
 
 def test_what_a_hand_written_line_may_leave_out(tmp_path: Path) -> None:
@@ -54,7 +58,7 @@ def test_what_a_hand_written_line_may_leave_out(tmp_path: Path) -> None:
     path.write_text('{"prompt_ids": [1], "completion_ids": [2, 3], "temperature": 1, "advantage": null}\n\n')
     expected = Lists([[1]], [[2, 3]], {"temperature": 1.0}).build()
     assert_same_rollouts(read_rollouts(path), expected)
-    assert read_metadata(path) == {"schema_version": None, "tokenizer": None}
+    assert read_metadata(path) == {"schema_version": None, "tokenizer": None, "retokenized": False}
 
 
 def test_a_first_line_with_tokens_is_no_header(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from tests.hostile import (
     adapters,
     checkpoints,
     configurations,
+    dumps,
     optimizers,
     places,
     prompts,
@@ -16,7 +17,7 @@ from tests.hostile import (
 )
 from tests.hostile.room import Case
 
-_TABLES = (words, configurations, places, rollouts, prompts, checkpoints, adapters, optimizers, shards, results)
+_TABLES = (words, configurations, places, rollouts, dumps, prompts, checkpoints, adapters, optimizers, shards, results)
 
 
 def _by_name() -> dict[str, Case]:
