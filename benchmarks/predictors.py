@@ -128,7 +128,7 @@ def checkpoints(demo: Demo, chosen: Sequence[int]) -> Iterator[tuple[int, Params
     for done in range(max(chosen) + 1):
         if done in chosen:
             yield done, params, state
-        batch = demo.rollouts(params, demo.prompts(demo.size.update_prompts))
+        batch = demo.rollouts(params, demo.prompts(demo.size.batch_prompts))
         step = fp.make_step(demo.trained.policy, fp.grpo(), optimizer(demo, done), MAX_GRAD_NORM)
         params, _, state, *_ = step(params, state, batch)
 
@@ -137,7 +137,7 @@ def batches(
     demo: Demo, kinds: Mapping[str, int], params: Params, exclude: Sequence[str]
 ) -> Iterator[tuple[str, Rollouts]]:
     """Yield (kind, update batch)."""
-    count = demo.size.update_prompts
+    count = demo.size.batch_prompts
 
     def drawn(prompts: int = count, digits: int | None = None) -> Rollouts:
         return demo.rollouts(params, demo.prompts(prompts, exclude, digits))

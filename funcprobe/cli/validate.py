@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
-from collections.abc import Sequence
 
 from funcprobe.analysis.validate import validate
 from funcprobe.attribution.rankings import METHODS
-from funcprobe.cli.command import Command, merged
+from funcprobe.cli.command import Command, told
 from funcprobe.cli.config import Config
 from funcprobe.cli.options import Option
 from funcprobe.cli.prepare import prepared
 from funcprobe.cli.progress import Bars
-from funcprobe.errors import Note
 from funcprobe.results.validation import Validation
 
 DESCRIPTION = """\
@@ -47,10 +44,6 @@ def _do(config: Config, options: Namespace, bars: Bars) -> Validation:
     )
 
 
-def _warned(result: Validation, warned: Sequence[Note]) -> Validation:
-    return dataclasses.replace(result, warnings=merged(warned, result.warnings))
-
-
 UNITS = Option(
     "units", "tokens|prompts", "what is dropped: tokens or prompts", default="tokens", choices=("tokens", "prompts")
 )
@@ -78,7 +71,7 @@ COMMAND = Command(
     epilog=lambda: EPILOG,
     done="validated",
     do=_do,
-    warned=_warned,
+    warned=told,
     options=(UNITS, CHOSEN, RANDOM, SUBSETS),
     suffix="-validation",
     figures=frozenset({"validation"}),

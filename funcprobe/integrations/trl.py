@@ -3,6 +3,11 @@
 Everything comes from public things, which a subclass and a callback see: `compute_loss(model, inputs)` gets the
 micro-batches of a step, and `on_pre_optimizer_step` the model and the optimizer just before it is taken.
 
+    ledger = LedgerCallback("runs/ledger")               # every step's share of the change of entropy; see `Ledger`
+    ledger.watch(trainer)
+
+or one update by hand:
+
     class Watched(trl.GRPOTrainer):
         seen = []                                       # the micro-batches of one step
 
@@ -12,12 +17,11 @@ micro-batches of a step, and `on_pre_optimizer_step` the model and the optimizer
 
     # in on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs)
     U = rollouts_from_trl(trainer.seen, temperature=args.temperature)
-    pair = fp.from_training(model, optimizer)
     objective = objective_from_config(args, trainer.seen)
-    step = fp.make_step(pair.policy, objective, pair.optimizer, max_grad_norm=args.max_grad_norm or None)
-    fp.probe(pair.policy, step, pair.params, pair.opt_state, E, U)
+    update = fp.from_training(model, optimizer).update(objective, U, max_grad_norm=args.max_grad_norm or None)
+    fp.probe(update, E)
 
-Nothing here imports trl: inputs are mappings of tensors, and a configuration is any object with its fields.
+trl itself is not imported: inputs are mappings of tensors, and a configuration is any object with its fields.
 """
 
 from funcprobe.integrations.trl_batches import evaluation_from_trl, rollouts_from_trl

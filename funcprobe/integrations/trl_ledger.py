@@ -58,7 +58,7 @@ class LedgerCallback(TrainerCallback):
         observables: As in `Ledger`.
         draw: A function of the policy that returns how rollouts are drawn from parameters; None takes the trainer's
             own generations.
-        **options: Those of `Ledger`: every, rows, open_every, tokens, and those of a measurement.
+        **options: Those of `Ledger`: every, rows, split, open_every, tokens, and those of a measurement.
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class LedgerCallback(TrainerCallback):
         *,
         every: int = 1,
         rows: int | None = None,
+        split: bool = True,
         open_every: int = 0,
         tokens: bool = False,
         draw: Drawing | None = None,
         **options: Unpack[Given],
     ) -> None:
         self.folder, self.observables, self.draw = folder, observables, draw
-        self.kept = {"every": every, "rows": rows, "open_every": open_every, "tokens": tokens}
+        self.kept = {"every": every, "rows": rows, "split": split, "open_every": open_every, "tokens": tokens}
         self.options = options
         self.ledger: Ledger | None = None
         self._pair: LivePair | None = None

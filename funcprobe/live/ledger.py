@@ -62,6 +62,8 @@ class Ledger:
         observables: One, or several by name, of which the first is split; by default the entropy per token.
         every: Generations in a window. The steps of all of them are in it, so the books close whatever it is.
         rows: Rows of E at most, whole prompts drawn at random; None takes all. Cost and error bars go with it.
+        split: Whether every step is split into gradient, momentum and decay, and held against the one that was taken:
+            ten times the arithmetic of the optimizer's own step. Without it a step costs next to nothing.
         open_every: Every so many windows the steps of its last generation are opened down to prompts and tokens; 0
             never. It takes steps that know their batch.
         tokens: Whether all tokens of opened steps are kept, as parquet, and not the largest alone.
@@ -69,8 +71,8 @@ class Ledger:
         draw: Draws E from θ, in place of the trainer's generations: a fixed set of prompts, say.
         on_error: Whether a window that cannot be measured is a line that says so ("warn"), or raises.
         progress: Called as progress(what, done, total).
-        **options: See `Options`. mode is "reverse", the cheapest (four forward passes over E a window), and "auto"
-            where the model's arithmetic is coarser than float32, in which a subtraction would drown.
+        **options: See `Options`. mode is "reverse", the cheapest (five forward passes over E and a readout a window),
+            and "auto" where the model's arithmetic is coarser than float32, in which a subtraction would drown.
 
     Raises:
         InputError: If an option is out of range, or the folder is another run's.
@@ -85,6 +87,7 @@ class Ledger:
         *,
         every: int = 1,
         rows: int | None = None,
+        split: bool = True,
         open_every: int = 0,
         tokens: bool = False,
         tokenizer: Any = None,
@@ -98,7 +101,7 @@ class Ledger:
         if on_error not in ("warn", "raise"):
             raise InputError(f"Unknown on_error {on_error!r}; expected 'warn' or 'raise'.")
         self.policy, self.every, self.rows, self.open_every = policy, every, rows, open_every
-        self.tokens, self.tokenizer, self.draw = tokens, tokenizer, draw
+        self.split, self.tokens, self.tokenizer, self.draw = split, tokens, tokenizer, draw
         self.on_error, self.progress = on_error, progress
         self._cheapest = "mode" not in options
         self.options = options_of({"mode": "reverse", "rounding": False, **options}, "a ledger", OF_ONE_STEP[1:])
@@ -169,7 +172,7 @@ class Ledger:
                 return
             number, self._next = self._next, self._next + 1
             with self._guarded(f"Step {number}", self._steps):
-                self._steps.take(update, number)
+                self._steps.take(update, number, split=self.split)
                 batch = update if update.depth == "batch" else of_batch
                 if batch is not None and self.opens:
                     self._steps.keep(batch, _as_used(batch if update.depth == "delta" else update), number)

@@ -58,16 +58,17 @@ class Steps:
         """Return the steps since this moment: none yet."""
         return cls({name: p.detach().clone() for name, p in params.items()}, step, step - 1, _sums(params))
 
-    def take(self, update: Update, step: int) -> None:
-        """Take in a step that is about to be taken.
+    def take(self, update: Update, step: int, *, split: bool = True) -> None:
+        """Take in a step that is about to be taken; without `split` its parts are left unknown, and it is not checked.
 
         Raises:
             InputError: If gradient, state or learning rate do not fit.
             NumericsError: If the gradient is not finite.
         """
         self.last = step
-        if update.rule is None or update.opt_state is None:
+        if not split or update.rule is None or update.opt_state is None:
             self.sums, self.expected = None, None
+            self.lr = self.lr if update.rule is None else update.rule.optimizer.lr if update.lr is None else update.lr
             return
         gradient = update.gradient().gradient
         given = update.params, update.opt_state, gradient, update.lr

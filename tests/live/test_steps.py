@@ -73,6 +73,15 @@ def test_a_step_that_is_not_ours_is_seen() -> None:
     assert steps.mismatch > 1e-3
 
 
+def test_parts_may_be_left_unknown() -> None:
+    loop = Loop()
+    steps = Steps.since(loop.params, 0)
+    steps.take(loop.backward(loop.draw()), 0, split=False)
+    assert steps.sums is None
+    assert steps.expected is None
+    assert steps.lr == loop.optimizer.param_groups[0]["lr"]
+
+
 def test_a_step_without_parts_is_only_a_whole(tmp_path: Path) -> None:
     loop = Loop("RMSprop")
     steps = Steps.since(loop.params, 0)
