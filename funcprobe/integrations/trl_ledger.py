@@ -58,6 +58,7 @@ class LedgerCallback(TrainerCallback):
         observables: As in `Ledger`.
         draw: A function of the policy that returns how rollouts are drawn from parameters; None takes the trainer's
             own generations.
+        marks: Likewise; draws rollouts before the first step and after the last, against which the books close.
         **options: Those of `Ledger`: every, rows, split, open_every, tokens, and those of a measurement.
     """
 
@@ -72,9 +73,10 @@ class LedgerCallback(TrainerCallback):
         open_every: int = 0,
         tokens: bool = False,
         draw: Drawing | None = None,
+        marks: Drawing | None = None,
         **options: Unpack[Given],
     ) -> None:
-        self.folder, self.observables, self.draw = folder, observables, draw
+        self.folder, self.observables, self.draw, self.marks = folder, observables, draw, marks
         self.kept = {"every": every, "rows": rows, "split": split, "open_every": open_every, "tokens": tokens}
         self.options = options
         self.ledger: Ledger | None = None
@@ -165,8 +167,19 @@ class LedgerCallback(TrainerCallback):
         """End the ledger."""
         with self._ending():
             if self.ledger is not None:
+                self._finish()
                 self._books = self.ledger.close()
         self.ledger = self._pair = None
+
+    def _finish(self) -> None:
+        """Close the last window and take the last value, on rollouts of their own."""
+        if self.marks is None or self._pair is None or self._ended:
+            return
+        assert self.ledger is not None
+        params, draw = self._pair.params, self.marks(self._pair.policy)
+        if self.draw is None:
+            self.ledger.generation(params, draw(params))
+        self.ledger.mark(params, draw(params))
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -202,6 +215,8 @@ class LedgerCallback(TrainerCallback):
             **self.kept,  # type: ignore[arg-type]
             **self.options,
         )
+        if self.marks is not None:
+            self.ledger.mark(self._pair.params, self.marks(self._pair.policy)(self._pair.params))
         return self._pair
 
     def _evaluation(self, args: Any, inputs: Sequence[Inputs]) -> Rollouts | None:

@@ -109,7 +109,10 @@ class Ledger:
         self._log = Log(folder)
         self._steps: Steps | None = None  #: of the window that is open
         self._generations = 0  #: in it
-        self._latest: Rollouts | None = None  #: of the generation that opened it, until the books have a first value
+        self._latest: Rollouts | None = (
+            None  #: E of the last window, where generations serve as marks for want of others
+        )
+        self._own_marks = False  #: whether they do
         self._live: Params | None = None  #: the trainer's own leaves, as the last step knew them
         self._next: int | None = None  #: number of the next step
         self._logged: dict[str, float] = {}
@@ -147,6 +150,7 @@ class Ledger:
                     return None
                 window = self._close_window(params, rollouts)
             elif self._steps is None and not self._log.lines.marks and rollouts is not None:
+                self._own_marks = True
                 self._mark(params, rollouts)
             self._open_window(params)
         return None if window is None else self._keep(window)
@@ -213,7 +217,7 @@ class Ledger:
         if self.draw is not None and now is not None and self._steps is not None:
             self.generation(now)
         elif self._steps is not None:
-            if self._latest is not None:
+            if self._own_marks and self._latest is not None:
                 with self._guarded("The last value"):
                     self._mark(self._steps.before, self._latest, self._steps.first)
             if self._steps.last >= self._steps.first:

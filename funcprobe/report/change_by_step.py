@@ -88,4 +88,4 @@ def _logged(ax: Axes, books: Sums, name: str) -> None:
     if found:
         steps, values = zip(*found, strict=True)
         label = f"logged {name}, since the first".replace("$", r"\$")
-        ax.plot(steps, np.array(values) - values[0], ".", color="0.45", markersize=3, zorder=2.5, label=label)
+        ax.plot(steps, np.array(values) - values[0], ".", color="#b5192b", markersize=4, zorder=5, label=label)

@@ -158,15 +158,23 @@ def test_a_loss_that_is_not_expressible_still_has_its_parts(folder: Path, tmp_pa
         assert abs(window.split["rounding and rest"]) < 1e-3 * math.fsum(map(abs, window.split.values()))
 
 
+def drawing(policy: fp.Policy) -> Any:
+    """Return how rollouts are drawn from a policy, by a generator of their own."""
+    generator = torch.Generator().manual_seed(5)
+    ids = [tokenizer()(text)["input_ids"] for text in prompts(rows=6)]
+    return lambda params: fp.sample(policy, params, ids, generator=generator, max_new_tokens=8, eos_id=1)
+
+
+def test_marks_at_both_ends_close_the_books(folder: Path, tmp_path: Path) -> None:
+    book = LedgerCallback(tmp_path / "ledger", marks=drawing)
+    trained(folder, tmp_path, book)
+    assert book.books is not None
+    assert [(w.first, w.last) for w in book.books] == [(k, k) for k in range(STEPS)]
+    assert [mark.step for mark in book.books.marks] == [0, STEPS]
+    assert book.books.closing["entropy"].missing == 0
+
+
 def test_a_ledger_may_draw_its_own(folder: Path, tmp_path: Path) -> None:
-    def drawing(policy: fp.Policy) -> Any:
-        def draw(params: Params) -> fp.Rollouts:
-            generator = torch.Generator().manual_seed(5)
-            ids = [tokenizer()(text)["input_ids"] for text in prompts(rows=6)]
-            return fp.sample(policy, params, ids, generator=generator, max_new_tokens=8, eos_id=1)
-
-        return draw
-
     book = LedgerCallback(tmp_path / "ledger", draw=drawing)
     trained(folder, tmp_path, book)
     assert book.books is not None
