@@ -19,6 +19,46 @@ from tests.cases.third_party import third_party
 
 VOCABULARY = 24
 
+#: Options of GRPOConfig whose loss is expressible, by name: each is held to the trainer's own step.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "grpo": {"loss_type": "grpo", "temperature": 0.7, "scale_rewards": "batch"},
+    "bnpo": {"loss_type": "bnpo", "scale_rewards": False},
+    "dr_grpo": {"loss_type": "dr_grpo", "max_grad_norm": 0.1},
+    "cispo, off-policy": {"loss_type": "cispo", "num_iterations": 3},
+    "gspo, off-policy": {"loss_type": "grpo", "importance_sampling_level": "sequence", "num_iterations": 3},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "num_iterations": 3},
+    "luspo by token": {"loss_type": "luspo", "num_iterations": 3},
+    "dapo, a ratio a sequence": {"importance_sampling_level": "sequence", "num_iterations": 3},
+    "cispo, a ratio a sequence": {
+        "loss_type": "cispo",
+        "epsilon_high": 5.0,
+        "importance_sampling_level": "sequence",
+        "num_iterations": 3,
+    },
+    "dapo, off-policy, two-sided": {"num_iterations": 3, "delta": 1.5, "epsilon_high": 0.28},
+    "kl": {"beta": 0.1, "num_iterations": 3},
+    "kl without bias correction": {"beta": 0.1, "num_iterations": 3, "use_bias_correction_kl": False},
+    "kl, a ratio a sequence": {"beta": 0.1, "num_iterations": 3, "importance_sampling_level": "sequence"},
+    "dapo, accumulated": {"gradient_accumulation_steps": 2},
+    "grpo, accumulated": {"loss_type": "grpo", "gradient_accumulation_steps": 2},
+    "bnpo, accumulated": {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
+    "dr_grpo, accumulated": {"loss_type": "dr_grpo", "gradient_accumulation_steps": 2},
+    "two steps a generation": {"steps_per_generation": 2},
+    "two generations a step": {"gradient_accumulation_steps": 2, "steps_per_generation": 1},
+    "dapo without the truncated": {"mask_truncated_completions": True, "max_completion_length": 20},
+    "grpo without the truncated": {
+        "loss_type": "grpo",
+        "mask_truncated_completions": True,
+        "max_completion_length": 20,
+        "gradient_accumulation_steps": 2,
+    },
+    "top entropy": {"top_entropy_quantile": 0.4},
+    "top entropy, accumulated": {"top_entropy_quantile": 0.4, "gradient_accumulation_steps": 2},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "entropy bonus, accumulated": {"entropy_coef": 0.05, "loss_type": "bnpo", "gradient_accumulation_steps": 2},
+}
+
 
 @contextmanager
 def strict() -> Iterator[None]:
