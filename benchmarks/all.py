@@ -77,10 +77,12 @@ SCRIPTS = (
     Script("attention", "", "", f"--longest 256 --rounds 1 --json {os.devnull}"),
     Script("variance", quick=None),
     Script("coverage", quick=None),
+    Script("live"),
+    Script("trl_settings", quick=None),
 )
 
 #: Scripts that have to be started as a part of the package.
-MODULES = ("coverage", "variance")
+MODULES = ("coverage", "trl_settings", "variance")
 
 
 def scripts(folder: Path) -> tuple[Script, ...]:

@@ -271,7 +271,7 @@ class Ledger:
 
     def _window(self, steps: Steps, params: Params, evaluation: Rollouts, back: LookedBack, told: list[Told]) -> Window:
         leaves = steps.leaves(back.covector, params)
-        if self.tokens:
+        if self.tokens and self._log.is_written:
             for each in told:
                 tables.write_tokens(self._log.folder, each.summary.step, each.tokens)
         return Window(
@@ -316,6 +316,8 @@ class Ledger:
         window = replace(window, seconds=self._seconds)
         self._log.add(window)
         self._seconds, self._logged = 0.0, {}
+        if not self._log.is_written:
+            return window
         with suppress(OSError):  # a full disk, of which the lines have told
             tables.write_windows(self._log.folder, self._log.lines.windows)
         return window

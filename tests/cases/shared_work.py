@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import funcprobe as fp
 from funcprobe.errors import FuncprobeError
 from funcprobe.parallel.batches import gather_rollouts
 from funcprobe.parallel.world import world
-from tests.cases import models, routing
+from tests.cases import ledgers, models, routing
 from tests.cases.probes import Case, prompted
 from tests.cases.tables import observables
 
@@ -158,3 +159,17 @@ def _grpo_by_hand(logits: torch.Tensor, rollouts: fp.Rollouts) -> torch.Tensor:
         assert rollouts.advantages is not None
         rows.append(-rollouts.advantages[b] * taken[b, start - 1 : start - 1 + length].mean())
     return torch.stack(rows).mean()
+
+
+def ledger_of_a_loop() -> dict[str, Any]:
+    """Return the numbers of a short run's ledger, kept in a folder that the environment names; all train alike."""
+    loop = ledgers.Loop()
+    book = ledgers.ledger(loop, Path(os.environ["FUNCPROBE_TEST_LEDGER"]), open_every=1)
+    loop.run(book, 2)
+    books = book.close()
+    return {
+        "change": [w.main.change for w in books],
+        "error": [w.error for w in books],
+        "split": [value for w in books for value in w.split.values()],
+        "tokens": [o.whole for w in books for o in w.opened],
+    }

@@ -12,8 +12,9 @@ import torch
 import funcprobe as fp
 from funcprobe.errors import FuncprobeError, InputError
 from funcprobe.results.ledger_lines import read_lines
-from tests.cases import ledgers
+from tests.cases import ledgers, shared_work
 from tests.cases.ledgers import Loop, telling, weights
+from tests.cases.processes import together
 
 
 def test_windows_are_told_of_their_steps(tmp_path: Path) -> None:
@@ -249,3 +250,14 @@ def test_a_generation_without_rollouts_is_refused(tmp_path: Path) -> None:
     loop = Loop()
     with pytest.raises(InputError, match="There are no rollouts"):
         ledgers.ledger(loop, tmp_path).generation(loop.params)
+
+
+def test_the_ledger_of_two_processes_is_that_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = together(shared_work.ledger_of_a_loop, 2, FUNCPROBE_TEST_LEDGER=str(tmp_path / "two"))
+    assert ended.codes == [0, 0], ended.words
+    monkeypatch.setenv("FUNCPROBE_TEST_LEDGER", str(tmp_path / "one"))
+    one = shared_work.ledger_of_a_loop()
+    for found in ended.returned:
+        for name, values in one.items():  # the same float64 sums in another order
+            assert found[name] == pytest.approx(values, rel=1e-9, abs=1e-14), name
+    assert [w.first for w in read_lines(tmp_path / "two").windows] == [0, 1]
