@@ -44,7 +44,7 @@ def validate(
     methods: Sequence[str] | None = None,
     random: int = 8,
     subsets: int = 32,
-    seed: int = 0,
+    seed: int = Options.seed,
     microbatch: Microbatch = _DEFAULT.microbatch,
     progress: Progress | None = None,
 ) -> Validation:

@@ -23,7 +23,7 @@ its batches, momentum, weight decay. A run in progress may be read at any time."
 EPILOG = """\
 example:
   funcprobe ledger runs/grpo                 the text
-  funcprobe ledger runs/grpo --output books  and books/ledger.html, a figure, a table
+  funcprobe ledger runs/grpo --output books  and a page, a figure, a table
 
 RUN_DIR is the folder of the ledger (it holds ledger.jsonl), or one that holds
 it as `ledger`: the output_dir of a TRL trainer with a LedgerCallback."""

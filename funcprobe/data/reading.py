@@ -28,7 +28,7 @@ def check_ordinary(path: Path) -> Path:
     """
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):  # a name that no file system can hold
         raise InputError(f"{path}: there is no such file; check the path.", kind="absent") from None
     except OSError as error:
         raise InputError(f"{path}: it cannot be read ({error.strerror}).") from None
