@@ -11,7 +11,7 @@ NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py c
 ROUNDED := $(addprefix tests/,analysis/test_attribute_edges.py benchmarks/test_stateful.py cli/test_demo.py compat \
 	laws/test_updates.py measurement/test_second_order.py policy training/test_step.py)
 
-.PHONY: help demo test coverage families kernels threads browser soak check format bench notebooks docs links packages clean
+.PHONY: help demo test coverage families kernels threads browser trackers soak check format bench notebooks docs links packages clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -44,6 +44,11 @@ families: $(STAMP) ## many architectures and adapters, asked the same (docs/fami
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser
 
+trackers: $(STAMP) ## a ledger in four real trackers, in an environment of their own
+	test -x .venv-trackers/bin/python || $(PYTHON) -m venv .venv-trackers
+	PIP_CONSTRAINT=constraints.txt .venv-trackers/bin/python -m pip install -q -e '.[dev,trackers]'
+	.venv-trackers/bin/python -m pytest -q -m trackers tests/integrations
+
 soak: $(STAMP)   ## a hundred kills at random moments, long and many rows, the same bits again; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak
 
@@ -72,4 +77,4 @@ packages: $(STAMP) ## wheel and sdist, installed in fresh environments, core alo
 	$(BIN)/python .ci/packages.py
 
 clean:           ## remove the environment and the caches
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage docs/_build docs/_generated
+	rm -rf .venv .venv-trackers .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage docs/_build docs/_generated

@@ -11,6 +11,7 @@ A package declares one in its own metadata, and nothing of it is imported before
 | funcprobe.objectives | as `objective.name` gives it | a function of options that returns an Objective |
 | funcprobe.readers | the suffix of a file, without its dot | a function of a path that returns Rollouts |
 | funcprobe.trackers | as `trackers` gives it | a function of a result |
+| funcprobe.sinks | as `LedgerCallback(trackers=...)` gives it | a function of a ledger's folder that returns a Sink |
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from funcprobe.errors import FuncprobeError, InputError
 
-Kind = Literal["observable", "objective", "reader", "tracker"]
+Kind = Literal["observable", "objective", "reader", "tracker", "sink"]
 
 #: Kind of thing -> how it is called, for messages.
 _EXPECTED: dict[Kind, str] = {
@@ -31,6 +32,7 @@ _EXPECTED: dict[Kind, str] = {
     "objective": "a function of options that returns an objective",
     "reader": "a function of a path that returns rollouts",
     "tracker": "a function of a result",
+    "sink": "a function of a ledger's folder that returns a sink",
 }
 
 

@@ -26,9 +26,11 @@ from torch import nn
 
 from funcprobe.checkpoints.live import LivePair, from_training
 from funcprobe.errors import FuncprobeError, FuncprobeWarning, InputError, missing_extra
+from funcprobe.integrations.trackers import sinks_of
 from funcprobe.integrations.trl_batches import Inputs, chosen_tokens, evaluation_from_trl, rollouts_from_trl
 from funcprobe.integrations.trl_objectives import objective_from_config
 from funcprobe.live.ledger import Draw, Ledger
+from funcprobe.live.sinks import Sink
 from funcprobe.measurement.measurement import Observables
 from funcprobe.measurement.options import Given
 from funcprobe.measurement.update import Update
@@ -56,6 +58,8 @@ class LedgerCallback(TrainerCallback):
     Args:
         folder: Where `ledger.jsonl` is kept; None is "ledger" in the trainer's output_dir.
         observables: As in `Ledger`.
+        trackers: Told of every window beside the file: "tensorboard", "wandb", "mlflow", "trackio", the name of another
+            package's, or a `Sink`; see `funcprobe.integrations.trackers`.
         draw: A function of the policy that returns how rollouts are drawn from parameters; None takes the trainer's
             own generations.
         marks: Likewise; draws rollouts before the first step and after the last, against which the books close.
@@ -72,11 +76,13 @@ class LedgerCallback(TrainerCallback):
         split: bool = True,
         open_every: int = 0,
         tokens: bool = False,
+        trackers: Sequence[str | Sink] = (),
         draw: Drawing | None = None,
         marks: Drawing | None = None,
         **options: Unpack[Given],
     ) -> None:
         self.folder, self.observables, self.draw, self.marks = folder, observables, draw, marks
+        self.trackers = trackers
         self.kept = {"every": every, "rows": rows, "split": split, "open_every": open_every, "tokens": tokens}
         self.options = options
         self.ledger: Ledger | None = None
@@ -172,7 +178,7 @@ class LedgerCallback(TrainerCallback):
         self.ledger = self._pair = None
 
     def _finish(self) -> None:
-        """Close the last window and take the last value, on rollouts of their own."""
+        """End the last window and take the last value, on rollouts of their own."""
         if self.marks is None or self._pair is None or self._ended:
             return
         assert self.ledger is not None
@@ -212,6 +218,7 @@ class LedgerCallback(TrainerCallback):
             self.observables,
             tokenizer=self._tokenizer if hasattr(self._tokenizer, "decode") else None,
             draw=draw,
+            sinks=sinks_of(self.trackers, Path(folder)) if world().is_first else (),
             **self.kept,  # type: ignore[arg-type]
             **self.options,
         )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Literal, Unpack
@@ -36,6 +36,7 @@ from funcprobe.live.log import Log
 from funcprobe.live.looking_back import LookedBack, look_back, observables_of
 from funcprobe.live.marks import value_at
 from funcprobe.live.opened import Told, opened
+from funcprobe.live.sinks import Sink, tell
 from funcprobe.live.steps import Steps, split_of
 from funcprobe.measurement.measure import LOW_PRECISION
 from funcprobe.measurement.measurement import Observables
@@ -68,6 +69,7 @@ class Ledger:
             never. It takes steps that know their batch.
         tokens: Whether all tokens of opened steps are kept, as parquet, and not the largest alone.
         tokenizer: Decodes token ids for prompts and tokens.
+        sinks: Trackers that are told of every window beside the file; see `Sink`.
         draw: Draws E from θ, in place of the trainer's generations: a fixed set of prompts, say.
         on_error: Whether a window that cannot be measured is a line that says so ("warn"), or raises.
         progress: Called as progress(what, done, total).
@@ -91,6 +93,7 @@ class Ledger:
         open_every: int = 0,
         tokens: bool = False,
         tokenizer: Any = None,
+        sinks: Sequence[Sink] = (),
         draw: Draw | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         progress: Progress | None = None,
@@ -102,7 +105,7 @@ class Ledger:
             raise InputError(f"Unknown on_error {on_error!r}; expected 'warn' or 'raise'.")
         self.policy, self.every, self.rows, self.open_every = policy, every, rows, open_every
         self.split, self.tokens, self.tokenizer, self.draw = split, tokens, tokenizer, draw
-        self.on_error, self.progress = on_error, progress
+        self.on_error, self.progress, self.sinks = on_error, progress, tuple(sinks)
         self._cheapest = "mode" not in options
         self.options = options_of({"mode": "reverse", "rounding": False, **options}, "a ledger", OF_ONE_STEP[1:])
         self.observables = observables_of(observables)
@@ -223,6 +226,8 @@ class Ledger:
             if self._steps.last >= self._steps.first:
                 self._log.add(Lost(self._steps.first, self._steps.last, "the run ended before another generation"))
         self._steps, self._latest = None, None
+        for sink in self.sinks if self._log.is_written else ():
+            self._told(sink, sink.close)
         if waiting := self._log.close():
             warnings.warn(
                 f"{waiting} lines of the ledger could not be written to {self._log.folder}; they are in what close() "
@@ -320,7 +325,18 @@ class Ledger:
             return window
         with suppress(OSError):  # a full disk, of which the lines have told
             tables.write_windows(self._log.folder, self._log.lines.windows)
+        for sink in self.sinks:
+            self._told(sink, lambda sink=sink: tell(sink, window))  # type: ignore[misc]
         return window
+
+    def _told(self, sink: Sink, call: Callable[[], None]) -> None:
+        """Call a tracker; one that fails is told of no more, in one warning, whatever it raises."""
+        try:
+            call()
+        except Exception as error:
+            self.sinks = tuple(other for other in self.sinks if other is not sink)
+            text = f"{type(sink).__name__} failed ({type(error).__name__}: {error}), and is told of no more windows."
+            warnings.warn(message(text), FuncprobeWarning, stacklevel=5)
 
     @contextmanager
     def _timed(self) -> Iterator[None]:

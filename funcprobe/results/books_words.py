@@ -32,7 +32,7 @@ def blocks_of(books: Sums) -> Iterator[Block]:
         yield Sentence(_closing(closing, _unit(books.windows, closing.observable)))
     yield _most(books)
     for window in books.most(SHOWN):
-        yield from _opened(window)
+        yield from opened_blocks(window)
     yield from _remarks(books)
 
 
@@ -112,7 +112,7 @@ def _cells(window: Window) -> tuple[str, ...]:
     )
 
 
-def _opened(window: Window) -> Iterator[Block]:
+def opened_blocks(window: Window) -> Iterator[Block]:
     """Yield the largest prompts and tokens of the steps that were opened."""
     for opened in window.opened:
         caption = f"step {opened.step}: tokens of U that did most, of {opened.whole:+.2e} in all"
