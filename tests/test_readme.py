@@ -14,6 +14,7 @@ import funcprobe
 from funcprobe.cli.demo_folder import prepare_demo
 from funcprobe.cli.demo_training import DemoSize
 from funcprobe.cli.main import main
+from tests.cases import ledgers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +51,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = text.replace(name, own)
     place = folder.parent
     (place / "config.yaml").write_text(re.sub(r": (?=\w)", ": demo/", text))
+    loop = ledgers.Loop()
+    book = ledgers.ledger(loop, place / "runs" / "grpo" / "ledger")
+    loop.run(book, 2)
+    book.close()
     (place / "prompts.txt").write_text("12=\n345=\n")
     (place / "my_rewards.py").write_text("def score(prompts, completions, **_):\n    return [1.0] * len(prompts)\n")
     return place
@@ -65,7 +70,7 @@ def test_a_command_runs(words: str, place: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_there_are_commands() -> None:
-    assert {c.split()[0] for c in COMMANDS} == {"demo", "run", "sweep", "attribute", "sample"}
+    assert {c.split()[0] for c in COMMANDS} == {"demo", "run", "sweep", "attribute", "ledger", "sample"}
 
 
 def test_lines_of_the_demo_have_their_form() -> None:
