@@ -79,6 +79,7 @@ SCRIPTS = (
     Script("coverage", quick=None),
     Script("live"),
     Script("trl_settings", quick=None),
+    Script("scale", quick=None),
 )
 
 #: Scripts that have to be started as a part of the package.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def flops(run: Callable[[], Any]) -> int:
-    """Return the FLOPs of a run, exactly; fused attention counts as the two whole products that the math kernel has."""
-    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _two_products}
+def flops(run: Callable[[], Any], more: Mapping[Any, Callable[..., int]] | None = None) -> int:
+    """Return the FLOPs of a run, exactly; fused attention counts as the two whole products that the math kernel has.
+
+    `more` counts further operations that torch does not: by operation, functions of the shapes of its arguments.
+    """
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _two_products, **(more or {})}
     counter = FlopCounterMode(display=False, custom_mapping=fused)
     counter.mod_tracker = _NoModules()  # type: ignore[assignment]
     with counter:
