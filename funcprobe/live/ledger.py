@@ -74,7 +74,8 @@ class Ledger:
         on_error: Whether a window that cannot be measured is a line that says so ("warn"), or raises.
         progress: Called as progress(what, done, total).
         **options: See `Options`. mode is "reverse", the cheapest (five forward passes over E and a readout a window),
-            and "auto" where the model's arithmetic is coarser than float32, in which a subtraction would drown.
+            and "auto" with order=2, and where the model's arithmetic is coarser than float32, in which a subtraction
+            would drown.
 
     Raises:
         InputError: If an option is out of range, or the folder is another run's.
@@ -106,16 +107,16 @@ class Ledger:
         self.policy, self.every, self.rows, self.open_every = policy, every, rows, open_every
         self.split, self.tokens, self.tokenizer, self.draw = split, tokens, tokenizer, draw
         self.on_error, self.progress, self.sinks = on_error, progress, tuple(sinks)
-        self._cheapest = "mode" not in options
-        self.options = options_of({"mode": "reverse", "rounding": False, **options}, "a ledger", OF_ONE_STEP[1:])
+        forward = options.get("order") == 2 or options.get("method") == "path"  # which reverse mode cannot give
+        self._cheapest = "mode" not in options and not forward
+        own = {"mode": "auto" if forward else "reverse", "rounding": False}
+        self.options = options_of({**own, **options}, "a ledger", OF_ONE_STEP[1:])
         self.observables = observables_of(observables)
         self._log = Log(folder)
         self._steps: Steps | None = None  #: of the window that is open
         self._generations = 0  #: in it
-        self._latest: Rollouts | None = (
-            None  #: E of the last window, where generations serve as marks for want of others
-        )
-        self._own_marks = False  #: whether they do
+        self._latest: Rollouts | None = None  #: E of the last window
+        self._own_marks = False  #: whether generations serve as marks, for want of others
         self._live: Params | None = None  #: the trainer's own leaves, as the last step knew them
         self._next: int | None = None  #: number of the next step
         self._logged: dict[str, float] = {}

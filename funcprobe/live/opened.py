@@ -66,7 +66,8 @@ def opened(kept: Kept, covector: Params, cut: Microbatch, tokenizer: Any = None)
     rows = _tokens(kept.step, columns), _prompts(kept.step, prompt_columns(told, vocabulary))
     given = float(tree.dot(with_zeros(kept.gradient, covector), direction)) / coefficient
     warned = [*update.warnings, *_other_gradient(kept.step, off)]
-    return Told(Opened(kept.step, told.sum(), given, off, *rows), columns, tuple(warned))
+    share = update.gradient().info.get("clip_fraction")
+    return Told(Opened(kept.step, told.sum(), given, off, share, *rows), columns, tuple(warned))
 
 
 def _distance(own: Gradients, used: Gradients, params: Params) -> float:

@@ -115,7 +115,8 @@ def _cells(window: Window) -> tuple[str, ...]:
 def opened_blocks(window: Window) -> Iterator[Block]:
     """Yield the largest prompts and tokens of the steps that were opened."""
     for opened in window.opened:
-        caption = f"step {opened.step}: tokens of U that did most, of {opened.whole:+.2e} in all"
+        clipped = "" if not opened.clipped else f"; {percent(opened.clipped)} of its tokens were clipped"
+        caption = f"step {opened.step}: tokens of U that did most, of {opened.whole:+.2e} in all{clipped}"
         largest = sorted(opened.tokens, key=lambda token: -abs(token.contribution))[: 2 * SHOWN]
         rows = tuple(
             Row(

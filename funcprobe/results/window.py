@@ -46,6 +46,7 @@ class Opened:
     whole: float  #: Σ over tokens of U
     given: float  #: ⟨∇F, scale ⊙ g⟩ of the gradient that the trainer really used: the same, where the objective is its
     off: float  #: ‖g of the objective − g used‖ / ‖g used‖
+    clipped: float | None  #: share of U's tokens whose ratio is clipped; None where the objective does not say
     tokens: tuple[MovedToken, ...]  #: the largest, either way
     prompts: tuple[MovedPrompt, ...]
 

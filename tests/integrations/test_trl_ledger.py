@@ -89,6 +89,8 @@ def test_every_step_is_in_a_window_and_is_the_trainers(folder: Path, tmp_path: P
         assert abs(window.split["rounding and rest"]) < 1e-3 * math.fsum(map(abs, window.split.values()))
         assert window.trainer["grad_norm"] >= 0
         assert window.completeness < 1e-4
+    if setting == "off-policy":  # on its second pass over a generation
+        assert max(o.clipped for w in books for o in w.opened) > 0
     assert [(lost.first, lost.last) for lost in books.lost] == [
         (firsts[-1] + a_generation, firsts[-1] + 2 * a_generation - 1)
     ]

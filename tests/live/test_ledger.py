@@ -217,6 +217,16 @@ def test_a_run_goes_on_in_its_ledger(tmp_path: Path) -> None:
         loop.step(resumed, loop.draw(), number=7)
 
 
+def test_a_second_order_is_signed_forward(tmp_path: Path) -> None:
+    loop = Loop()
+    for window in loop.run(ledgers.ledger(loop, tmp_path, order=2), 2):
+        reading = window.main
+        assert reading.second_order is not None
+        # what first order at the end leaves of ΔF is of second order: −½ D²F[Δθ, Δθ], to a third
+        assert reading.remainder == pytest.approx(reading.second_order, rel=1 / 3)
+        assert "first_order" in reading.bars
+
+
 def test_what_a_trainer_logs_stands_beside(tmp_path: Path) -> None:
     loop = Loop()
     book = ledgers.ledger(loop, tmp_path)

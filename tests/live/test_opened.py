@@ -36,6 +36,7 @@ def test_tokens_are_those_of_an_attribution(clip: float | None) -> None:
     assert told.summary.whole == pytest.approx(expected["contribution"].sum(), rel=1e-9)
     assert told.summary.given == pytest.approx(told.summary.whole, rel=1e-9)
     assert told.summary.off < 1e-12
+    assert told.summary.clipped == 0.0
     assert told.warnings == ()
     largest = max(told.summary.tokens, key=lambda token: abs(token.contribution))
     k = int(abs(expected["contribution"]).argmax())
