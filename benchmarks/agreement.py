@@ -87,7 +87,7 @@ def measured(several: int, stateful: int, device: str) -> dict[str, Any]:
         return to_device(drawn, device)
 
     prompts = several * EACH // size.group_size
-    update, reference, pool = rollouts(size.update_prompts), rollouts(prompts), rollouts(prompts)
+    update, reference, pool = rollouts(size.batch_prompts), rollouts(prompts), rollouts(prompts)
     assert checkpoint.optimizer is not None
     assert checkpoint.opt_state is not None
     step = fp.make_step(checkpoint.policy, fp.grpo(), checkpoint.optimizer, max_grad_norm=MAX_GRAD_NORM)

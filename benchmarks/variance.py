@@ -132,13 +132,13 @@ def demo() -> tuple[list[Case], Params]:
     assert optimizer is not None
     assert opt_state is not None
     size, g = DemoSize(), torch.Generator().manual_seed(0)
-    prompts = draw_prompts(POOL + UPDATES * size.update_prompts, size.shortest, size.longest, g)
+    prompts = draw_prompts(POOL + UPDATES * size.batch_prompts, size.shortest, size.longest, g)
     drawn = partial(draw_rollouts, replace(size, group_size=EACH), policy, params, tokenizer, generator=g)
     pool, step = drawn(prompts=prompts[:POOL]), fp.make_step(policy, fp.grpo(), optimizer, MAX_GRAD_NORM)
     cases = []
     for number in range(UPDATES):
-        start = POOL + number * size.update_prompts
-        taken = step(params, opt_state, drawn(prompts=prompts[start : start + size.update_prompts]))
+        start = POOL + number * size.batch_prompts
+        taken = step(params, opt_state, drawn(prompts=prompts[start : start + size.batch_prompts]))
         microbatch = fp.TokenBudget(4096)
         along = engine.directional(policy, params, taken.delta, pool, microbatch=microbatch)
         with engine.math_attention():
