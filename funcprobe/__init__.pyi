@@ -8,6 +8,7 @@ from funcprobe import tree as tree
 from funcprobe.analysis.attribute import attribute as attribute
 from funcprobe.analysis.attribute import attribute_evaluation as attribute_evaluation
 from funcprobe.analysis.compare import compare as compare
+from funcprobe.analysis.covector import covector as covector
 from funcprobe.analysis.curve import curve as curve
 from funcprobe.analysis.largest_lr import LargestLr as LargestLr
 from funcprobe.analysis.largest_lr import largest_lr as largest_lr
@@ -35,6 +36,7 @@ from funcprobe.estimators.observables import entropy_family as entropy_family
 from funcprobe.estimators.returns import expected_reward as expected_reward
 from funcprobe.estimators.returns import mean_length as mean_length
 from funcprobe.live.ledger import Ledger as Ledger
+from funcprobe.measurement.covector import Covector as Covector
 from funcprobe.measurement.readings import Reading as Reading
 from funcprobe.measurement.update import Update as Update
 from funcprobe.objectives.losses import bnpo as bnpo

@@ -30,10 +30,12 @@ from funcprobe.attribution.step_parts import StepParts
 from funcprobe.attribution.token_parts import TokenParts, token_parts
 from funcprobe.errors import ForwardModeError, InputError
 from funcprobe.measurement.cautions import step
+from funcprobe.measurement.covector import Covector
 from funcprobe.measurement.first_order import first_order
-from funcprobe.measurement.measure import measure
+from funcprobe.measurement.measure import measure as measured
 from funcprobe.measurement.measurement import Measurement, Observables, named
-from funcprobe.measurement.options import Given, Options, options_of
+from funcprobe.measurement.options import OF_A_CHANGE, Given, Options, options_of
+from funcprobe.measurement.predicted import predicted
 from funcprobe.measurement.update import Update
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
@@ -47,11 +49,13 @@ def attribute(
     evaluation: Rollouts,
     observables: Observables = None,
     *,
+    measure: bool = True,
+    covector: Covector | None = None,
     form: Form = "auto",
     influence: Literal["sequences", "prompts"] | None = None,
     leaves: Collection[str] | Callable[[str], bool] | None = None,
     bars_of: Collection[str] = (),
-    chunk: int = 8,
+    chunk: int | None = None,
     tokenizer: Any = None,
     progress: Progress | None = None,
     **options: Unpack[Given],
@@ -59,7 +63,9 @@ def attribute(
     """Return which parameters, prompts and tokens of an update moved an observable, and how far.
 
     Estimand: the parts of `δF₁ = ⟨∇F, Δθ⟩`, with the sampling error of E that δF₁ itself has (the result's error bar).
-    Beside the passes of a probe it takes a backward pass over E (∇F) and a forward-mode pass over U.
+    Beside the passes of a probe it takes a backward pass over E (∇F) and a forward-mode pass over U. With
+    `measure=False` these two and the gradient on U are all: δF₁ is ⟨∇F, Δθ⟩, and tokens of E, ΔF and error bars are not
+    known.
 
     `form="additive"` writes `Δθ = offset + scale ⊙ g`, with denominators and clip factor at their actual values, so
     that tokens of U, momentum and weight decay sum to δF₁. `form="jacobian"` asks what would be if a token weighed a
@@ -70,18 +76,23 @@ def attribute(
         update: θ and how it is about to change: an update that was made from a batch.
         evaluation: Rollouts E, drawn at θ, apart from U.
         observables: One, or several by name, of which the first is attributed and all are measured; by default the
-            entropy per token.
+            entropy per token. Where nothing is measured, one.
+        measure: Whether ΔF is measured too, with error bars, and δF₁ split by tokens of E.
+        covector: ∇F, where it was taken already, for another U at this θ; see `covector`.
         form: How the gradient is weighed: "auto", "additive" or "jacobian".
         influence: Whether to make the matrix of what every update sequence does to every evaluation sequence, or
-            prompt: a backward pass and a forward-mode pass over U for each.
+            prompt: the gradient of every row of either batch, taken one at a time.
         leaves: The leaves whose influence is looked at, as names or as a predicate; None takes all of them.
         bars_of: The tables whose rows get error bars over E's prompts, of ledger, parameters, layers, kinds, modules,
             pairs, and prompts and sequences of U: two forward passes over E a row (three of the ledger), and for a row
             of U its gradient.
-        chunk: How many rows of the influence matrix, or of bars, share a pass; memory of tangents grows with it.
+        chunk: How many gradients of the influence matrix are held at once, in float32: the other batch is pulled back
+            anew for each chunk. And how many rows of bars share a pass, whose tangents grow with it. None holds two
+            gibibytes of gradients, and has 8 rows of bars share a pass.
         tokenizer: Decodes token ids for tables and pages; without one they show ids.
         progress: Called as progress(what, done, total).
-        **options: See `Options`; mode is forward, and keep_scores can do nothing here.
+        **options: See `Options`; mode is forward, and keep_scores can do nothing here. Where nothing is measured,
+            microbatch, top_k and keep_delta have a meaning.
 
     Raises:
         InputError: If an option, a batch or the optimizer is not usable, or the update knows no batch.
@@ -93,19 +104,29 @@ def attribute(
     assert update.step is not None
     assert update.batch is not None
     vocabulary = vocabulary_of(tokenizer, (evaluation, update.batch))
-    measurement = Measurement.of(update, evaluation, observables, _forward(options), progress)
+    wanted = _forward(options) if measure else _unmeasured(options, observables, bars_of)
+    measurement = Measurement.of(update, evaluation, observables, wanted, progress)
     chosen = form_of(update.step.optimizer, form)
     check_stats(update.step.objective)
     check_influence(influence, chunk, leaves, update.params)
     check_bars_of(bars_of, chosen, measurement.options.bars)
-    move, info = step(measurement, update)
-    with _no_other_mode():
-        first = first_order(measurement, update.params, move.delta)
-    outcome, evidence = measure(measurement, move, first, info)
-    assert first.along is not None  # forward mode was asked for
     name, main = measurement.main
-    c = engine.cotangents(evidence.of(main), first.along.scores)
-    gradient_of_f = measurement.passes.pull_back(c, update.params, "E, gradient of F")
+    if covector is not None:
+        covector.check(update.params, evaluation, main)
+    move, info = step(measurement, update)
+    if measure:
+        with _no_other_mode():
+            first = first_order(measurement, update.params, move.delta)
+        outcome, evidence = measured(measurement, move, first, info)
+    else:
+        covector = covector or Covector.of(measurement, update.params, evaluation)
+        first = covector.first
+        outcome, evidence = predicted(measurement, covector, move, info)
+    c = engine.cotangents(evidence.of(main), first.scores)
+    if covector is None:
+        gradient_of_f = measurement.passes.pull_back(c, update.params, "E, gradient of F")
+    else:
+        gradient_of_f = covector.gradient
     parts = StepParts.of(update, move, measurement.passes.cut_of(update.step.microbatch), chosen)
     response = parts.carried(gradient_of_f)
     of_batch = _on_batch(measurement, parts, response, info["lr"])
@@ -121,12 +142,13 @@ def attribute(
     outcome = dataclasses.replace(
         outcome, notes=tuple(measurement.messages.notes), warnings=(*outcome.warnings, *warned)
     )
+    along, own = first.along, measurement.passes.evaluation
     return Attribution(
         probe=result_of(measurement, update, move, first, outcome, evidence),
         observable=name,
         form=chosen,
         leaves=leaf_parts(gradient_of_f, move.delta, parts.gradient, response.direction, response.offsets),
-        evaluation=token_parts(c, first.along, measurement.passes.evaluation, "evaluation"),
+        evaluation=None if along is None else token_parts(c, along, own, "evaluation"),
         batch=of_batch,
         influence=matrix,
         vocabulary=vocabulary,
@@ -176,6 +198,26 @@ def _forward(options: Mapping[str, Any]) -> Options:
             "probe(..., mode='reverse')."
         )
     return options_of({**options, "mode": "forward"}, "an attribution", ("keep_scores",))
+
+
+def _unmeasured(options: Mapping[str, Any], observables: Observables, bars_of: Collection[str]) -> Options:
+    """Return the options of an attribution that measures nothing: reverse mode, and no error bars.
+
+    Raises:
+        InputError: If something was asked for that only a measurement can give.
+    """
+    if len(names := list(named(observables))) > 1:
+        raise InputError(
+            f"With measure=False one observable is attributed and no other is looked at; found {', '.join(names)}."
+        )
+    if bars_of or options.get("bars", "auto") not in ("auto", None):
+        raise InputError("Error bars are made of a measurement; leave them out, or leave out measure=False.")
+    if options.get("mode", "auto") not in ("auto", "reverse"):
+        raise InputError(
+            f"mode is {options['mode']!r}, and with measure=False ∇F is taken in reverse mode; leave it out."
+        )
+    settled = {**options, "mode": "reverse", "bars": None}
+    return options_of(settled, "an attribution with measure=False", (*OF_A_CHANGE, "keep_scores"))
 
 
 @contextmanager

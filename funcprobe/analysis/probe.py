@@ -70,7 +70,7 @@ def result_of(
         outcome=outcome,
         provenance=provenance_of(measurement, update, first.mode),
         top=move.top(options.top_k),
-        family=family_of(measurement, move, first, evidence),
+        family=family_of(measurement, move, first, evidence) if outcome.main.is_measured else {},
         delta=_portable(move.delta) if options.keep_delta else None,
         evidence=evidence if options.keep_scores else None,
     )

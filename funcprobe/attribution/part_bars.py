@@ -29,6 +29,9 @@ from funcprobe.measurement.readings import WEIGHTLESS, resampled
 #: Tables whose rows can have bars.
 BARRED = ("ledger", "parameters", *PARAMETER_TABLES, "prompts", "sequences")
 
+#: Rows that share a forward-mode pass where nothing else is asked for.
+TOGETHER = 8
+
 #: Bars by table and row: a row goes by its label, prompts and sequences of U by their number.
 PartBars = dict[str, dict[str, Bar]]
 
@@ -52,7 +55,7 @@ def check_bars_of(tables: Collection[str], form: str, bars: str | None) -> None:
 
 
 def part_bars(
-    measurement: Measurement, evidence: Evidence, parts: StepParts, tables: Collection[str], chunk: int
+    measurement: Measurement, evidence: Evidence, parts: StepParts, tables: Collection[str], chunk: int | None
 ) -> PartBars:
     """Return the bars of every row of some tables; a table is left out, with a note, where "auto" finds there are none.
 
@@ -61,6 +64,7 @@ def part_bars(
         NumericsError: The same for a replicate that is not finite.
     """
     found: PartBars = {}
+    chunk = TOGETHER if chunk is None else chunk
     for table in tables:
         rows, bars = parts.pieces(table), dict[str, Bar]()
         try:

@@ -14,6 +14,7 @@ import torch
 from funcprobe.checkpoints.numpy_numbers import numpy_numbers
 from funcprobe.data.reading import check_ordinary
 from funcprobe.errors import CheckpointError, InputError
+from funcprobe.policy.running import first_sentence
 
 #: Whatever unpickling and torch's own reader raise on a file that is damaged, or made to harm.
 UNREADABLE = (
@@ -56,8 +57,15 @@ def tensors_in(source: Path | IO[bytes], what: str, *, mapped: bool = False) -> 
             return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except UNREADABLE as error:
         # torch's own message is coloured, and advises to load the file without this guard
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"it holds objects of {named[1]}" if named else "it is damaged, or holds other objects"
         raise CheckpointError(
-            f"{what} cannot be read as plain tensors and containers, and nothing else is unpickled: {reason}."
+            f"{what} cannot be read as plain tensors and containers, and nothing else is unpickled: {_reason(error)}."
         ) from None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the fault of the file, in torch's own words where these are about the file."""
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it holds objects of {named[1]}"
+    inner = re.search(r"WeightsUnpickler error:\s*([^\n]+)", str(error))
+    told = inner[1].strip() if inner else first_sentence(error)
+    return f"it is damaged, or holds other objects ({told[:120]})"

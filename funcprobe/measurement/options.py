@@ -126,6 +126,9 @@ class Options:
 #: Options that can do nothing where there are several steps, which share no such rows.
 OF_ONE_STEP = ("rounding", "top_k", "keep_delta", "keep_scores")
 
+#: Options of a measured change, its float error, its bars and its weights.
+OF_A_CHANGE = ("method", "tolerance", "order", "exact", "level", "seed", "rounding", "ess_threshold", "on_low_ess")
+
 
 class Given(TypedDict, total=False):
     """The options by keyword, all of them optional; see `Options` for their meaning and their defaults."""

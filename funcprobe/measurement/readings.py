@@ -32,10 +32,10 @@ class Reading(NamedTuple):
     observable: str  #: its name
     unit: str
     before: float  #: F(θ)
-    change: float  #: ΔF, measured
+    change: float  #: ΔF, measured; NaN where it was not
     first_order: float  #: δF₁, predicted
     second_order: float | None = None  #: δF₂ = ½ D²F[Δθ, Δθ], where it was asked for
-    method: str = "difference"  #: "difference" of two evaluations, or a "path" integral
+    method: str = "difference"  #: "difference" of two evaluations, a "path" integral, or "none"
     nodes: int = 0  #: of the path
     float_error: float | None = None  #: arithmetic error of the change, not sampling error; None if not estimated
     subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made
@@ -44,6 +44,11 @@ class Reading(NamedTuple):
     exact: float | None = None  #: ΔF of θ + Δθ, where rounding of θ′ sets the two apart by over 1 % of Δθ
     stored: float | None = None  #: ΔF of θ′ as stored, likewise; the change is one of them
     of_delta: bool = False  #: whether the change is that of θ + Δθ, and not that of θ′ as stored
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether ΔF was measured, and not only predicted."""
+        return self.method != "none"
 
     @property
     def after(self) -> float:

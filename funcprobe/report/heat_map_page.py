@@ -72,7 +72,7 @@ class Page(NamedTuple):
 
 def page_of(attribution: Parts, of: Batch, limit: int) -> Page:
     """Return the page of a batch: prompts and their sequences with the largest |contribution| first."""
-    parts: TokenParts = getattr(attribution, of)
+    parts = attribution.tokens_of(of)
     tokens, sequences = token_columns(parts, None), sequence_columns(parts, None)
     kept, probe = _kept(sequences, limit), attribution.probe
     letter = "U" if of == "batch" else "E"

@@ -60,8 +60,9 @@ def led_by(parts: Parts) -> str:
 def ledger_rows(parts: Parts) -> list[tuple[str, str]]:
     """Return the whole and its parts as (name, value) rows."""
     reading, bars = parts.reading, parts.bars.get("ledger", {})
+    measured = [(MEASURED, with_error(reading.change, reading.bars.get("change")))] if reading.is_measured else []
     return [
-        (MEASURED, with_error(reading.change, reading.bars.get("change"))),
+        *measured,
         (PREDICTED, with_error(reading.first_order, reading.bars.get("first_order"))),
         *(
             (f"  by {row}", f"{with_error(value, bars.get(row))}  ({share(value, reading.first_order)})")
@@ -80,11 +81,15 @@ def ways_rows(parts: Parts) -> list[tuple[str, str]]:
     """Return which way evaluation tokens moved: by visiting other states, or by entropies of their own."""
     words = {"logp": "through the states visited", "entropy": "through entropies there"}
     whole = parts.first_order
-    return [
-        (words.get(name, f"through {name}"), f"{float(x.sum()):+.6e}  ({share(float(x.sum()), whole)})")
-        for name, x in parts.evaluation.through.items()
-        if bool(x.any())
-    ]
+    return (
+        []
+        if parts.evaluation is None
+        else [
+            (words.get(name, f"through {name}"), f"{float(x.sum()):+.6e}  ({share(float(x.sum()), whole)})")
+            for name, x in parts.evaluation.through.items()
+            if bool(x.any())
+        ]
+    )
 
 
 def share(part: float, whole: float) -> str:

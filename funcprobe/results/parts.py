@@ -36,7 +36,7 @@ class Parts:
     observable: str  #: the name, among the probe's readings, of the observable that is attributed
     form: str  #: "additive" or "jacobian"
     leaves: tuple[LeafPart, ...]  #: every parameter leaf
-    evaluation: TokenParts  #: tokens of E
+    evaluation: TokenParts | None  #: tokens of E; None where nothing was measured
     batch: TokenParts  #: tokens of U
     influence: Influence | None = None  #: batch sequences on evaluation rows, where it was asked for
     vocabulary: dict[int, str] | None = None  #: the text of token ids; None where no tokenizer was given
@@ -65,7 +65,7 @@ class Parts:
 
     @property
     def first_order(self) -> float:
-        """δF₁: the whole, from the forward-mode pass over E."""
+        """δF₁: the whole, from the forward-mode pass over E; where nothing was measured, from ∇F and Δθ."""
         return self.reading.first_order
 
     @cached_property
@@ -86,9 +86,10 @@ class Parts:
         offsets = [value for row, value in self.ledger.items() if row != "gradient on U"]
         sums = {
             "parameters": (math.fsum(parts), math.fsum(map(abs, parts))),
-            "evaluation tokens": (self.evaluation.sum(), self.evaluation.magnitude()),
             "batch tokens": (sum(self.ledger.values()), self.batch.magnitude() + math.fsum(map(abs, offsets))),
         }
+        if self.evaluation is not None:
+            sums["evaluation tokens"] = (self.evaluation.sum(), self.evaluation.magnitude())
         whole = self.first_order
         noise = NOISE * abs(self.reading.before)
         return {name: abs(total - whole) / size if size > noise else 0.0 for name, (total, size) in sums.items()}
@@ -103,16 +104,29 @@ class Parts:
         """The size of the parts of U relative to their sum, Σ|tokens of U| / |δF₁|; infinite where they leave 0."""
         return self.batch.magnitude() / abs(self.first_order) if self.first_order else math.inf
 
+    def tokens_of(self, of: Batch) -> TokenParts:
+        """Return the parts of the tokens of U, or of E.
+
+        Raises:
+            InputError: If there is no such batch, or nothing was measured on E.
+        """
+        if of not in ("batch", "evaluation"):
+            raise InputError(f"Unknown batch {of!r}; expected 'batch' (U) or 'evaluation' (E).")
+        if of == "batch":
+            return self.batch
+        if self.evaluation is None:
+            raise InputError("Tokens of E are parts of a measurement; call attribute(...) without measure=False.")
+        return self.evaluation
+
     def columns(self, table: str = "tokens", of: Batch = "batch") -> Columns:
         """Return a table as plain columns; see `to_frame`.
 
         Raises:
             InputError: If there is no such table or batch, or it was not asked for.
         """
-        if of not in ("batch", "evaluation"):
-            raise InputError(f"Unknown batch {of!r}; expected 'batch' (U) or 'evaluation' (E).")
+        self.tokens_of(of)
         if table in TOKEN_TABLES:
-            found = TOKEN_TABLES[table](getattr(self, of), self.vocabulary)
+            found = TOKEN_TABLES[table](self.tokens_of(of), self.vocabulary)
             return found if of == "evaluation" else self._barred(table, found, table[:-1])
         if table == "ledger":
             found = {"part": list(self.ledger), "contribution": list(self.ledger.values())}

@@ -56,6 +56,8 @@ def blocks_of(
 def headline_of(outcome: Outcome, provenance: Provenance, family: Mapping[str, Estimate]) -> str:
     """Return the answer as a sentence or two: how far it moved, and whether first order said so."""
     main, what = outcome.main, named(outcome, family)
+    if not main.is_measured:
+        return f"{step_of(outcome)} {_by_first_order(main, what)}. The change itself was not measured."
     if main.change == 0:
         moved = f"leaves {what} at {main.before:.6g} {main.unit}"
     else:
@@ -65,6 +67,13 @@ def headline_of(outcome: Outcome, provenance: Provenance, family: Mapping[str, E
     return f"{step_of(outcome)} {moved}. {_verdict(main)}{_as_stored(main, provenance)}"
 
 
+def _by_first_order(main: Reading, what: str) -> str:
+    if main.first_order == 0:
+        return f"leaves {what} at {main.before:.6g} {main.unit} by first order"
+    verb = "raises" if main.first_order > 0 else "lowers"
+    return f"{verb} {what} by {abs(main.first_order):.3g} {main.unit} by first order"
+
+
 def step_of(outcome: Outcome) -> str:
     """Return how a sentence or a title begins that speaks of the update."""
     return "The update" if outcome.lr is None else f"One step at lr {outcome.lr:g}"
@@ -72,7 +81,9 @@ def step_of(outcome: Outcome) -> str:
 
 def named(outcome: Outcome, family: Mapping[str, Estimate]) -> str:
     """Return the name of the main observable within a sentence."""
-    return "the entropy" if outcome.main.observable in family else outcome.main.observable
+    name = outcome.main.observable
+    known = name in family or (not outcome.main.is_measured and name.split("/")[0] in WORDS)
+    return "the entropy" if known else name
 
 
 def caption_of(reading: Reading) -> str:
@@ -86,6 +97,9 @@ def rows_of(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
     share = f"  ({percent(main.ratio, 2)} of ΔF)" if main.change and not main.is_lost else ""
     khat = "not fitted" if health.khat is None else f"{health.khat:.2f}"
     at = "" if outcome.lr is None else f" at lr {outcome.lr:g}"
+    moved = ("step  ‖Δθ‖₂", f"{outcome.delta_norm:.6e}{at}")
+    if not main.is_measured:
+        return [("before  F(θ)", f"{main.before:.9f}"), (PREDICTED, with_error(main.first_order, None)), moved]
     return [
         ("before  F(θ)", f"{main.before:.9f}"),
         (f"after   F({'θ′' if main.exact is None or not main.of_delta else 'θ + Δθ'})", f"{main.after:.9f}"),
@@ -98,7 +112,7 @@ def rows_of(outcome: Outcome, provenance: Provenance) -> list[tuple[str, str]]:
         *_curvature(outcome),
         *_others(outcome),
         *_routing(outcome),
-        ("step  ‖Δθ‖₂", f"{outcome.delta_norm:.6e}{at}"),
+        moved,
         ("entries too small to move", percent(outcome.unmoved, 2)),
         (
             "effective sample",

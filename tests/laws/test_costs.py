@@ -124,3 +124,29 @@ def test_an_attribution_is_a_probe_and_three_passes_over_either_side() -> None:
     attributed = flops(lambda: fp.attribute(update, E, **options))
     # beside it ∇F by reverse mode, ∇F carried back along U in forward mode, and a gradient of each of three rows of U
     assert (attributed - probed) <= 3 * passes[1] + 3 * passes[0] + 9 * passes[0] / len(U.ids) + SLACK * passes[1]
+
+
+def test_parts_without_a_measurement_are_a_gradient_on_either_side_and_a_pass_over_u() -> None:
+    passes = of_one_pass("U"), of_one_pass("E")
+    rows = 9 * passes[0] / len(U.ids)  # a gradient of each of three rows of U
+    anew = flops(lambda: fp.attribute(case().update(1e-3, batch=U), E, measure=False))
+    # E is run in two pieces here, so its scores come first: one pass more
+    assert anew <= 4 * passes[1] + 6 * passes[0] + rows + SLACK * passes[1]
+    update = case().update(1e-3, batch=U)
+    kept = fp.covector(update, E)
+    again = flops(lambda: fp.attribute(update, E, measure=False, covector=kept))
+    assert again <= 6 * passes[0] + rows + SLACK * passes[1]
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_an_influence_matrix_is_a_gradient_of_every_row(chunk: int | None) -> None:
+    e, u = prompted(4, 2, seed=1), prompted(4, 4, seed=2, first=100)
+    update = case().update(1e-3, batch=u)
+    passes = [flops(lambda r=r: fp.score(case().policy, case().params, r)) for r in (u, e)]
+    plain, made = (
+        flops(lambda w=w: fp.attribute(update, e, measure=False, influence=w, chunk=chunk)) for w in (None, "sequences")
+    )
+    chunks = 1 if chunk is None else len(e.ids) // chunk
+    products = 2 * len(e.ids) * len(u.ids) * fp.tree.size(case().params)
+    # rows by themselves are cut to their own length, and so are no more than the batch
+    assert made - plain <= 3 * passes[1] + chunks * 3 * passes[0] + products + SLACK * passes[1]
