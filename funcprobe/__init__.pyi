@@ -9,6 +9,7 @@ from funcprobe.analysis.attribute import attribute as attribute
 from funcprobe.analysis.attribute import attribute_evaluation as attribute_evaluation
 from funcprobe.analysis.compare import compare as compare
 from funcprobe.analysis.curve import curve as curve
+from funcprobe.analysis.diagnose import diagnose as diagnose
 from funcprobe.analysis.largest_lr import LargestLr as LargestLr
 from funcprobe.analysis.largest_lr import largest_lr as largest_lr
 from funcprobe.analysis.predict import predict as predict
@@ -64,6 +65,7 @@ from funcprobe.results.any_lr import CurveResult as CurveResult
 from funcprobe.results.attribution import Attribution as Attribution
 from funcprobe.results.books import Books as Books
 from funcprobe.results.comparison import Comparison as Comparison
+from funcprobe.results.diagnosis import Diagnosis as Diagnosis
 from funcprobe.results.loading import load as load
 from funcprobe.results.probe import ProbeResult as ProbeResult
 from funcprobe.results.sweep import SweepResult as SweepResult
