@@ -16,8 +16,8 @@ from funcprobe.attribution.parameter_parts import layer_label, read_name
 from funcprobe.attribution.predictors import check_stats
 from funcprobe.errors import ForwardModeError, InputError, NumericsError, collected_notes
 from funcprobe.estimators.divergence import kl
-from funcprobe.estimators.returns import expected_reward
 from funcprobe.estimators.observables import entropy
+from funcprobe.estimators.returns import expected_reward
 from funcprobe.measurement.bounds import Bounds
 from funcprobe.measurement.cautions import ess_fraction
 from funcprobe.measurement.drawn import Drawn, Ratios, drawn_of, ratios_of
@@ -123,7 +123,11 @@ class _Asked(NamedTuple):
         return next(iter(self.observables.values()))
 
     def attribution(self, given: Options, bars_of: Collection[str] | None, tokenizer: Any) -> Attribution | None:
-        """Return the parts of the step with bars of its ledger; None, with the reason, where it cannot be had."""
+        """Return the parts of the step with bars of its ledger; None, with the reason, where it cannot be had.
+
+        Raises:
+            ForwardModeError: In `mode="forward"`, if the model has no forward derivative.
+        """
         if (why := self._no_parts(given)) is not None:
             self.missing["attribution"] = why
             return None

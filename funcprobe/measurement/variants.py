@@ -101,5 +101,5 @@ _CHANGES: dict[str, _Change] = {
     "entropy bonus": (entropy_bonus, _never),
     "clip-higher": (_higher, _clipped_by_nothing),
     "Clip-Cov": (clip_cov, _never),
-    "no negatives": (drop_negatives, _without_negatives),
+    "drop negatives": (drop_negatives, _without_negatives),
 }

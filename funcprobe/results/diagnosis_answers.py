@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+
 from funcprobe.attribution.token_tables import Columns, movers
 from funcprobe.errors import percent
 from funcprobe.estimators.uncertainty import Bar
@@ -65,7 +66,9 @@ def who_did_it(found: Findings) -> Answer:
     told = ", ".join(f"{row} {_number(x, bars.get(row))} ({share(x, whole)} of δF₁)" for row, x in rows)
     names = {"gradient on U": "the batch at hand"}
     advice = _ON_CULPRIT.get(verdict, "change one of them alone, and measure again.")
-    return Answer(question, names.get(verdict, verdict), f"{told or 'Every part is 0'}.", advice, bars.get(verdict))
+    return Answer(
+        question, names.get(verdict, verdict), _begun(f"{told or 'every part is 0'}."), advice, bars.get(verdict)
+    )
 
 
 _ON_CULPRIT = {
@@ -92,7 +95,7 @@ def where_it_was(found: Findings) -> Answer:
     largest = "; ".join(filter(None, (_largest(parts, table) for table in ("prompts", "tokens", "layers"))))
     among = f"of Σ|parts|, a tenth of the prompts holds {percent(held['prompts_tenth'], 0)}"
     among += f", a hundredth of the tokens {percent(held['tokens_hundredth'], 0)}"
-    return Answer(question, verdict, f"{largest or 'No part moved it'}; {among}.", _advice_on_place(held))
+    return Answer(question, verdict, _begun(f"{largest or 'no part moved it'}; {among}."), _advice_on_place(held))
 
 
 def _advice_on_place(held: Mapping[str, float]) -> str:

@@ -103,7 +103,7 @@ def more_prompts(found: Bar, prompts: int) -> int | None:
 
 
 def culprit(ledger: Mapping[str, float], bars: Mapping[str, Bar]) -> str:
-    """Return the row of a ledger that did it, "shared" where none leads, or "cannot tell" where its interval holds 0."""
+    """Return the row of a ledger that did it; "shared" where none leads, "cannot tell" where its interval holds 0."""
     whole = math.fsum(map(abs, ledger.values()))
     if not whole:
         return "nothing moved"
