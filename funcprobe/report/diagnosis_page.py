@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from funcprobe.attribution.decoding import shown
 from funcprobe.attribution.token_tables import completion_ids, movers
 from funcprobe.data.atomic import fresh_file
-from funcprobe.report.heat_map import environment, source
+from funcprobe.report.heat_map import check_place, environment, source
 from funcprobe.report.page_parts import image_of, policy_of
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.attribution_words import ledger_rows, movers_table, share, ways_rows
@@ -68,7 +68,7 @@ def diagnosis_page(diagnosis: Diagnosis, path: str | os.PathLike[str]) -> Path:
     """
     from markupsafe import Markup
 
-    templates = environment()
+    path, templates = check_place(path), environment()
     css, probe = source(templates, "diagnosis.css"), diagnosis.probe
     given = {
         "title": f"What moved {named(probe.outcome, probe.family)}: a diagnosis",
@@ -83,7 +83,7 @@ def diagnosis_page(diagnosis: Diagnosis, path: str | os.PathLike[str]) -> Path:
     }
     with fresh_file(path, overwrite=True) as partial:
         partial.write_text(templates.get_template("diagnosis.html.j2").render(**given), encoding="utf-8")
-    return Path(path)
+    return path
 
 
 def _sections(diagnosis: Diagnosis) -> Iterator[Section]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprobe.data.atomic import fresh_file
-from funcprobe.report.heat_map import environment, source
+from funcprobe.report.heat_map import check_place, environment, source
 from funcprobe.report.page_parts import image_of, policy_of
 from funcprobe.results.blocks import Block, Figure, as_html
 from funcprobe.results.books import Books
@@ -31,7 +31,7 @@ def ledger_page(books: Books, path: str | os.PathLike[str]) -> Path:
     """
     from markupsafe import Markup
 
-    templates = environment()
+    path, templates = check_place(path), environment()
     css = source(templates, "ledger.css")
     columns = books.columns()
     given = {
@@ -44,7 +44,7 @@ def ledger_page(books: Books, path: str | os.PathLike[str]) -> Path:
     }
     with fresh_file(path, overwrite=True) as partial:
         partial.write_text(templates.get_template("ledger.html.j2").render(**given), encoding="utf-8")
-    return Path(path)
+    return path
 
 
 def _parts(books: Books) -> Iterator[Part]:

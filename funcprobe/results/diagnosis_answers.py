@@ -111,7 +111,7 @@ def _advice_on_place(held: Mapping[str, float]) -> str:
 def _largest(parts: Parts, table: str) -> str:
     """Return the row of a table that moved it furthest, either way."""
     columns = parts.columns(table)
-    row = max((rows for rows in movers(columns, 1) if rows["contribution"]), key=_size, default=None)
+    row = max((rows for rows in movers(columns, 1) if len(rows["contribution"])), key=_size, default=None)
     if row is None:
         return ""
     x = float(row["contribution"][0])
@@ -195,6 +195,7 @@ def is_it_held_back(found: Findings) -> Answer:
 
 
 _LESS_CLIP = "clip-higher (epsilon_high), compared below, where the clip range holds tokens that would rise."
+_WITH_TANGENTS = "mode auto, and attention in its eager or sdpa form: parts are made of forward-mode passes."
 _MAKE_BATCH = "make the update from its batch: run.update(objective, U)."
 
 
@@ -259,7 +260,7 @@ _WIDER = "float32 master weights, or stochastic rounding; docs/recipes/bf16.md."
 
 def _unknown(question: str, found: Findings, component: str) -> Answer:
     why = found.missing.get(component, f"no {component} was made")
-    return Answer(question, NOT_KNOWN, _begun(f"{why}."), _MAKE_BATCH)
+    return Answer(question, NOT_KNOWN, _begun(f"{why}."), _WITH_TANGENTS if "U" in found.drawn else _MAKE_BATCH)
 
 
 def _without_tokens(found: Findings) -> str:

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from funcprobe.errors import Note
-from funcprobe.results.blocks import Block, Sentence
+from funcprobe.results.blocks import Block, Remark, Sentence
 from funcprobe.results.findings import Answer, Findings
 from funcprobe.results.probe_words import step_of
 from funcprobe.results.words import counted
@@ -54,12 +54,11 @@ def _spread(text: str) -> str:
     return "".join(c * (1 + (unicodedata.east_asian_width(c) in "WF")) for c in text)
 
 
-def _remarks(notes: Sequence[Note], warnings: Sequence[Note]) -> tuple[Sentence, ...]:
-    said = [
-        f"{len(some)} {word}{'s' * (len(some) > 1)}" for some, word in ((warnings, "warning"), (notes, "note")) if some
-    ]
-    if not said:
+def _remarks(notes: Sequence[Note], warnings: Sequence[Note]) -> tuple[Remark, ...]:
+    """Return a line on warnings and notes, which all stand on the page and in the result."""
+    if not warnings and not notes:
         return ()
-    kinds = ", ".join(dict.fromkeys(note.kind for note in warnings))
-    about = f" ({kinds})" if kinds else ""
-    return (Sentence(shortened(f"{' and '.join(said)}{about}: see the page.", COLUMNS), "quiet"),)
+    said = [f"{len(some)} {word}" for some, word in ((warnings, "of them"), (notes, "notes")) if some]
+    kinds = ", ".join(dict.fromkeys(note.kind for note in warnings or notes))
+    about = visible(shortened(f"{' and '.join(said)} ({kinds}", COLUMNS - len("Warning: ; all stand on the page).")))
+    return (Remark("warning" if warnings else "note", f"{about}); all stand on the page."),)
