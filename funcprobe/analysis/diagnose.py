@@ -59,7 +59,7 @@ def diagnose(
     progress: Progress | None = None,
     **options: Unpack[Given],
 ) -> Diagnosis:
-    """Return eight answers about an update: does the entropy fall, who did it, is the step too large, what to change.
+    """Return eight answers about an update: does the entropy fall, who did it, is the step too large, ...
 
     It is made of an attribution with bars of its ledger, a curve around the update's learning rate, and a comparison
     with the variants that apply: half the learning rate, an entropy bonus, clip-higher, Clip-Cov, no negatives. All
@@ -108,7 +108,7 @@ def diagnose(
 
 
 class _Asked(NamedTuple):
-    """What the verbs of a diagnosis are asked about, and why one of them could not answer."""
+    """The question of a diagnosis to the other verbs, and why one of them could not answer."""
 
     update: Update
     evaluation: Rollouts

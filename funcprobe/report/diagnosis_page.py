@@ -47,7 +47,7 @@ class InText(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One question of the page with its answer, and what there is to see of it."""
+    """One question of the page with its answer, and all that is to be seen of it."""
 
     question: str
     verdict: str

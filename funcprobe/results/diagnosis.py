@@ -15,7 +15,7 @@ from funcprobe.results.storage import Kind
 
 @dataclass(frozen=True)
 class Diagnosis(Findings, Result):
-    """Eight answers about one update, each with its number, bar and one thing to try; and what they were read from."""
+    """Eight answers about one update, each with its number, bar and one thing to try, and their sources."""
 
     kind: ClassVar[Kind] = "diagnosis"
 

@@ -29,7 +29,7 @@ def answers_of(found: Findings) -> tuple[Answer, ...]:
 
 
 def does_it_move(found: Findings) -> Answer:
-    """Answer whether the main observable falls or rises, and whether that can be told from none."""
+    """Say whether the main observable falls or rises, and whether that can be told from none."""
     main, what = found.main, named(found.probe.outcome, found.probe.family)
     bar, prompts = main.bars.get("change"), found.provenance.evaluation.prompts
     verdict = rules.direction(main.change, bar, lost=main.is_lost)
@@ -55,7 +55,7 @@ def _advice_on_move(found: Findings, verdict: str) -> str:
 
 
 def who_did_it(found: Findings) -> Answer:
-    """Answer whether the batch at hand did it, or momentum and weight decay from earlier steps."""
+    """Say whether the batch at hand did it, or momentum and weight decay from earlier steps."""
     question, parts = "The batch at hand, or momentum and decay?", found.attribution
     if parts is None:
         return _unknown(question, found, "attribution")
@@ -82,7 +82,7 @@ _ON_CULPRIT = {
 
 
 def where_it_was(found: Findings) -> Answer:
-    """Answer which prompts, tokens and layers moved it most, and whether few of them did it."""
+    """Say which prompts, tokens and layers moved it most, and whether few of them did it."""
     question, parts = "Which prompts, which tokens, which layers?", found.attribution
     if parts is None:
         return _unknown(question, found, "attribution")
@@ -133,7 +133,7 @@ def _label(table: str, row: Columns) -> str:
 
 
 def is_it_too_large(found: Findings) -> Answer:
-    """Answer whether the step is too large for first order, or for the rollouts that measure it."""
+    """Say whether the step is too large for first order, or for the rollouts that measure it."""
     main, probe = found.main, found.probe
     remainder = main.bars.get("remainder")
     verdict = rules.step_size(main.nonlinearity, remainder, found.ess)
@@ -171,7 +171,7 @@ def _advice_on_size(found: Findings, verdict: str) -> str:
 
 
 def is_it_held_back(found: Findings) -> Answer:
-    """Answer whether the clip range, the norm clip or masks change the step."""
+    """Say whether the clip range, the norm clip or masks change the step."""
     question, info = "Do clipping or masks do anything?", found.probe.info
     drawn = found.drawn.get("U")
     if drawn is None or "clip_fraction" not in info:
@@ -200,7 +200,7 @@ _MAKE_BATCH = "make the update from its batch: run.update(objective, U)."
 
 
 def is_it_stale(found: Findings) -> Answer:
-    """Answer whether U is stale, or a batch was drawn by another policy than θ."""
+    """Say whether U is stale, or a batch was drawn by another policy than θ."""
     question, drawn, ratios = "Is the batch stale, or from another policy?", found.drawn, found.ratios
     truncated = [name for name, batch in drawn.items() if batch.truncated]
     several = len({batch.temperatures for batch in drawn.values()}) > 1
@@ -239,7 +239,7 @@ def _sampler(name: str, gap: float | None, temperatures: tuple[float, float]) ->
 
 
 def is_it_stored(found: Findings) -> Answer:
-    """Answer whether the step survives the dtype that θ′ is stored in."""
+    """Say whether the step survives the dtype that θ′ is stored in."""
     outcome, main = found.probe.outcome, found.main
     verdict, dtype = rules.storage(outcome.rounding_ratio), storage_of(found.provenance)
     said = f"Stored in {dtype}, rounding is {percent(outcome.rounding_ratio, 2)} of ‖Δθ‖"

@@ -1,4 +1,4 @@
-"""The last answer of a diagnosis: what would change it, and at what price in reward, by paired differences."""
+"""The last answer of a diagnosis: which variant counteracts the change, and its price in reward, by paired differences."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REWARD = "reward"
 
 
 def what_would_change_it(found: Findings) -> Answer:
-    """Answer which variant of the step counteracts the change, by paired differences, and what it costs in reward."""
+    """Say which variant of the step counteracts the change, by paired differences, and its price in reward."""
     compared = found.comparison
     if compared is None or len(compared.outcomes) < 2:
         why = found.missing.get("comparison", "no variant applies to this update")

@@ -23,7 +23,7 @@ ROOM = (3, 3, 4, 4, 3, 4, 3, 5)
 def blocks_of(
     found: Findings, answers: Sequence[Answer], notes: Sequence[Note], warnings: Sequence[Note]
 ) -> tuple[Block, ...]:
-    """Return a diagnosis in blocks: two lines a question and more, and a line on what else should be known."""
+    """Return a diagnosis in blocks: two lines a question and more, and a line on its warnings."""
     told = (block for answer, room in zip(answers, ROOM, strict=True) for block in _told(answer, room))
     return (Sentence(_head(found), "quiet"), *told, *_remarks(notes, warnings))
 

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that was measured of an update; what could not be is None, and `missing` says why."""
+    """Everything that was measured of an update; the rest is None, and `missing` says why."""
 
     attribution: Attribution | None  #: which parts of the step moved the observable
     alone: ProbeResult | None  #: the probe, where there is no attribution to hold it
