@@ -1,4 +1,4 @@
-"""The last answer of a diagnosis: which variant counteracts the change, and its price in reward, by paired differences."""
+"""The last answer of a diagnosis: the variant that counteracts the change, and its price, by paired differences."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ def _told(answer: Answer, room: int) -> tuple[Sentence, Sentence]:
 def _fitted(numbers: str, advice: str, room: int) -> str:
     """Return numbers and advice in so many lines: of the numbers as many words as fit, the page has all of them."""
     words = numbers.split(" ")
-    for count in range(len(words), 0, -1):
+    for count in range(min(len(words), room * COLUMNS // 2), 0, -1):
         text = f"{' '.join(words[:count])}{'' if count == len(words) else ' …'} {advice}"
-        if len(textwrap.wrap(_spread(text), COLUMNS)) <= room:
+        if len(text) <= room * COLUMNS and len(textwrap.wrap(_spread(text), COLUMNS, break_on_hyphens=False)) <= room:
             return text
     return shortened(advice, COLUMNS)
 

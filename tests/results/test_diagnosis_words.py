@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,7 +48,12 @@ def test_it_has_forty_lines_of_eighty_columns_whatever_was_found(sentences: list
     assert all(len(line) <= COLUMNS for line in lines)
 
 
-def test_numbers_are_cut_before_the_advice_is() -> None:
-    long = Answer("Is it?", "yes", "word " * 300, "do that.")
+@pytest.mark.parametrize("word", ["word ", "漢字漢字 ", "a-long-word-of-names "])
+def test_numbers_are_cut_to_the_room_of_their_answer_before_the_advice_is(word: str) -> None:
+    long = Answer("Is it?", "yes", word * 300, "do that.")
     found = Diagnosis(**{**vars(FOUND), "answers": (long,) * len(ROOM)})
-    assert text_of(found).replace("\n", " ").count("… Try: do that.") == len(ROOM)
+    lines = text_of(found).splitlines()
+    starts = [k for k, line in enumerate(lines) if line == "Is it? YES"]
+    heights = [end - start - 1 for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    assert heights == list(ROOM)
+    assert " ".join(lines).count("… Try: do that.") == len(ROOM)
