@@ -6,9 +6,9 @@
     diagnose      `funcprobe diagnose config.yaml` on what the demo left: the page
 
 The target is five minutes for all of it. Whether wheels come over the network or from pip's cache is the largest part
-of the difference between two runs; `--no-cache` takes none from the cache. All is done once: a newcomer has one try. Beside
-the seconds of the clock stand those of the processors, and the load of the machine when a stage began: other programs on
-it make the first longer than the second.
+of the difference between two runs; `--no-cache` takes none from the cache. All is done once: a newcomer has one try.
+Beside the seconds of the clock stand those of the processors, and the load of the machine when a stage began: other
+programs on it make the first longer than the second.
 """
 
 from __future__ import annotations
