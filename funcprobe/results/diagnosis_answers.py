@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from funcprobe.attribution.token_tables import Columns, movers
 from funcprobe.errors import percent
 from funcprobe.estimators.uncertainty import Bar
+from funcprobe.measurement.drawn import Drawn
 from funcprobe.results import diagnosis_rules as rules
 from funcprobe.results.attribution_words import share
 from funcprobe.results.diagnosis_remedies import what_would_change_it
@@ -206,7 +207,7 @@ def is_it_stale(found: Findings) -> Answer:
     several = len({batch.temperatures for batch in drawn.values()}) > 1
     log_ratio, ess = (None, None) if ratios is None else (ratios.mean, ratios.ess)
     verdict = rules.origin([b.gap for b in drawn.values()], bool(truncated) or several, log_ratio, ess)
-    said = [_sampler(name, batch.gap, batch.temperatures) for name, batch in drawn.items()]
+    said = [_sampler(name, batch) for name, batch in drawn.items()]
     if ratios is not None:
         said.append(
             f"|log π/π_old| of U {ratios.mean:.2g} nats per token, effective sample by its ratios {percent(ratios.ess)}"
@@ -232,10 +233,15 @@ _ON_ORIGIN = {
 }
 
 
-def _sampler(name: str, gap: float | None, temperatures: tuple[float, float]) -> str:
-    low, high = temperatures
+def _sampler(name: str, batch: Drawn) -> str:
+    low, high = batch.temperatures
     at = f"temperature {low:g}" if low == high else f"temperatures {low:g} to {high:g}"
-    return f"{name}: sampler {'not recorded' if gap is None else f'off by {gap:.2g} nats per token'}, {at}"
+    steps = "" if batch.steps is None or len(set(batch.steps)) == 1 else ", of steps {} to {}".format(*batch.steps)
+    return f"{name}: sampler {_off(batch.gap)}, {at}{steps}"
+
+
+def _off(gap: float | None) -> str:
+    return "not recorded" if gap is None else f"off by {gap:.2g} nats per token"
 
 
 def is_it_stored(found: Findings) -> Answer:

@@ -94,6 +94,11 @@ def test_the_origin_of_the_batches_is_told(changes: dict[str, Any], verdict: str
     assert word in answer.advice
 
 
+def test_rows_of_several_steps_are_said() -> None:
+    mixed = diagnosis(drawn={"E": drawn(), "U": drawn(steps=(2, 9), temperatures=(0.8, 1.0))})
+    assert "U: sampler not recorded, temperatures 0.8 to 1, of steps 2 to 9" in mixed.answer("stale").sentence
+
+
 def test_a_step_that_is_lost_in_storage_has_both_changes() -> None:
     both = {"exact": -0.014, "stored": 0.002, "of_delta": True}
     found = findings(attribution=None, alone=result(rounding_ratio=0.8, change=-0.014, **both))
