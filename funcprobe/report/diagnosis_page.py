@@ -95,13 +95,13 @@ def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
 
 
 def typeset(text: str) -> str:
-    """Return a text in which numbers have a minus that no line is broken at.
+    """Return a text in which no line is broken at a minus, nor before a percent sign.
 
     Example:
         >>> typeset("clip-higher -1.2e-04 ± 2e-05")
         'clip-higher −1.2e−04 ± 2e−05'
     """
-    return re.sub(r"(?<=\de)-(?=\d)|(?<![\w.])-(?=\d)", "−", text)
+    return re.sub(r"(?<=\de)-(?=\d)|(?<![\w.])-(?=\d)", "−", text).replace(" %", "\u00a0%")
 
 
 def _nothing(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def test_a_page_has_a_place_to_stand(tmp_path: Path) -> None:
         ("clip-higher at lr 1e-6", "clip-higher at lr 1e−6"),
         ("gpt-2, 2-3, x-1", "gpt-2, 2-3, x-1"),
         ("(reward -7e-04)", "(reward −7e−04)"),
+        ("2.4 % of it", "2.4\u00a0% of it"),
     ],
 )
-def test_minus_signs_are_those_of_numbers_alone(text: str, typed: str) -> None:
+def test_lines_are_not_broken_within_numbers(text: str, typed: str) -> None:
     assert typeset(text) == typed
