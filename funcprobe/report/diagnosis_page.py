@@ -89,8 +89,8 @@ def diagnosis_page(diagnosis: Diagnosis, path: str | os.PathLike[str]) -> Path:
 def _sections(diagnosis: Diagnosis) -> Iterator[Section]:
     shown_of = (_nothing, _of_ledger, _of_places, _of_curve, _nothing, _nothing, _nothing, _of_variants)
     for answer, show in zip(diagnosis.answers, shown_of, strict=True):
-        words = (typeset(text) for text in (answer.sentence, answer.advice))
-        told = Section(answer.question, answer.verdict, tone_of(answer.verdict), *words)
+        sentence, advice = typeset(answer.sentence), typeset(answer.advice)
+        told = Section(answer.question, answer.verdict, tone_of(answer.verdict), sentence, advice)
         yield told._replace(**show(diagnosis))
 
 
