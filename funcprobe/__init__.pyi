@@ -10,6 +10,7 @@ from funcprobe.analysis.attribute import attribute_evaluation as attribute_evalu
 from funcprobe.analysis.compare import compare as compare
 from funcprobe.analysis.covector import covector as covector
 from funcprobe.analysis.curve import curve as curve
+from funcprobe.analysis.diagnose import diagnose as diagnose
 from funcprobe.analysis.largest_lr import LargestLr as LargestLr
 from funcprobe.analysis.largest_lr import largest_lr as largest_lr
 from funcprobe.analysis.predict import predict as predict
@@ -66,6 +67,7 @@ from funcprobe.results.any_lr import CurveResult as CurveResult
 from funcprobe.results.attribution import Attribution as Attribution
 from funcprobe.results.books import Books as Books
 from funcprobe.results.comparison import Comparison as Comparison
+from funcprobe.results.diagnosis import Diagnosis as Diagnosis
 from funcprobe.results.loading import load as load
 from funcprobe.results.probe import ProbeResult as ProbeResult
 from funcprobe.results.sweep import SweepResult as SweepResult

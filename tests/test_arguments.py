@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "sweep": (fp.sweep, {**MEASURED, "lrs": [1e-5, 1e-4]}),
     "curve": (fp.curve, {**MEASURED, "lr_max": 1e-4}),
     "attribute": (fp.attribute, MEASURED),
+    "diagnose": (fp.diagnose, MEASURED),
     "validate": (fp.validate, MEASURED),
     "compare": (fp.compare, {"updates": {"a": UPDATE}, "evaluation": E}),
     "predict": (fp.predict, {"update": UPDATE}),

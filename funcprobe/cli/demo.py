@@ -23,6 +23,7 @@ def _call(given: Namespace) -> None:
     # the results of an earlier demo are replaced; whatever else may stand in their place is not touched
     carry_out(run.COMMAND, config, ["--output", str(config.parent / "results"), "--force"])
     print(f"Next:    funcprobe sweep {config} --lrs 1e-8:1e-3:11")
+    print(f"         funcprobe diagnose {config}")
     print(f"         funcprobe attribute {config}")
 
 

@@ -34,6 +34,7 @@ commands to begin with:
   funcprobe run config.yaml                  one step of your own checkpoint
   funcprobe run config.yaml --lr 2e-8        with another value of one key
   funcprobe curve config.yaml --lr-max 1e-4  at every learning rate up to there
+  funcprobe diagnose config.yaml             what ails it, on one page
   funcprobe attribute config.yaml            which prompts and tokens did it
   funcprobe run --help                       every key of a configuration"""
 
@@ -54,6 +55,7 @@ COMMANDS = {
     "sweep": Registered("funcprobe.cli.sweep", "measure it at many learning rates"),
     "curve": Registered("funcprobe.cli.curve", "measure it at every learning rate up to one"),
     "attribute": Registered("funcprobe.cli.attribute", "say which parameters, prompts and tokens did it"),
+    "diagnose": Registered("funcprobe.cli.diagnose", "answer what one would ask of it, on one page"),
     "validate": Registered("funcprobe.cli.validate", "drop what attribution ranks highest, and step again"),
     "demo": Registered("funcprobe.cli.demo", "run everything on a policy made on the spot"),
     "ledger": Registered("funcprobe.cli.ledger", "sum up the ledger of a training run"),

@@ -6,7 +6,7 @@ import argparse
 import difflib
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -181,12 +181,17 @@ def _taken_out(rest: list[str], option: Option) -> str | None:
 
 def described(options: Sequence[Option]) -> str:
     """Return the lines of a help text about options, each with its meaning beside it."""
-    heads = [f"  --{option.name} {option.placeholder}" for option in options]
-    width = max(map(len, heads), default=0) + 3
+    return table((f"--{option.name} {option.placeholder}", option.told) for option in options)
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Return rows of a help text: a head, and its meaning beside it, broken between words."""
+    found = list(rows)
+    width = max((len(head) for head, _ in found), default=0) + 5
     lines = []
-    for head, option in zip(heads, options, strict=True):
-        first, *more = textwrap.wrap(option.told, WIDTH - width)
-        lines += [f"{head:<{width}}{first}", *(" " * width + line for line in more)]
+    for head, meaning in found:
+        first, *more = textwrap.wrap(meaning, WIDTH - width)
+        lines += [f"  {head:<{width - 2}}{first}", *(" " * width + line for line in more)]
     return "\n".join(lines)
 
 

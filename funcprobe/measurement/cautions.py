@@ -140,7 +140,7 @@ def _mismatch(mismatch: SamplerMismatch, rollouts: Rollouts, which: str) -> Iter
         f"by {mismatch.gap:.3g} nats per token (mean ratio {mismatch.ratio:.3g}) from the recomputed ones, which are "
         "used"
     )
-    if _is_truncated(rollouts):
+    if is_truncated(rollouts):
         yield Note(
             "truncated sampler",
             f"The {which} rollouts come from a truncated sampler (top_p, top_k), so they are not the policy's own; "
@@ -154,6 +154,7 @@ def _mismatch(mismatch: SamplerMismatch, rollouts: Rollouts, which: str) -> Iter
         )
 
 
-def _is_truncated(rollouts: Rollouts) -> bool:
+def is_truncated(rollouts: Rollouts) -> bool:
+    """Return whether a sampler that was held back by top_p or top_k has drawn some of the rows."""
     nucleus = rollouts.top_p is not None and bool((rollouts.top_p < 1).any())
     return nucleus or (rollouts.top_k is not None and bool((rollouts.top_k > 0).any()))

@@ -37,9 +37,7 @@ def heat_map(attribution: Parts, path: str | os.PathLike[str], of: Batch = "batc
         raise InputError(f"Unknown batch {of!r}; expected 'batch' (U) or 'evaluation' (E).")
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise InputError(f"limit is {limit!r}; expected a whole number of tokens, at least 1.")
-    path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: {_obstacle(path)}.")
+    path = check_place(path)
     templates = environment()
     with fresh_file(path, overwrite=True) as partial, partial.open("w", encoding="utf-8") as file:
         file.writelines(_chunks(templates, page_of(attribution, of, limit)))
@@ -87,6 +85,18 @@ def source(templates: Environment, name: str) -> str:
 def digest(text: str) -> str:
     """Return the digest by which a page's policy lets a browser use its own style or script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def check_place(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a page that is to be written.
+
+    Raises:
+        InputError: If it is a folder, or there is no folder for it.
+    """
+    path = Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path} cannot be written: {_obstacle(path)}.")
+    return path
 
 
 def _obstacle(path: Path) -> str:

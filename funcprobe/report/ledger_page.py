@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from funcprobe.data.atomic import fresh_file
-from funcprobe.report.figures import draw
-from funcprobe.report.heat_map import digest, environment, source
+from funcprobe.report.heat_map import check_place, environment, source
+from funcprobe.report.page_parts import image_of, policy_of
 from funcprobe.results.blocks import Block, Figure, as_html
 from funcprobe.results.books import Books
 
@@ -33,12 +31,12 @@ def ledger_page(books: Books, path: str | os.PathLike[str]) -> Path:
     """
     from markupsafe import Markup
 
-    templates = environment()
+    path, templates = check_place(path), environment()
     css = source(templates, "ledger.css")
     columns = books.columns()
     given = {
         "title": "The ledger of a run" if books.main is None else f"Who moved {books.main}: the ledger of a run",
-        "policy": f"default-src 'none'; style-src '{digest(css)}'; img-src data:",
+        "policy": policy_of(css),
         "css": Markup(css),  # a file of this package, no data
         "parts": list(_parts(books)),
         "names": list(columns),
@@ -46,7 +44,7 @@ def ledger_page(books: Books, path: str | os.PathLike[str]) -> Path:
     }
     with fresh_file(path, overwrite=True) as partial:
         partial.write_text(templates.get_template("ledger.html.j2").render(**given), encoding="utf-8")
-    return Path(path)
+    return path
 
 
 def _parts(books: Books) -> Iterator[Part]:
@@ -59,17 +57,9 @@ def _parts(books: Books) -> Iterator[Part]:
             waiting.append(block)
             continue
         yield Part(Markup(as_html(waiting)))
-        yield Part(image=_image(books, block), alt=f"{block.name}: the parts of the change, summed over steps")
+        yield Part(image=image_of(books, block), alt=f"{block.name}: the parts of the change, summed over steps")
         waiting = []
     yield Part(Markup(as_html(waiting)))
-
-
-def _image(books: Books, figure: Figure) -> str:
-    buffer = io.BytesIO()
-    drawn = draw(books, figure).get_figure(root=True)
-    assert drawn is not None  # Axes have one
-    drawn.savefig(buffer, dpi=150, format="png")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _cell(value: object) -> str:

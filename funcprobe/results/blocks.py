@@ -24,6 +24,9 @@ _JOINED = "\x00"
 #: Characters to which a cell is cut at least, where space is short, and at most, where it is not.
 _CUT, _CELL = 4, 400
 
+#: The style of a number's cell in HTML.
+RIGHT = "text-align:right"
+
 #: How much weight a text has: the answer is strong, what is only beside it quiet.
 Tone = Literal["plain", "strong", "quiet"]
 
@@ -241,7 +244,7 @@ def _html_row(table: Table, row: Row) -> str:
     found = []
     for cell, column in zip(_cells(table, row), table.columns, strict=True):
         text = f"<b>{_escaped(cell)}</b>" if row.tone == "strong" else _escaped(cell)
-        style = " style='text-align:right'" if column.side == "right" else ""
+        style = f" style='{RIGHT}'" if column.side == "right" else ""
         found.append(f"<td{style}>{text}</td>")
     return f"<tr>{''.join(found)}</tr>"
 

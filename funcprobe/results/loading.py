@@ -10,15 +10,16 @@ from funcprobe.results.any_lr import CurveResult
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.books import Books
 from funcprobe.results.comparison import Comparison
+from funcprobe.results.diagnosis import Diagnosis
 from funcprobe.results.ledger_lines import FILE
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.storage import decoded, read
 from funcprobe.results.sweep import SweepResult
 from funcprobe.results.validation import Validation
 
-AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Validation | Books
+AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Validation | Diagnosis | Books
 
-_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Validation, Books)
+_CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Validation, Diagnosis, Books)
 
 _KINDS: dict[str, type[AnyResult]] = {cls.kind: cls for cls in _CLASSES}
 

@@ -28,7 +28,7 @@ from funcprobe.types import Json
 #: Raised when a field changes its meaning.
 SCHEMA_VERSION = 3
 
-Kind = Literal["probe", "sweep", "curve", "comparison", "attribution", "validation", "ledger"]
+Kind = Literal["probe", "sweep", "curve", "comparison", "attribution", "validation", "diagnosis", "ledger"]
 
 NUMBERS, ARRAYS = FILES = "result.json", "result.safetensors"
 

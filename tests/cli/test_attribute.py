@@ -225,7 +225,8 @@ def test_the_demo_says_what_to_run_next(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr(demo, "carry_out", lambda *_: None)
     assert main(["demo"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         "Next:    funcprobe sweep somewhere/config.yaml --lrs 1e-8:1e-3:11",
+        "         funcprobe diagnose somewhere/config.yaml",
         "         funcprobe attribute somewhere/config.yaml",
     ]

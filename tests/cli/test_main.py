@@ -389,8 +389,12 @@ def test_help_sets_every_command_and_its_meaning_on_one_line(capsys: pytest.Capt
 
 def test_the_demo_is_made_run_and_used_again(real_demo: Demo, tmp_path: Path, refused: Refused) -> None:
     config = real_demo.folder / "config.yaml"
-    following = [f"Next:    funcprobe sweep {config} --lrs 1e-8:1e-3:11", f"         funcprobe attribute {config}"]
-    assert real_demo.said.splitlines()[-3:] == [f"Results: {real_demo.folder / 'results'}", *following]
+    following = [
+        f"Next:    funcprobe sweep {config} --lrs 1e-8:1e-3:11",
+        f"         funcprobe diagnose {config}",
+        f"         funcprobe attribute {config}",
+    ]
+    assert real_demo.said.splitlines()[-4:] == [f"Results: {real_demo.folder / 'results'}", *following]
     first = ProbeResult.load(real_demo.folder / "results")
     assert list(first.readings) == ["entropy", "reward", "kl"]
     assert first.linear_until_lr is not None

@@ -21,6 +21,7 @@ from funcprobe.results.storage import ARRAYS, NUMBERS, SCHEMA_VERSION
 from tests.cases.kept import same
 from tests.cases.written_attribution import attribution, with_bars, words
 from tests.cases.written_comparison import comparison
+from tests.cases.written_diagnosis import diagnosis
 from tests.cases.written_probe import result, warned
 from tests.cases.written_sweep import sweep
 
@@ -34,6 +35,7 @@ RESULTS: dict[str, Callable[[], Any]] = {
     "comparison": lambda: comparison(notes=warned("decided")),
     "attribution": lambda: with_bars(attribution(vocabulary=words(), influence=True, hole=True), 1e-7, "layers"),
     "attribution, plain": attribution,
+    "diagnosis": lambda: diagnosis(warnings=warned("careful")),
 }
 
 
