@@ -6,8 +6,8 @@ version in plain torch.
 * **Every token of U for one functional of E.** The plain version takes ∇F by autograd, the gradient on U, AdamW's scale
   by hand, and one `torch.func.jvp` over U. A gradient for each sequence by `vmap(grad)` gives a number a sequence.
 * **The influence matrix.** The plain version takes gradients of both sides by `vmap(grad)` in chunks, scales one side
-  and multiplies, in float32. `attribute(measure=False, influence="sequences")` is timed whole: the gradient on U, ∇F and
-  the pass over U are in it. Peers do the same work, with losses of their own and no scale: dattri (Grad-Dot without
+  and multiplies, in float32. `attribute(measure=False, influence="sequences")` is timed whole, with ∇F, the gradient on
+  U and the pass over U. Peers do the same work, with losses of their own and no scale: dattri (Grad-Dot without
   projection, each side in one batch), bergson (linear modules below the head alone, gradients kept in memory, and one
   product). They are timed where they are installed:
 
