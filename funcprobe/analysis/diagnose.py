@@ -181,7 +181,7 @@ class _Asked(NamedTuple):
     def drawn(self, parts: Attribution | None, alone: ProbeResult | None) -> tuple[dict[str, Drawn], Ratios | None]:
         """Return how E and U were drawn, and the ratios of U, from scores at θ that were taken already."""
         kept = None if alone is None or alone.evidence is None else alone.evidence.anchor
-        found = {"E": drawn_of(self.evaluation, kept if parts is None else parts.evaluation.scores)}
+        found = {"E": drawn_of(self.evaluation, kept if parts is None else parts.tokens_of("evaluation").scores)}
         if self.update.batch is None:
             return found, None
         scores = self.update.gradient().scores
