@@ -2,7 +2,7 @@
 
 Every method gives a number a token, up to an unknown positive scale; the lowest ones are those that are said to lower F
 most. Attributions and published predictors have a sign of their own. Magnitudes (`abs_advantage`, `surprisal`,
-`entropy`, `activation`) have none, and are ranked as they are: which end of them matters is for a counterfactual to say.
+`entropy`, `activation`) have none and are ranked as they are: which end of them matters is for a counterfactual to say.
 
 Sources: `discriminant` arXiv 2602.03392; `cov_pg`, `cov_npg` arXiv 2505.22617; `sgd` is the first-order dot product of
 TracIn, arXiv 2002.08484, by token: the step's optimizer is left out of it; `activation` is the activation difference of
