@@ -43,8 +43,8 @@ class Books(Sums, Tabular, Result):
 
     def units(self) -> dict[str, str]:
         """Return the units of the observables' columns, and of the split of the first one."""
-        main, *_ = readings = {name: r.unit for window in self.windows for name, r in window.readings.items()}
-        found = {"split": readings[main], **readings}
+        found = {name: reading.unit for window in self.windows for name, reading in window.readings.items()}
+        found |= {"split": self.windows[0].main.unit} if self.windows else {}
         return {name: found[of] for name in self.columns() if (of := name.partition("/")[0]) in found}
 
     def blocks(self) -> tuple[Block, ...]:

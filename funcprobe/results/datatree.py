@@ -199,4 +199,4 @@ def prompts_of(rollouts: Rollouts) -> Tensor:
 
 def _node(name: str) -> str:
     """Return the name of an observable as that of a group, in which a slash would be a level."""
-    return name.replace("/", "|")
+    return name.replace("/", ".")
