@@ -84,7 +84,7 @@ def outcome_groups(
     """
     groups: Groups = {}
     lrs = np.array([np.nan if o.lr is None else o.lr for o in outcomes])
-    coords = {name: np.asarray(values) for name, values in along.items()}
+    coords: Json = {name: np.asarray(values) for name, values in along.items()}
     coords |= {} if "lr" in along else {"lr": (tuple(along), lrs if along else lrs[0])}
     for name in outcomes[0].readings:
         group = _readings(outcomes, name, tuple(along), coords)

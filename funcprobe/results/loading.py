@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TypeAlias
 
 from funcprobe.errors import InputError
 from funcprobe.results.any_lr import CurveResult
@@ -15,7 +16,7 @@ from funcprobe.results.storage import decoded, folder_of, read
 from funcprobe.results.sweep import SweepResult
 from funcprobe.results.validation import Validation
 
-AnyResult = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Validation | Books
+AnyResult: TypeAlias = ProbeResult | SweepResult | CurveResult | Comparison | Attribution | Validation | Books
 
 _CLASSES = (ProbeResult, SweepResult, CurveResult, Comparison, Attribution, Validation, Books)
 
