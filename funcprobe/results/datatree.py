@@ -39,7 +39,7 @@ Variable = tuple[Sequence[str], Any, Json]
 
 
 class Group(NamedTuple):
-    """A group of a tree: what xarray makes a Dataset of."""
+    """A group of a tree: variables, coordinates and attributes of an xarray Dataset."""
 
     data_vars: Mapping[str, Variable]
     coords: Mapping[str, Any]
@@ -54,7 +54,7 @@ _REPLICATED = ("change", "first_order", "second_order")
 
 
 def tree_of(groups: Groups, kind: str, provenance: Provenance) -> DataTree:
-    """Return groups as a tree, whose root says what kind of result it is and how large E was.
+    """Return groups as a tree, whose root says the kind of the result and the size of E.
 
     Raises:
         MissingExtraError: If xarray is not installed.

@@ -66,7 +66,7 @@ class Tabular:
 
 
 def columns_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Return rows as columns, in the order in which names appear; what a row has not is None."""
+    """Return rows as columns, in the order in which names appear; None where a row lacks one."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -133,7 +133,7 @@ def _kind(values: Column) -> str:
 
 
 def _values(values: Column) -> Column:
-    """Return the values of a column, whole numbers among others as what those are."""
+    """Return the values of a column, whole numbers among fractions as fractions."""
     if isinstance(values, np.ndarray) or _kind(values) != "number":
         return values
     return [None if value is None else float(value) for value in values]

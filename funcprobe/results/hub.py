@@ -94,7 +94,9 @@ def fetched(address: Address, names: Iterable[str]) -> Path:
 
 
 def pushed(folder: Path, address: Address, *, private: bool, token: str | None, message: str) -> Address:
-    """Commit the files of a folder, made private or public where the repository is new; return where they are now.
+    """Send the files of a folder in one commit, and return their address at it.
+
+    A repository that is not there is made, private or public.
 
     Raises:
         InputError: If the repository or the revision cannot be written.

@@ -60,7 +60,7 @@ class Result:
         token: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Commit the files that `save` writes to a dataset repository, and return the address that `load` reads.
+        """Send the files that `save` writes to a dataset repository, and return the address that `load` reads.
 
         The address names the commit: `hf://datasets/owner/name@commit/path`. A result may hold the text of prompts.
 
