@@ -59,6 +59,8 @@ try:
     result.push_to_hub("someone/results")
 except fp.errors.InputError as error:
     assert "HF_HUB_OFFLINE is set" in str(error), error
+else:
+    raise AssertionError("a push that nobody allowed")
 """,
 }
 
