@@ -73,7 +73,7 @@ docs: $(STAMP)   ## the site in docs/_build/html: API, commands, notebooks, a de
 links: $(STAMP)  ## every link of the site, those to other sites over the network
 	$(SPHINX) -b linkcheck docs docs/_build/links
 
-packages: $(STAMP) ## wheel and sdist, installed in fresh environments, core alone and each extra; minutes
+packages: $(STAMP) ## wheel and sdist in fresh environments: core, each extra, other Pythons, torches; minutes, gigabytes
 	$(BIN)/python .ci/packages.py
 
 clean:           ## remove the environment and the caches

@@ -40,11 +40,16 @@ def documented(tree: ast.Module) -> Iterator[tuple[ast.AST, str, str]]:
     for node in tree.body:
         of_class = node.body if isinstance(node, ast.ClassDef) else []
         for one in [node, *of_class]:
-            if isinstance(one, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if isinstance(one, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not is_overload(one):
                 text = ast.get_docstring(one)
                 inherits = one is not node and isinstance(node, ast.ClassDef) and bool(node.bases)
                 if text is not None or not (one.name.startswith("_") or inherits):
                     yield one, one.name, text or ""
+
+
+def is_overload(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Return whether it is a signature alone, whose words stand at the function that has a body."""
+    return any(ast.unparse(decorator) == "overload" for decorator in node.decorator_list)
 
 
 def is_noun_phrase(node: ast.AST) -> bool:

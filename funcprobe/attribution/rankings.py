@@ -2,10 +2,11 @@
 
 Every method gives a number a token, up to an unknown positive scale; the lowest ones are those that are said to lower F
 most. Attributions and published predictors have a sign of their own. Magnitudes (`abs_advantage`, `surprisal`,
-`entropy`) have none, and are ranked as they are: which end of them matters is for a counterfactual to say.
+`entropy`, `activation`) have none and are ranked as they are: which end of them matters is for a counterfactual to say.
 
 Sources: `discriminant` arXiv 2602.03392; `cov_pg`, `cov_npg` arXiv 2505.22617; `sgd` is the first-order dot product of
-TracIn, arXiv 2002.08484, by token: the step's optimizer is left out of it.
+TracIn, arXiv 2002.08484, by token: the step's optimizer is left out of it; `activation` is the activation difference of
+arXiv 2510.13900, by token.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from funcprobe import engine, tree
+from funcprobe.attribution.activations import activation_differences
 from funcprobe.attribution.predictors import STATS, predictions
 from funcprobe.attribution.step_parts import StepParts
 from funcprobe.errors import InputError
@@ -31,13 +33,17 @@ Direction = Callable[[StepParts, Params], Leaves]
 #: A method of the scores of U and its prepared rollouts alone.
 Reading = Callable[[TokenScores, Rollouts], Tensor]
 
+#: A method that runs the model itself.
+Running = Callable[[StepParts], Tensor]
+
 
 class Method(NamedTuple):
-    """One way to rank tokens: along a direction, or by a reading of scores."""
+    """One way to rank tokens: along a direction, by a reading of scores, or by passes of its own."""
 
     meaning: str
     along: Direction | None = None
     reading: Reading | None = None
+    running: Running | None = None
 
 
 def _carried(form: str) -> Direction:
@@ -57,6 +63,11 @@ def _abs_advantage(scores: TokenScores, prepared: Rollouts) -> Tensor:
     return by_token(prepared.advantages.double(), prepared.completion_mask).abs().expand_as(scores.logp)
 
 
+def _activation(parts: StepParts) -> Tensor:
+    after = tree.add(parts.params, parts.delta)  # in the dtype of θ, as θ′ is stored
+    return activation_differences(parts.step.policy, parts.params, after, parts.prepared, parts.microbatch)
+
+
 #: The methods by name; a new one is a line here.
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -69,6 +80,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "abs_advantage": Method("|advantage|", reading=_abs_advantage),
         "surprisal": Method("−log π of the token", reading=lambda scores, _: -scores.logp),
         "entropy": Method("entropy of the token's distribution", reading=lambda scores, _: scores.entropy),
+        "activation": Method("‖h(θ′) − h(θ)‖ of the state that the token is drawn from", running=_activation),
     }
 )
 
@@ -107,6 +119,8 @@ def rankings(parts: StepParts, gradient_of_f: Params, methods: Sequence[str]) ->
     for name in methods:
         if (reading := METHODS[name].reading) is not None:
             found[name] = reading(engine.detached(scores), parts.prepared)
+        if (running := METHODS[name].running) is not None:
+            found[name] = running(parts)
     mask = parts.prepared.completion_mask
     return {name: torch.where(mask, found[name].detach().double(), 0.0) for name in methods}
 

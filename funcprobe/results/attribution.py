@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
-from funcprobe.attribution.token_tables import correlations, movers
+from funcprobe.attribution.token_tables import Columns, correlations, movers
 from funcprobe.errors import InputError
 from funcprobe.results.attribution_words import blocks_of
 from funcprobe.results.blocks import Block
-from funcprobe.results.frames import frame_of
+from funcprobe.results.column_units import units_of
+from funcprobe.results.datatree import (
+    Groups,
+    influence_group,
+    outcome_groups,
+    parts_group,
+    prompts_of,
+    table_group,
+    tree_of,
+)
+from funcprobe.results.frames import Library, frame_of
 from funcprobe.results.parts import Batch, Parts
 from funcprobe.results.provenance import Provenance
 from funcprobe.results.result import Result
 from funcprobe.results.storage import Kind
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    import pandas
+    import polars
+    import pyarrow
+    from xarray import DataTree
 
 #: What contributions are correlated with, of tokens and of sequences.
 _AGAINST = {
@@ -41,8 +54,17 @@ class Attribution(Parts, Result):
         """How the numbers were made: the probe's."""
         return self.probe.provenance
 
-    def to_frame(self, table: str = "tokens", of: Batch = "batch") -> DataFrame:
-        """Return a table as a pandas frame.
+    @overload
+    def to_frame(self, table: str = ..., of: Batch = ..., *, library: Literal["pandas"] = ...) -> pandas.DataFrame: ...
+
+    @overload
+    def to_frame(self, table: str = ..., of: Batch = ..., *, library: Literal["polars"]) -> polars.DataFrame: ...
+
+    @overload
+    def to_frame(self, table: str = ..., of: Batch = ..., *, library: Literal["arrow"]) -> pyarrow.Table: ...
+
+    def to_frame(self, table: str = "tokens", of: Batch = "batch", *, library: Library = "pandas") -> Any:
+        """Return a table as a frame of "pandas", "polars" or "arrow".
 
         "tokens", "sequences", "prompts" and "positions" are tables of a batch: U, or E with `of="evaluation"`.
         "parameters", "layers", "kinds", "modules" and "pairs" (LoRA factors of one module) are those of the parameters,
@@ -50,12 +72,14 @@ class Attribution(Parts, Result):
         Tables that `bars_of` named have the standard error of every contribution, and the ends of its interval.
 
         Raises:
-            InputError: If there is no such table or batch, or it was not asked for.
-            MissingExtraError: If pandas is not installed.
+            InputError: If there is no such table, batch or library, or the table was not asked for.
+            MissingExtraError: If the library is not installed.
         """
-        return frame_of(self.columns(table, of))
+        return self._frame(self.columns(table, of), library)
 
-    def movers(self, count: int = 10, table: str = "tokens", of: Batch = "batch") -> tuple[DataFrame, DataFrame]:
+    def movers(
+        self, count: int = 10, table: str = "tokens", of: Batch = "batch"
+    ) -> tuple[pandas.DataFrame, pandas.DataFrame]:
         """Return the rows of a table that raise the observable most, and those that lower it most.
 
         Raises:
@@ -66,9 +90,9 @@ class Attribution(Parts, Result):
         if "contribution" not in columns:
             raise InputError(f"A row of the table {table!r} has no one contribution to be put in order by.")
         up, down = movers(columns, count)
-        return frame_of(up), frame_of(down)
+        return self._frame(up), self._frame(down)
 
-    def correlations(self, table: str = "tokens", of: Batch = "batch") -> DataFrame:
+    def correlations(self, table: str = "tokens", of: Batch = "batch") -> pandas.DataFrame:
         """Return how contributions of tokens or sequences go with log-probability, entropy, advantage, length, ...
 
         Raises:
@@ -77,7 +101,27 @@ class Attribution(Parts, Result):
         """
         if table not in _AGAINST:
             raise InputError(f"Correlations are taken of 'tokens' or 'sequences', and {table!r} was asked for.")
-        return frame_of(correlations(self.columns(table, of), _AGAINST[table]))
+        return self._frame(correlations(self.columns(table, of), _AGAINST[table]))
+
+    def _frame(self, columns: Columns, library: Library = "pandas") -> Any:
+        return frame_of(columns, library, units_of(columns, self.unit))
+
+    def to_datatree(self) -> DataTree:
+        """Return the probe and the parts of its δF₁ as an `xarray.DataTree`; `results.datatree` lists its groups.
+
+        Raises:
+            MissingExtraError: If xarray is not installed.
+        """
+        return tree_of(self._groups(), self.kind, self.provenance)
+
+    def _groups(self) -> Groups:
+        groups = outcome_groups([self.probe.outcome], {}, prompts_of(self.evaluation.rollouts))
+        groups |= {of: parts_group(getattr(self, of), self.unit) for of in ("batch", "evaluation")}
+        groups["parameters"] = table_group(self.columns("parameters"), "parameter", self.unit)
+        groups["ledger"] = table_group(self.columns("ledger"), "part", self.unit)
+        if self.influence is not None:
+            groups["influence"] = influence_group(self.influence, self.unit)
+        return groups
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks of an attribution: the answer, the step in rows, the largest parts, correlations."""

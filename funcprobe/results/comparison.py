@@ -11,7 +11,8 @@ from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.readings import Reading
 from funcprobe.results.blocks import Block
 from funcprobe.results.comparison_words import blocks_of
-from funcprobe.results.frames import frame_of
+from funcprobe.results.datatree import outcome_groups, tree_of
+from funcprobe.results.frames import Tabular
 from funcprobe.results.paired import QUANTITIES, Quantity, difference
 from funcprobe.results.provenance import Provenance
 from funcprobe.results.result import Measured
@@ -19,11 +20,11 @@ from funcprobe.results.storage import Kind
 from funcprobe.types import Json
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
+    from xarray import DataTree
 
 
 @dataclass(frozen=True)
-class Comparison(Measured):
+class Comparison(Tabular, Measured):
     """Outcomes of several updates; the first one is the baseline of the differences."""
 
     kind: ClassVar[Kind] = "comparison"
@@ -114,13 +115,16 @@ class Comparison(Measured):
             )
         return found
 
-    def to_frame(self) -> DataFrame:
-        """Return the long form as a pandas frame.
+    def to_datatree(self) -> DataTree:
+        """Return observables and replicates over prompts, along `update`, as an `xarray.DataTree`.
+
+        `results.datatree` lists its groups.
 
         Raises:
-            MissingExtraError: If pandas is not installed.
+            MissingExtraError: If xarray is not installed.
         """
-        return frame_of(self.rows())
+        groups = outcome_groups(list(self.outcomes.values()), {"update": list(self.outcomes)})
+        return tree_of(groups, self.kind, self.provenance)
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks of a comparison: a row for every update, its difference from the first, and cautions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -122,12 +123,7 @@ class Curve:
 
     def rows(self) -> list[Json]:
         """Return the long form: a row for every learning rate, observable and quantity, with its error bar."""
-        return [
-            {"lr": point.lr, "observable": name, "quantity": what, "value": value, "unit": unit, **errors}
-            for point in self.points
-            for name, reading in point.readings.items()
-            for what, value, unit, errors in _quantities(reading)
-        ]
+        return rows_of(self.points)
 
     def _index(self, lr: float) -> int:
         near = [i for i, own in enumerate(self.lrs) if math.isclose(own, lr, rel_tol=1e-9)]
@@ -176,6 +172,16 @@ def _line(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x, y = x - x.mean(), y - y.mean()
     slope = (x * y).sum() / (x * x).sum()
     return slope, 1 - ((y - slope * x) ** 2).sum() / (y * y).sum()
+
+
+def rows_of(points: Sequence[Outcome]) -> list[Json]:
+    """Return a row for every outcome, observable and quantity, with its error bar; NaN where it has none."""
+    return [
+        {"lr": point.lr, "observable": name, "quantity": what, "value": value, "unit": unit, **errors}
+        for point in points
+        for name, reading in point.readings.items()
+        for what, value, unit, errors in _quantities(reading)
+    ]
 
 
 def _quantities(reading: Reading) -> list[tuple[str, float, str, Json]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from funcprobe.errors import Note
 from funcprobe.estimators.importance import WeightHealth
@@ -15,15 +15,21 @@ from funcprobe.measurement.readings import Reading
 from funcprobe.measurement.routing import Routing
 from funcprobe.results.blocks import Block
 from funcprobe.results.codec import NOT_KEPT
+from funcprobe.results.curve import rows_of
+from funcprobe.results.datatree import evidence_group, outcome_groups, prompts_of, tree_of
+from funcprobe.results.frames import Tabular
 from funcprobe.results.probe_words import blocks_of
 from funcprobe.results.provenance import Provenance
 from funcprobe.results.result import Measured
 from funcprobe.results.storage import Kind
-from funcprobe.types import Estimate, Params
+from funcprobe.types import Estimate, Json, Params
+
+if TYPE_CHECKING:
+    from xarray import DataTree
 
 
 @dataclass(frozen=True)
-class ProbeResult(Measured):
+class ProbeResult(Tabular, Measured):
     """How far one step moved observables on held-out rollouts, measured and predicted.
 
     `change` is measured by importance sampling; `first_order = ⟨∇F, Δθ⟩`; `remainder = change − first_order` holds
@@ -160,6 +166,25 @@ class ProbeResult(Measured):
     def linear_until_lr(self) -> float | None:
         """The learning rate up to which first order is within 5 %, a twentieth of the crossover; with `order=2`."""
         return None if self.crossover_lr is None else self.crossover_lr / 20
+
+    def rows(self) -> list[Json]:
+        """Return the long form: a row for every observable and quantity, with its error bar."""
+        return rows_of([self.outcome])
+
+    def to_datatree(self) -> DataTree:
+        """Return observables, replicates over prompts and kept scores as an `xarray.DataTree`.
+
+        `results.datatree` lists its groups.
+
+        Raises:
+            MissingExtraError: If xarray is not installed.
+        """
+        groups = outcome_groups(
+            [self.outcome], {}, None if self.evidence is None else prompts_of(self.evidence.rollouts)
+        )
+        if self.evidence is not None:
+            groups["scores"] = evidence_group(self.evidence)
+        return tree_of(groups, self.kind, self.provenance)
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks of a probe: the answer, the numbers, every estimator side by side, and cautions."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import ClassVar, Self
 
-from funcprobe.results import storage
+from funcprobe.results import hub, storage
 from funcprobe.results.blocks import Block, as_html, as_text
 from funcprobe.results.codec import Inline
 from funcprobe.results.provenance import BatchCounts, Provenance
@@ -49,9 +50,41 @@ class Result:
         """Write its files into an existing folder."""
         storage.write_into(self, folder)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        path_in_repo: str = "",
+        *,
+        private: bool = True,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Send the files that `save` writes to a dataset repository, and return the address that `load` reads.
+
+        The address names the commit: `hf://datasets/owner/name@commit/path`. A result may hold the text of prompts.
+
+        Args:
+            repo_id: owner/name; a repository that is not there is made.
+            path_in_repo: The folder in it; files of an earlier result there are replaced.
+            private: Whether a repository that is made is private.
+            revision: The branch to commit to, which has to be there; by default the main one.
+            token: By default the one of `hf auth login`.
+            commit_message: By default the kind of result.
+
+        Raises:
+            InputError: If there can be no such repository or path, or it cannot be written.
+            MissingExtraError: If huggingface_hub is not installed.
+        """
+        address = hub.checked(hub.Address(repo_id, path_in_repo.strip("/"), revision))
+        message = commit_message or f"Add a {self.kind} of funcprobe"
+        with tempfile.TemporaryDirectory() as place:
+            self.write_into(Path(place))
+            return str(hub.pushed(Path(place), address, private=private, token=token, message=message))
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a folder that `save` wrote; no model is needed.
+        """Read a folder that `save` wrote, or one of the Hub, `hf://datasets/owner/name[@revision][/path]`.
 
         Raises:
             InputError: If there is none at `path`, it is damaged, of another kind, or of another schema version.

@@ -22,6 +22,7 @@ from funcprobe.data.atomic import fresh_directory, write_arrays
 from funcprobe.data.paths import path_of
 from funcprobe.data.reading import json_of
 from funcprobe.errors import InputError
+from funcprobe.results import hub
 from funcprobe.results.codec import Arrays, DamagedError, decode, encode
 from funcprobe.types import Json
 
@@ -119,7 +120,7 @@ def load(cls: type[R], path: str | os.PathLike[str]) -> R:
     Raises:
         InputError: If there is none, it is damaged, of another kind, or of another schema version.
     """
-    folder = path_of(path)
+    folder = folder_of(path)
     plain, kind = read(folder)
     if kind != cls.kind:
         raise InputError(
@@ -127,6 +128,21 @@ def load(cls: type[R], path: str | os.PathLike[str]) -> R:
             "reads every kind."
         )
     return decoded(cls, plain, folder)
+
+
+def folder_of(path: str | os.PathLike[str]) -> Path:
+    """Return the folder that a path names, fetched where that is an address of the Hub.
+
+    Raises:
+        InputError: If it is no path, or the address cannot be read.
+        MissingExtraError: If it is an address, and huggingface_hub is not installed.
+    """
+    if not (isinstance(path, str) and path.startswith(hub.SCHEME)):
+        return path_of(path)
+    folder = hub.fetched(hub.Address.of(path), FILES)
+    if not (folder / NUMBERS).is_file():
+        raise InputError(f"{path} holds no {NUMBERS}; expected a folder that push_to_hub wrote.")
+    return folder
 
 
 def read(folder: Path) -> tuple[dict[str, Any], str]:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from funcprobe.attribution.trials import ENDS, Agreement, Chance, Drop, End
 from funcprobe.errors import InputError, Note, percent
 from funcprobe.results.blocks import Block, Column, Figure, Row, Sentence, Table
-from funcprobe.results.frames import frame_of
+from funcprobe.results.frames import Tabular
 from funcprobe.results.provenance import BatchCounts, Provenance
 from funcprobe.results.result import Measured
 from funcprobe.results.storage import Kind
 from funcprobe.results.words import closing, counted, sizes_of
 from funcprobe.types import Json
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
 
 @dataclass(frozen=True)
-class Validation(Measured):
+class Validation(Tabular, Measured):
     """Re-steps without the tokens, or prompts, of U that each method ranks lowest or highest, on an E of their own."""
 
     kind: ClassVar[Kind] = "validation"
@@ -68,14 +65,6 @@ class Validation(Measured):
             {**drop._asdict(), "base": self.base, "random": chance[drop.share].mean, "sd": chance[drop.share].sd}
             for drop in self.drops
         ]
-
-    def to_frame(self) -> DataFrame:
-        """Return the long form as a pandas frame.
-
-        Raises:
-            MissingExtraError: If pandas is not installed.
-        """
-        return frame_of(self.rows())
 
     def blocks(self) -> tuple[Block, ...]:
         """Return the blocks of a validation: effects by method and share at both ends, agreements, cautions."""

@@ -106,6 +106,9 @@ def test_a_frame_is_a_row_a_window(books: Books) -> None:
     frame = books.to_frame()
     assert frame["h/change"].tolist() == [w.main.change for w in books]
     assert frame["split/momentum"].tolist() == [w.split["momentum"] for w in books]
+    units = {field.name: field.metadata for field in books.to_frame(library="arrow").schema}
+    assert units["h/change"] == units["split/momentum"] == {b"unit": books.windows[0].main.unit.encode()}
+    assert units["lr"] is None
 
 
 def test_completeness_sees_parts_that_do_not_sum(books: Books) -> None:
