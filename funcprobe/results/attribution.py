@@ -115,8 +115,10 @@ class Attribution(Parts, Result):
         return tree_of(self._groups(), self.kind, self.provenance)
 
     def _groups(self) -> Groups:
-        groups = outcome_groups([self.probe.outcome], {}, prompts_of(self.evaluation.rollouts))
-        groups |= {of: parts_group(getattr(self, of), self.unit) for of in ("batch", "evaluation")}
+        tokens = {of: x for of, x in (("batch", self.batch), ("evaluation", self.evaluation)) if x is not None}
+        prompts = prompts_of(tokens["evaluation"].rollouts) if "evaluation" in tokens else None
+        groups = outcome_groups([self.probe.outcome], {}, prompts)
+        groups |= {of: parts_group(x, self.unit) for of, x in tokens.items()}
         groups["parameters"] = table_group(self.columns("parameters"), "parameter", self.unit)
         groups["ledger"] = table_group(self.columns("ledger"), "part", self.unit)
         if self.influence is not None:

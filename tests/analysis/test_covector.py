@@ -64,6 +64,8 @@ def test_nothing_is_said_to_be_measured() -> None:
         assert "by first order. The change itself was not measured." in said
         assert "measured   ΔF" not in said
         assert "nan" not in said.split()
+    assert {"batch", "parameters"} <= set(alone.to_datatree().children)
+    assert "evaluation" not in alone.to_datatree().children
     with pytest.raises(InputError, match=r"Tokens of E are parts of a measurement; call attribute\(\.\.\.\) without"):
         alone.to_frame("tokens", of="evaluation")
 
