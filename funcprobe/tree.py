@@ -62,6 +62,11 @@ def over_processes(x: Tensor, names: Iterable[Any]) -> Tensor:
     return x if part is None else part.summed(x)
 
 
+def anywhere(flag: bool, names: Iterable[Any]) -> bool:
+    """Return whether something holds of the named leaves, in some process where they lie in parts."""
+    return bool(over_processes(torch.tensor(int(flag)), names) > 0)
+
+
 class Lazy(Mapping[str, Leaf], Generic[Leaf]):
     """A tree whose leaves are computed when they are read, so that it never has to stand in memory as a whole.
 
