@@ -9,7 +9,7 @@ has to run rows of its own, and all of them have to gather the same leaves in th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ def whole(shards: Leaves) -> Params:
     Raises:
         InputError: If it is no such tree.
     """
-    return {str(name): _put_together(name, shards[name].detach()) for name in _parts(shards)}
+    return {str(name): _put_together([name], [shards[name].detach()])[0] for name in _parts(shards)}
 
 
 def scattered(names: Sequence[Part], kinds: Sequence[Kind], gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -86,11 +86,10 @@ def scattered(names: Sequence[Part], kinds: Sequence[Kind], gradients: Sequence[
     A process without a gradient counts as one of zero; `kinds` are the dtypes and devices of the leaves.
     """
     there = _summed(torch.tensor([int(g is not None) for g in gradients])).tolist()
-    found: list[Tensor | None] = []
-    for name, kind, g, some in zip(names, kinds, gradients, there, strict=True):
-        own = _zeros(name, kind) if g is None and some else g
-        found.append(None if own is None else _taken_apart(name, own))
-    return found
+    each = zip(names, kinds, gradients, there, strict=True)
+    some = {name: _zeros(name, kind) if g is None else g for name, kind, g, somewhere in each if somewhere}
+    parts = dict(zip(some, _by_kind(_taken_apart, list(some), list(some.values())), strict=True))
+    return [parts.get(name) for name in names]
 
 
 def _summed(x: Tensor) -> Tensor:
@@ -132,25 +131,51 @@ def _own_part(leaf: Tensor) -> Tensor:
     return flat[start : min(start + most, len(flat))].clone()
 
 
-def _put_together(name: Part, part: Tensor) -> Tensor:
-    """Return `[..., *shape]` of parts `[..., n]`: a view of one array where there are no axes before the leaf's."""
-    size, most, lead = world().size, _share(name.shape), part.shape[:-1]
-    found = part.new_empty(size, *lead, most)
-    own = torch.nn.functional.pad(part, (0, most - part.shape[-1])).contiguous()
+def _put_together(names: Sequence[Part], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return whole leaves `[..., *shape]` of parts `[..., n]` of one kind, which are sent together."""
+    size, shares, lead = world().size, [_share(name.shape) for name in names], parts[0].shape[:-1]
+    own = torch.cat([_filled(part, most) for part, most in zip(parts, shares, strict=True)], -1)
+    found = own.new_empty(size, *own.shape)
     dist.all_gather(list(found.unbind(0)), own)
-    flat = found.movedim(0, -2).reshape((*lead, size * most))
-    return flat[..., : math.prod(name.shape)].reshape((*lead, *name.shape))
+    # a leaf that is sent alone is a view of what came
+    pieces = zip(names, found.split(shares, -1), shares, strict=True)
+    flat = ((name, piece.movedim(0, -2).reshape((*lead, size * most))) for name, piece, most in pieces)
+    return [x[..., : math.prod(name.shape)].reshape((*lead, *name.shape)) for name, x in flat]
 
 
-def _taken_apart(name: Part, leaf: Tensor) -> Tensor:
-    """Return this process's part `[..., n]` of the sum over processes of `[..., *shape]`."""
-    own, most = world(), _share(name.shape)
-    lead, entries = leaf.shape[: leaf.dim() - len(name.shape)], math.prod(name.shape)
-    flat = torch.nn.functional.pad(leaf.reshape((*lead, entries)), (0, own.size * most - entries))
-    pieces = [piece.contiguous() for piece in flat.unflatten(-1, (own.size, most)).unbind(-2)]
-    found = torch.empty_like(pieces[0])
-    dist.reduce_scatter(found, pieces)
-    return found[..., : max(0, min(most, entries - own.rank * most))].clone()
+def _taken_apart(names: Sequence[Part], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Return this process's parts `[..., n]` of the sums over processes of `[..., *shape]` of one kind."""
+    own, shares = world(), [_share(name.shape) for name in names]
+    lead = leaves[0].shape[: leaves[0].dim() - len(names[0].shape)]
+    flat = (x.reshape((*lead, math.prod(name.shape))) for name, x in zip(names, leaves, strict=True))
+    cut = [_filled(x, own.size * most).unflatten(-1, (own.size, most)) for x, most in zip(flat, shares, strict=True)]
+    sent = torch.cat(cut, -1).movedim(-2, 0).contiguous()
+    found = torch.empty_like(sent[0])
+    dist.reduce_scatter(found, list(sent.unbind(0)))
+    pieces = zip(names, found.split(shares, -1), shares, strict=True)
+    return [x[..., : _entries(name, most)].clone() for name, x, most in pieces]
+
+
+def _entries(name: Part, most: int) -> int:
+    """Return how many entries of a leaf this process holds, of at most so many."""
+    return max(0, min(most, math.prod(name.shape) - world().rank * most))
+
+
+def _filled(x: Tensor, entries: int) -> Tensor:
+    missing = entries - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def _by_kind(
+    together: Callable[[Sequence[Part], Sequence[Tensor]], list[Tensor]], names: Sequence[Part], x: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Return the results for all leaves, made of those of one dtype and device together."""
+    found: dict[Part, Tensor] = {}
+    kinds = dict.fromkeys((each.dtype, each.device) for each in x)
+    for kind in kinds:
+        mine = {name: each for name, each in zip(names, x, strict=True) if (each.dtype, each.device) == kind}
+        found |= zip(mine, together(list(mine), list(mine.values())), strict=True)
+    return tuple(found[name] for name in names)
 
 
 class _Gather(torch.autograd.Function):
@@ -159,7 +184,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(cut: Cut, *parts: Tensor) -> tuple[Tensor, ...]:
         any_inside()
-        return tuple(_put_together(name, part) for name, part in zip(cut.names, parts, strict=True))
+        return _by_kind(_put_together, cut.names, parts)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -193,7 +218,7 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(cut: Cut, *gradients: Tensor) -> tuple[Tensor, ...]:
         any_inside()
-        return tuple(_taken_apart(name, g) for name, g in zip(cut.names, gradients, strict=True))
+        return _by_kind(_taken_apart, cut.names, gradients)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
