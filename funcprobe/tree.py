@@ -38,33 +38,38 @@ class Part(str):
     entries of such leaves is reduced over the processes as well, and no one has to remember that they are parts.
     """
 
-    __slots__ = ("shape", "summed")
+    __slots__ = ("gathered", "shape")
     shape: torch.Size  #: of the whole leaf
-    summed: Callable[[Tensor], Tensor]  #: a small tensor -> its sum over the processes
+    gathered: Callable[[Tensor], Tensor]  #: a small tensor `[...]` -> those of all N processes, `[N, ...]`
 
-    def __new__(cls, name: str, shape: torch.Size, summed: Callable[[Tensor], Tensor]) -> Part:
-        """Return the name, with the whole leaf's shape and the sum over the processes."""
+    def __new__(cls, name: str, shape: torch.Size, gathered: Callable[[Tensor], Tensor]) -> Part:
+        """Return the name, with the whole leaf's shape and the way to the other processes."""
         made = super().__new__(cls, name)
-        made.shape, made.summed = shape, summed
+        made.shape, made.gathered = shape, gathered
         return made
 
-    def __getnewargs__(self) -> tuple[Any, ...]:
+    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
         """Return the arguments that a copy is made of."""
-        return str(self), self.shape, self.summed
+        return str(self), self.shape, self.gathered
+
+
+def everywhere(x: Tensor, names: Iterable[Any]) -> Tensor:
+    """Return `[N, ...]`: something small that each of N processes knows of its parts of the named leaves.
+
+    N is 1 where the leaves are whole. Every process has to ask, in the same order.
+    """
+    part = next((name for name in names if isinstance(name, Part)), None)
+    return x.unsqueeze(0) if part is None else part.gathered(x)
 
 
 def over_processes(x: Tensor, names: Iterable[Any]) -> Tensor:
-    """Return the sum over processes of a number that is a sum over entries of the named leaves; of whole leaves, itself.
-
-    Every process has to ask, in the same order.
-    """
-    part = next((name for name in names if isinstance(name, Part)), None)
-    return x if part is None else part.summed(x)
+    """Return the sum over processes of something small that is a sum over entries of the named leaves."""
+    return everywhere(x, names).sum(0)
 
 
 def anywhere(flag: bool, names: Iterable[Any]) -> bool:
     """Return whether something holds of the named leaves, in some process where they lie in parts."""
-    return bool(over_processes(torch.tensor(int(flag)), names) > 0)
+    return bool(everywhere(torch.tensor(flag), names).any())
 
 
 class Lazy(Mapping[str, Leaf], Generic[Leaf]):

@@ -55,7 +55,7 @@ def cut(leaves: Leaves) -> Params:
             f"The leaf '{half[0]}' is float16, which is not shared out over processes: its tangents are scaled by the "
             "largest entry; load the model in bfloat16 or float32."
         )
-    return {Part(name, leaf.shape, _summed): _own_part(leaf) for name, leaf in leaves.items()}
+    return {Part(name, leaf.shape, _gathered): _own_part(leaf) for name, leaf in leaves.items()}
 
 
 def cut_state(state: OptState, shards: Params) -> OptState:
@@ -85,15 +85,15 @@ def scattered(names: Sequence[Part], kinds: Sequence[Kind], gradients: Sequence[
 
     A process without a gradient counts as one of zero; `kinds` are the dtypes and devices of the leaves.
     """
-    there = _summed(torch.tensor([int(g is not None) for g in gradients])).tolist()
+    there = _gathered(torch.tensor([g is not None for g in gradients])).any(0).tolist()
     each = zip(names, kinds, gradients, there, strict=True)
     some = {name: _zeros(name, kind) if g is None else g for name, kind, g, somewhere in each if somewhere}
     parts = dict(zip(some, _by_kind(_taken_apart, list(some), list(some.values())), strict=True))
     return [parts.get(name) for name in names]
 
 
-def _summed(x: Tensor) -> Tensor:
-    """Return the sum over processes of a small tensor.
+def _gathered(x: Tensor) -> Tensor:
+    """Return the small tensors `[...]` of all N processes, `[N, ...]`.
 
     Raises:
         InputError: If a transform watches, which would sum nothing.
@@ -105,8 +105,7 @@ def _summed(x: Tensor) -> Tensor:
             "sees this process alone; take it outside."
         )
     any_inside()
-    own = world()
-    return own.sum_of(x.to(own.device)).to(x.device)
+    return world().stacked(x)
 
 
 def _parts(shards: Mapping[Any, Any]) -> list[Part]:

@@ -90,6 +90,16 @@ class World:
             dist.all_reduce(total)
         return total
 
+    def stacked(self, x: Tensor) -> Tensor:
+        """Return the small tensors `[...]` of all processes, `[N, ...]`, by rank."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        own = x.detach().to(self.device).contiguous()
+        found = own.new_empty(self.size, *own.shape)
+        with _answered(self):
+            dist.all_gather(list(found.unbind(0)), own)
+        return found.to(x.device)
+
     def any_of(self, flag: bool) -> bool:
         """Return whether something holds in some process."""
         return flag if self.size == 1 else bool(self.sum_of(torch.tensor(int(flag), device=self.device)))
