@@ -48,7 +48,7 @@ class Part(str):
         made.shape, made.gathered = shape, gathered
         return made
 
-    def __getnewargs__(self) -> tuple[Any, ...]:  # type: ignore[override]
+    def __getnewargs__(self) -> tuple[Any, ...]:
         """Return the arguments that a copy is made of."""
         return str(self), self.shape, self.gathered
 
@@ -225,6 +225,11 @@ def same_keys(a: Leaves, b: Leaves, what: str = "trees") -> None:
             raise InputError(
                 f"The {what} do not have the same leaves: missing {_listing(missing)}, unexpected "
                 f"{_listing(unexpected)}; both must be keyed by the names of the same trainable parameters."
+            )
+        if a and any(isinstance(n, Part) for n in a) != any(isinstance(n, Part) for n in b):
+            raise InputError(
+                f"Of the {what} one holds parts of leaves and the other whole ones; both must come from `shard`, or "
+                "neither."
             )
         for name in () if isinstance(a, Lazy) or isinstance(b, Lazy) else a:
             if getattr(a[name], "shape", None) != getattr(b[name], "shape", None):

@@ -125,7 +125,7 @@ def _cut_share(rollouts: Rollouts, mine: Tensor, microbatch: Microbatch) -> list
 
 
 def of_rows(found: Found, rows: Tensor) -> Found:
-    """Return what a pass has found of its rows: all of it, or nothing where it was an idle one."""
+    """Return the findings of a pass that belong to its rows: all of them, or none where it was an idle one."""
     return found if len(rows) else optree.tree_map(lambda x: x[:0], found)  # type: ignore[arg-type, return-value]
 
 

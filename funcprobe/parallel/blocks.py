@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import optree
@@ -59,11 +59,12 @@ class Block:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's result, on whole leaves."""
-        parts = {slot.name: slot.now for slot in self.slots}
+        parts: Params = {slot.name: slot.now for slot in self.slots}
         if not (self.is_layer and _is_taped(parts)):
             return self.run(self.cut.gather(parts), args, kwargs)
         self._check((*args, *kwargs.values()))
-        given, spec = optree.tree_flatten((args, kwargs))
+        called: Any = (args, kwargs)
+        given, spec = optree.tree_flatten(called)
         tensors = [x for x in given if isinstance(x, Tensor)]
         call = _Call(self, given, spec, _Surroundings(tensors[0].device.type if tensors else "cpu"))
         found = _Rematerialised.apply(call, len(parts), *parts.values(), *tensors)
@@ -76,7 +77,7 @@ class Block:
         return functional_call(self.inner, local, tuple(args), kwargs, tie_weights=False)
 
     def _check(self, given: Sequence[Any]) -> None:
-        """Check that the module could not write to what it is called with.
+        """Check that the module cannot write to its arguments.
 
         Raises:
             InputError: If it could.
@@ -93,7 +94,7 @@ class Block:
 
 
 def install(body: Bound, names: dict[str, Part]) -> int:
-    """Make every block of a module gather its own leaves when it runs, and return how many layers there are.
+    """Set every block of a module to gather its own leaves when it runs, and return the number of layers.
 
     `names` are those of the policy's leaves. The module is a policy's own copy.
 
@@ -107,7 +108,7 @@ def install(body: Bound, names: dict[str, Part]) -> int:
             layers += is_layer
             own = module.forward
             block = Block(called, module, slots, is_layer)
-            module.forward = functools.wraps(own)(functools.partial(_called, block))  # type: ignore[method-assign]
+            module.forward = functools.wraps(own)(functools.partial(_called, block))
     if not layers:
         raise InputError(
             f"{type(body.module).__name__} has no list of layers with trained leaves (torch.nn.ModuleList or "
@@ -121,7 +122,7 @@ def _called(block: Block, *args: Any, **kwargs: Any) -> Any:
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, bool]]:
-    """Yield (name, module, whether it is a layer) of every block: outermost layers, and what stands outside of them."""
+    """Yield (name, module, whether it is a layer) of every block: outermost layers, and modules outside."""
     yield prefix, module, False
     for name, child in module.named_children():
         called = f"{prefix}.{name}" if prefix else name
@@ -131,9 +132,7 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield from _blocks(child, called)
 
 
-def _slots(
-    body: Bound, called: str, module: nn.Module, names: dict[str, Part], *, deep: bool
-) -> Iterator[Slot]:
+def _slots(body: Bound, called: str, module: nn.Module, names: dict[str, Part], *, deep: bool) -> Iterator[Slot]:
     """Yield the places of a module's leaves: those of its submodules too for a layer, else only its own."""
     owners = module.named_modules(remove_duplicate=False) if deep else [("", module)]
     for path, owner in owners:
@@ -144,8 +143,8 @@ def _slots(
                 yield Slot(local, owner, attribute, names[canonical])
 
 
-def _is_taped(parts: dict[Part, Tensor]) -> bool:
-    """Return whether plain autograd is about to keep what runs, for a backward pass."""
+def _is_taped(parts: Params) -> bool:
+    """Return whether plain autograd is about to record a run, for a backward pass."""
     watched = torch._C._are_functorch_transforms_active()
     return not watched and torch.is_grad_enabled() and any(x.requires_grad for x in parts.values())
 
@@ -189,7 +188,8 @@ class _Call:
         leaves = {name: x.requires_grad_() for name, x in whole.items()}
         inputs = [_held(x).requires_grad_(moving) for x, moving in zip(tensors, moves, strict=True)]
         values = dict(enumerate(self.given)) | dict(zip(self.places, inputs, strict=True))
-        args, kwargs = optree.tree_unflatten(self.spec, [values[k] for k in range(len(self.given))])
+        called: Any = optree.tree_unflatten(self.spec, [values[k] for k in range(len(self.given))])
+        args, kwargs = called
         with torch.enable_grad():
             found = self.block.run(leaves, args, kwargs)
         results, self.result = optree.tree_flatten(found)

@@ -12,13 +12,12 @@ from funcprobe import errors
 from funcprobe.errors import FuncprobeError, ParallelError
 from funcprobe.parallel.world import World, world
 
-
 #: What a process that has failed adds to a sum of flags, of which the others add 0 or 1.
 FAILED = 2**20
 
 
 class FailedElsewhere(Exception):
-    """Another process has failed inside a phase, so that this one need not wait for it; `phase` says what happened."""
+    """Another process has failed inside a phase, so that this one need not wait for it; `phase` says how."""
 
 
 class _Failure(NamedTuple):
@@ -50,7 +49,8 @@ def phase(what: str) -> Iterator[None]:
     try:
         yield
     except FailedElsewhere as error:
-        raise _agreed(own, what, None) from error
+        agreed = _agreed(own, what, None)
+        raise agreed from error
     except Exception as error:
         if isinstance(error, FuncprobeError) and error.is_shared:
             raise

@@ -41,8 +41,8 @@ def shard(policy: Policy, params: Params) -> tuple[Policy, Params]:
         raise InputError("The leaves are parts already; shard the policy and the leaves that from_module returned.")
     if body is None:
         raise InputError(
-            "This policy is not one pass of a module a batch (every row runs by itself, or it was made by hand), so its "
-            "layers cannot be run together by all processes; use whole leaves."
+            "This policy is not one pass of a module a batch (every row runs by itself, or it was made by hand), so "
+            "all processes cannot run its layers together; use whole leaves."
         )
     _refuse_frozen(body, params)
     _refuse_state(body)
@@ -93,7 +93,7 @@ def _refuse_state(body: Bound) -> None:
 
 
 def _refuse_other(policy: Policy, parts: Params, rows: tuple[Tensor, Tensor], expected: Tensor) -> None:
-    """Check that the model says on parts what it says on whole leaves.
+    """Check that the logits on parts are those on whole leaves.
 
     Raises:
         InputError: If it does not.
@@ -127,7 +127,9 @@ def _let_go(body: Bound) -> None:
 def _trial(policy: Policy) -> tuple[Tensor, Tensor]:
     """Return (ids [2, L], mask [2, L]) of two short rows of small ids."""
     width = min(4, policy.max_length or 4)
-    ids = 1 + torch.arange(2 * width, device=policy.device).view(2, width).remainder(max(1, min(policy.vocab_size, 64) - 1))
+    ids = 1 + torch.arange(2 * width, device=policy.device).view(2, width).remainder(
+        max(1, min(policy.vocab_size, 64) - 1)
+    )
     return ids, torch.ones_like(ids, dtype=torch.bool)
 
 

@@ -23,7 +23,6 @@ from funcprobe.parallel.world import world
 from funcprobe.tree import Part
 from funcprobe.types import Leaves, OptState, Params
 
-
 #: The dtype and the device of a leaf.
 Kind = tuple[torch.dtype, torch.device]
 
@@ -58,7 +57,7 @@ def cut(leaves: Leaves) -> Params:
     return {Part(name, leaf.shape, _gathered): _own_part(leaf) for name, leaf in leaves.items()}
 
 
-def cut_state(state: OptState, shards: Params) -> OptState:
+def shard_state(state: OptState, shards: Params) -> OptState:
     """Return this process's part of an optimizer's state, read leaf by leaf; counts of steps stay whole.
 
     Raises:
@@ -71,7 +70,7 @@ def cut_state(state: OptState, shards: Params) -> OptState:
     }
 
 
-def whole(shards: Leaves) -> Params:
+def gather_leaves(shards: Leaves) -> Params:
     """Return the whole leaves of a tree of parts, without derivatives, in every process.
 
     Raises:

@@ -113,15 +113,15 @@ class Rule:
         return clipped, reported
 
     def _refuse_parts(self, gradient: Gradients) -> None:
-        """Check that the optimizer steps an entry by what belongs to it alone, where leaves lie in parts.
+        """Check that the optimizer is elementwise, where leaves lie in parts.
 
         Raises:
             InputError: If that is not known.
         """
         if any(isinstance(name, tree.Part) for name in gradient) and not isinstance(self.optimizer, PureOptimizer):
             raise InputError(
-                "This optimizer may look at a whole leaf, and each process holds a part of it; take SGD, Adam or AdamW, "
-                "or whole leaves."
+                "This optimizer may look at a whole leaf, and each process holds a part of it; take SGD, Adam or "
+                "AdamW, or whole leaves."
             )
 
     def clipped(self, gradient: Gradients) -> tuple[Gradients, float, float]:
