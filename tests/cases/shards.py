@@ -16,7 +16,7 @@ from funcprobe.errors import FuncprobeError
 from funcprobe.parallel.shards import Cut, cut
 from funcprobe.parallel.world import world
 from funcprobe.types import Params, Rollouts
-from tests.cases import models, routing
+from tests.cases import models
 from tests.cases.probes import Case, prompted
 from tests.cases.shared_work import readings
 from tests.cases.tables import observables
@@ -93,21 +93,29 @@ def laws(size: int = MOST) -> dict[str, Tensor]:
     }
 
 
-def verbs() -> dict[str, Any]:
-    """Return the numbers of probes in every mode, a curve, a comparison and attributions."""
-    case = parted(Case(models.gpt2(torch.float64, n_embd=8)))
-    update, given = case.update(1e-3, batch=U), {"evaluation": E, "batch": U, "microbatch": 3}
+def modes() -> dict[str, Any]:
+    """Return the numbers of probes of a small model in both modes, by a path, and with a second order."""
+    case, given = parted(Case(layered())), {"evaluation": E, "batch": U, "microbatch": 3}
     forward = case.probe(1e-3, **given, observables=observables("entropy", "reward"), keep_delta=True)
-    reverse, curve = case.probe(1e-3, **given, mode="reverse"), case.curve(1e-4, **given)
-    compared = fp.compare({"one": update, "other": update.at(1e-4)}, E, fp.entropy(), microbatch=3)
-    parts = fp.attribute(update, E, microbatch=3, influence="prompts", bars_of=["ledger"], leaves=_attention)
-    assert parts.influence is not None
     assert forward.delta is not None
     return {
         "forward": readings(forward.outcome),
-        "reverse": readings(reverse.outcome),
-        "kept": {name: d.double() for name, d in forward.delta.items()},
+        "reverse": readings(case.probe(1e-3, **given, mode="reverse").outcome),
         "path and second order": readings(case.probe(1e-5, **given, method="path", order=2, exact=True).outcome),
+        "kept": {name: d.double() for name, d in forward.delta.items()},
+        "parameters": forward.provenance.environment["parameters"],
+        "notes": len(forward.outcome.notes),
+    }
+
+
+def verbs() -> dict[str, Any]:
+    """Return the numbers of a curve, a comparison and attributions of a small model."""
+    case, given = parted(Case(layered())), {"evaluation": E, "batch": U, "microbatch": 5}
+    update, curve = case.update(1e-3, batch=U), case.curve(1e-4, **given)
+    compared = fp.compare({"one": update, "other": update.at(1e-4)}, E, fp.entropy(), microbatch=5)
+    parts = fp.attribute(update, E, microbatch=5, influence="prompts", bars_of=["ledger"], leaves=_common)
+    assert parts.influence is not None
+    return {
         "curve": {str(lr): readings(curve.at(lr)) for lr in (3e-6, 7e-5)},
         "compared": {name: readings(outcome) for name, outcome in compared.outcomes.items()},
         "leaves": {p.name: [*p[1:]] for p in parts.leaves},
@@ -116,15 +124,23 @@ def verbs() -> dict[str, Any]:
         "influence": parts.influence.matrix,
         "ledger's bars": {name: bar.error for name, bar in parts.bars["ledger"].items()},
         "concentrations": [each.share for each in parts.concentrations],
-        "jacobian": {p.name: p.gradient for p in fp.attribute(update, E, microbatch=3, form="jacobian").leaves},
-        "curvature": float(_curvature(case)),
-        "parameters": forward.provenance.environment["parameters"],
-        "notes": [len(o.notes) for o in (forward.outcome, reverse.outcome)],
+        "jacobian": {p.name: p.gradient for p in fp.attribute(update, E, microbatch=5, form="jacobian").leaves},
     }
 
 
-def _attention(name: str) -> bool:
-    return "attn" in name
+def transformer() -> dict[str, Any]:
+    """Return the numbers of a GPT-2, which is cut at its tied head: both modes, and forward over reverse."""
+    case, given = parted(Case(models.gpt2(torch.float64, n_embd=8))), {"evaluation": E, "batch": U, "microbatch": 5}
+    outcomes = {mode: case.probe(1e-3, **given, mode=mode).outcome for mode in ("forward", "reverse")}
+    return {
+        **{mode: readings(outcome) for mode, outcome in outcomes.items()},
+        "notes": [len(outcome.notes) for outcome in outcomes.values()],
+        "curvature": float(_curvature(case)),
+    }
+
+
+def _common(name: str) -> bool:
+    return "common" in name
 
 
 def _curvature(case: Case) -> Tensor:
@@ -186,12 +202,6 @@ def left_alone() -> dict[str, Any]:
     return found
 
 
-def experts() -> dict[str, Any]:
-    """Return a probe of a mixture of experts, and how many tokens change experts; it has no list of layers."""
-    case = Case(routing.gated(routing.top_two))
-    return refusal(lambda: parted(case))
-
-
 def refusal(work: Callable[[], Any]) -> dict[str, Any]:
     """Return the class and the words of what is refused."""
     try:
@@ -199,6 +209,16 @@ def refusal(work: Callable[[], Any]) -> dict[str, Any]:
     except FuncprobeError as error:
         return {"kind": type(error).__name__, "said": str(error)}
     return {"kind": "", "said": "nothing"}
+
+
+def wrapped_by_fsdp2() -> nn.Module:
+    """Return a live module whose parameters are DTensors."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module = layered()
+    fully_shard(module, mesh=init_device_mesh("cpu", (world().size,)))
+    return module
 
 
 def frozen() -> nn.Module:
@@ -241,9 +261,12 @@ def refusals() -> dict[str, dict[str, Any]]:
     lifted = fp.from_torch(torch.optim.RMSprop, lr=1e-3)
     step = fp.make_step(sharded.policy, fp.grpo(), lifted)
     other = fp.Update.from_step(step, sharded.params, sharded.state, plain_rows(True))
+    fsdp2 = wrapped_by_fsdp2()
     listed, half = parted(Case(layered(GivenAList))), layered().half()
     whole_gradient = {str(name): torch.ones_like(p) for name, p in sharded.params.items()}
     return {
+        "fsdp2": refusal(lambda: fp.from_training(fsdp2)),
+        "fsdp2 module": refusal(lambda: fp.from_module(fsdp2)),
         "no layers": refusal(lambda: fp.shard(*fp.from_module(models.two_lines()))),
         "outside": refusal(lambda: fp.shard(*fp.from_module(layered(Outside)))),
         "float16": refusal(lambda: fp.shard(*fp.from_module(half))),
@@ -306,8 +329,8 @@ def not_finite() -> dict[str, Any]:
 
 def held() -> dict[str, float]:
     """Return the entries that this process holds of parameters and optimizer state, and of the whole."""
-    case = Case(models.gpt2(torch.float64, n_embd=8))
-    whole = {"parameters": sum(p.numel() for p in case.params.values())}
+    case = Case(layered())
+    whole = {"parameters": tree.size(case.params), "leaves": len(case.params)}
     case = parted(case)
     own = sum(p.numel() for p in case.params.values())
     moments = sum(x.numel() for entries in case.state.values() for key, x in entries.items() if key != "step")
@@ -317,17 +340,19 @@ def held() -> dict[str, float]:
     return {**whole, "own": own, "moments": moments, "in the copy": kept}
 
 
+#: Asked in one process, in two and in three; and in fewer of these, where a number more tells nothing new.
+ASKED = {
+    1: (modes, left_alone, verbs, transformer),
+    2: (modes, left_alone, verbs, transformer, refusals),
+    3: (modes, left_alone),
+}
+
+
 def everything() -> dict[str, Any]:
     """Return all of this from one start of the processes; in a process alone the numbers to compare with."""
-    if world().size == 1:
-        return {"verbs": verbs(), "left alone": left_alone()}
-    return {
-        "laws": laws(world().size),
-        "verbs": verbs(),
-        "left alone": left_alone(),
-        "refusals": refusals(),
-        "experts": experts(),
-        "failures": one_fails(),
-        "not finite": not_finite(),
-        "held": held(),
-    }
+    size = world().size
+    found: dict[str, Any] = {work.__name__: work() for work in ASKED[size]}
+    if size > 1:
+        found |= {work.__name__: work() for work in (one_fails, not_finite, held)}
+        found["laws"] = laws(size)
+    return found

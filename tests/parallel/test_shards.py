@@ -1,4 +1,4 @@
-"""Leaves in two and three processes: gathered with the derivatives of whole ones, in every mode, whatever their size."""
+"""Leaves in two and three processes: gathered with the derivatives of whole ones, in every mode, of every size."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ def test_gathered_leaves_have_the_derivatives_of_whole_ones(parted: Ended, law: 
 
 def test_a_process_holds_its_part_and_no_more(parted: Ended) -> None:
     size, held = len(parted.returned), [found["held"] for found in parted.returned]
-    leaves = 28  # of which each is cut upwards
     assert sum(each["own"] for each in held) == held[0]["parameters"]
     for each in held:
-        assert each["own"] <= each["parameters"] / size + leaves
+        assert each["own"] <= each["parameters"] / size + each["leaves"]  # each of which is cut upwards
         assert each["moments"] == 2 * each["own"]
         assert each["in the copy"] == 0
 
