@@ -2,8 +2,8 @@
 
 Parameters lie whole in every process, and so do E and U, which are small. A pass runs a process's own rows; then the
 scores of all rows are gathered, in float64, and every process makes the same numbers of them. A gradient is summed
-once, after the backward passes. No collective runs inside a transform. torch.distributed does the work; a process alone
-is a world of one, on the same path.
+once, after the backward passes. No collective runs inside a transform, but those of leaves that lie in parts (see
+`shards`). torch.distributed does the work; a process alone is a world of one, on the same path.
 """
 
 from __future__ import annotations
