@@ -184,6 +184,27 @@ def layered(module: type[nn.Module] = Layered) -> nn.Module:
         return module().double()
 
 
+class Detaching(Layered):
+    """A model whose layers detach what their outputs depend on, which the derivative on E takes along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled(6) for _ in range(2))
+
+
+class Scaled(Branched):
+    """A layer that is scaled by the size of its matrix, as training holds it."""
+
+    def forward(self, hidden: Tensor, some: Tensor) -> Tensor:
+        return super().forward(hidden, some) * (1 + self.common.weight.norm().detach())
+
+
+def detaching() -> dict[str, Any]:
+    """Return a probe in reverse mode, whose backward passes on E see through `detach`."""
+    case = parted(Case(layered(Detaching)))
+    return {"reverse": readings(case.probe(1e-3, mode="reverse", evaluation=E, batch=U, microbatch=5).outcome)}
+
+
 def plain_rows(rare: bool) -> Rollouts:
     """Return rows, of which one holds the id 6 or none does."""
     rows = [[1, 2], [3, 4], [6 if rare else 5, 1], [1, 3], [2, 2]]
@@ -342,8 +363,8 @@ def held() -> dict[str, float]:
 
 #: Asked in one process, in two and in three; and in fewer of these, where a number more tells nothing new.
 ASKED = {
-    1: (modes, left_alone, verbs, transformer),
-    2: (modes, left_alone, verbs, transformer, refusals),
+    1: (modes, left_alone, detaching, verbs, transformer),
+    2: (modes, left_alone, detaching, verbs, transformer, refusals),
     3: (modes, left_alone),
 }
 

@@ -20,7 +20,7 @@ def of_one() -> dict[str, Any]:
     return shards.everything()
 
 
-@pytest.mark.parametrize("what", ["modes", "left_alone", "verbs", "transformer"])
+@pytest.mark.parametrize("what", ["modes", "left_alone", "detaching", "verbs", "transformer"])
 def test_parts_give_the_numbers_of_whole_leaves(parted: Ended, of_one: dict[str, Any], what: str) -> None:
     if what not in parted.returned[0]:
         return  # see `shards.ASKED`
