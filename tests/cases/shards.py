@@ -13,6 +13,9 @@ from torch import Tensor, nn
 import funcprobe as fp
 from funcprobe import engine, tree
 from funcprobe.errors import FuncprobeError
+from funcprobe.measurement.identity import identity_of
+from funcprobe.measurement.measurement import Measurement
+from funcprobe.measurement.options import Options
 from funcprobe.parallel.shards import Cut, cut
 from funcprobe.parallel.world import world
 from funcprobe.types import Params, Rollouts
@@ -348,6 +351,19 @@ def not_finite() -> dict[str, Any]:
     return refusal(lambda: fp.Update.from_gradient(*given, lr=1e-3).take())
 
 
+def identities() -> list[str]:
+    """Return the identity of a sweep, and of one whose parameters differ in an entry that the last process has."""
+    case = parted(Case(layered()))
+    other = {name: p.clone() for name, p in case.params.items()}
+    if world().rank == world().size - 1:
+        next(iter(other.values()))[-1] += 1e-12
+    found = []
+    for params in (case.params, other):
+        update = case.update(batch=U, params=params)
+        found.append(identity_of(update, Measurement.of(update, E, None, Options())))
+    return found
+
+
 def held() -> dict[str, float]:
     """Return the entries that this process holds of parameters and optimizer state, and of the whole."""
     case = Case(layered())
@@ -374,6 +390,6 @@ def everything() -> dict[str, Any]:
     size = world().size
     found: dict[str, Any] = {work.__name__: work() for work in ASKED[size]}
     if size > 1:
-        found |= {work.__name__: work() for work in (one_fails, not_finite, held)}
+        found |= {work.__name__: work() for work in (one_fails, not_finite, identities, held)}
         found["laws"] = laws(size)
     return found

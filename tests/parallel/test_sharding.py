@@ -80,3 +80,9 @@ def test_an_entry_that_is_not_finite_is_found_by_all(parted: Ended) -> None:
     for found in parted.returned:
         assert found["not_finite"]["kind"] == "NumericsError"
         assert found["not_finite"]["said"].startswith("The gradient is not finite at 'embed.weight'")
+
+
+def test_a_journal_knows_the_parts_of_every_process(parted: Ended) -> None:
+    one, other = parted.returned[0]["identities"]
+    assert one != other
+    assert all(found["identities"] == [one, other] for found in parted.returned)
