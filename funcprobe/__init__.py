@@ -16,7 +16,7 @@ Layers, each importing only from those above it in this table and from `types`, 
     objectives    advantages and losses, as functions of scores
     policy        nn.Module -> (policy, params); scores of a batch; sampling
     optimizers    pure optimizers, their groups and their states
-    parallel      one process or many: rows shared out, scores gathered, errors agreed on
+    parallel      one process or many: rows and leaves shared out, scores gathered, errors agreed on
     engine        values, gradients and directional derivatives of any function of scores
     estimators    importance weights and the observables made of them
     training      the pure step, and its response to a change of its gradient

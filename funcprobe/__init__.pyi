@@ -59,6 +59,9 @@ from funcprobe.optimizers.factories import from_torch as from_torch
 from funcprobe.optimizers.factories import sgd as sgd
 from funcprobe.optimizers.stored import stored as stored
 from funcprobe.parallel.batches import gather_rollouts as gather_rollouts
+from funcprobe.parallel.sharding import shard as shard
+from funcprobe.parallel.shards import gather_leaves as gather_leaves
+from funcprobe.parallel.shards import shard_state as shard_state
 from funcprobe.policy.module import Policy as Policy
 from funcprobe.policy.module import from_module as from_module
 from funcprobe.policy.sampling import sample as sample

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import optree
@@ -28,6 +29,47 @@ PIECE, DEVICE_PIECE = 2**17, 2**22
 
 #: Bytes of a lazy tree that are kept once they are computed: those of a small model, or of an adapter.
 KEPT = 2**26
+
+
+class Part(str):
+    """The name of a leaf of which this process holds a part, and other processes the rest.
+
+    Names go wherever a tree goes, through every comprehension, transform and lazy tree. So what is reduced over the
+    entries of such leaves is reduced over the processes as well, and no one has to remember that they are parts.
+    """
+
+    __slots__ = ("gathered", "shape")
+    shape: torch.Size  #: of the whole leaf
+    gathered: Callable[[Tensor], Tensor]  #: a small tensor `[...]` -> those of all N processes, `[N, ...]`
+
+    def __new__(cls, name: str, shape: torch.Size, gathered: Callable[[Tensor], Tensor]) -> Part:
+        """Return the name, with the whole leaf's shape and the way to the other processes."""
+        made = super().__new__(cls, name)
+        made.shape, made.gathered = shape, gathered
+        return made
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        """Return the arguments that a copy is made of."""
+        return str(self), self.shape, self.gathered
+
+
+def everywhere(x: Tensor, names: Iterable[Any]) -> Tensor:
+    """Return `[N, ...]`: something small that each of N processes knows of its parts of the named leaves.
+
+    N is 1 where the leaves are whole. Every process has to ask, in the same order.
+    """
+    part = next((name for name in names if isinstance(name, Part)), None)
+    return x.unsqueeze(0) if part is None else part.gathered(x)
+
+
+def over_processes(x: Tensor, names: Iterable[Any]) -> Tensor:
+    """Return the sum over processes of something small that is a sum over entries of the named leaves."""
+    return everywhere(x, names).sum(0)
+
+
+def anywhere(flag: bool, names: Iterable[Any]) -> bool:
+    """Return whether something holds of the named leaves, in some process where they lie in parts."""
+    return bool(everywhere(torch.tensor(flag), names).any())
 
 
 class Lazy(Mapping[str, Leaf], Generic[Leaf]):
@@ -100,7 +142,7 @@ def dot(a: Leaves, b: Leaves) -> Tensor:
         >>> dot({"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 4.0])})
         tensor(11., dtype=torch.float64)
     """
-    return _total(map_(_dot, a, b))
+    return over_processes(_total(map_(_dot, a, b)), chain(_names(a), _names(b)))
 
 
 def norm(a: Leaves) -> Tensor:
@@ -110,7 +152,10 @@ def norm(a: Leaves) -> Tensor:
 
 def leaf_norms(a: Leaves) -> dict[str, float]:
     """Return the Euclidean norm of every leaf, taken in float64."""
-    return {name: float(torch.sqrt(_dot(x, x))) for name, x in a.items()}
+    if not a:
+        return {}
+    squares = over_processes(torch.stack([_dot(x, x).cpu() for x in a.values()]), a)
+    return dict(zip(a, torch.sqrt(squares).tolist(), strict=True))
 
 
 def top_k(a: Leaves, k: int) -> list[tuple[str, float]]:
@@ -134,7 +179,8 @@ def select(a: Leaves, names: Iterable[str] | Callable[[str], bool]) -> Params:
     wanted = list(names)
     if unknown := [name for name in wanted if name not in a]:
         raise InputError(f"The tree has no leaf named {_listing(unknown)}; it has {_listing(a)}.")
-    return {name: a[name] for name in wanted}
+    own = {name: name for name in a}
+    return {own[name]: a[name] for name in wanted}
 
 
 def cast(a: Leaves, dtype: torch.dtype) -> Params:
@@ -153,18 +199,18 @@ def zeros_like(a: Leaves) -> Params:
 
 
 def size(a: Params) -> int:
-    """Return the number of scalar entries."""
-    return sum(x.numel() for x in _leaves(a))
+    """Return the number of scalar entries, those that other processes hold among them."""
+    return sum(entries for entries, _ in _sized(a))
 
 
 def bytes_of(a: Params) -> int:
-    """Return the bytes that the leaves take.
+    """Return the bytes that the leaves take, in other processes too where they hold parts.
 
     Example:
         >>> bytes_of({"w": torch.ones(3, dtype=torch.bfloat16)})
         6
     """
-    return sum(x.numel() * x.element_size() for x in _leaves(a))
+    return sum(entries * x.element_size() for entries, x in _sized(a))
 
 
 def same_keys(a: Leaves, b: Leaves, what: str = "trees") -> None:
@@ -179,6 +225,11 @@ def same_keys(a: Leaves, b: Leaves, what: str = "trees") -> None:
             raise InputError(
                 f"The {what} do not have the same leaves: missing {_listing(missing)}, unexpected "
                 f"{_listing(unexpected)}; both must be keyed by the names of the same trainable parameters."
+            )
+        if a and any(isinstance(n, Part) for n in a) != any(isinstance(n, Part) for n in b):
+            raise InputError(
+                f"Of the {what} one holds parts of leaves and the other whole ones; both must come from `shard`, or "
+                "neither."
             )
         for name in () if isinstance(a, Lazy) or isinstance(b, Lazy) else a:
             if getattr(a[name], "shape", None) != getattr(b[name], "shape", None):
@@ -227,6 +278,17 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 def _leaves(a: Any) -> list[Tensor]:
     return optree.tree_leaves(a)
+
+
+def _names(a: Any) -> Iterable[Any]:
+    return a if isinstance(a, Mapping) else ()
+
+
+def _sized(a: Any) -> Iterator[tuple[int, Tensor]]:
+    """Yield (number of entries, leaf) of every leaf, the entries of other processes among them."""
+    named = a.items() if isinstance(a, Mapping) else ((None, x) for x in _leaves(a))
+    for name, x in named:
+        yield (math.prod(name.shape) if isinstance(name, Part) else x.numel()), x
 
 
 def _total(a: Params) -> Tensor:

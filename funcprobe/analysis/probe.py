@@ -6,6 +6,7 @@ from typing import Unpack
 
 import torch
 
+from funcprobe import tree
 from funcprobe.arguments import checked
 from funcprobe.measurement.cautions import about_the_copy, step
 from funcprobe.measurement.evidence import Evidence
@@ -16,6 +17,7 @@ from funcprobe.measurement.move import Move
 from funcprobe.measurement.options import Given, options_of
 from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.update import Update
+from funcprobe.parallel.shards import gather_leaves
 from funcprobe.results.environment import describe_environment
 from funcprobe.results.probe import ProbeResult
 from funcprobe.results.provenance import BatchCounts, Provenance
@@ -90,4 +92,5 @@ def provenance_of(measurement: Measurement, update: Update, mode: str) -> Proven
 
 
 def _portable(delta: Leaves) -> Params:
-    return {name: d.detach().to("cpu", torch.float32) for name, d in delta.items()}
+    whole = (gather_leaves({name: d}) if isinstance(name, tree.Part) else {name: d} for name, d in delta.items())
+    return {name: d.detach().to("cpu", torch.float32) for leaf in whole for name, d in leaf.items()}

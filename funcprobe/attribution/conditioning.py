@@ -65,11 +65,13 @@ def cautions(found: Sequence[Concentration], form: str) -> Iterator[Note]:
 
 
 def _of_row(row: int, direction: Leaves, gradient: Params) -> Concentration:
-    leaf, largest, total = "", -1.0, 0.0
+    total, largest = 0.0, dict.fromkeys(direction, 0.0)
     for name, u in direction.items():
         pieces = zip(tree.pieces(u), tree.pieces(gradient[name]), strict=True)
         for product in ((a.double() * b.double()).abs() for a, b in pieces):
             total += float(product.sum())
-            if product.numel() and float(product.max()) > largest:
-                leaf, largest = name, float(product.max())
-    return Concentration(row, leaf, largest / total if total > 0 else 0.0)
+            largest[name] = max(largest[name], float(product.max()) if product.numel() else 0.0)
+    found = tree.everywhere(torch.tensor([total, *largest.values()], dtype=torch.float64), direction)
+    total, highest = float(found[:, 0].sum()), dict(zip(largest, found[:, 1:].amax(0).tolist(), strict=True))
+    leaf = max(highest, key=highest.__getitem__)
+    return Concentration(row, leaf, highest[leaf] / total if total > 0 else 0.0)

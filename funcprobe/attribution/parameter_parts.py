@@ -89,7 +89,7 @@ def leaf_parts(
     norms = tree.leaf_norms(delta)
     none: dict[str, float] = dict.fromkeys(delta, 0.0)
     momentum, decay = offsets.get("momentum", none), offsets.get("weight decay", none)
-    sizes = {name: c.numel() for name, c in covector.items()}
+    sizes = {name: tree.size({name: c}) for name, c in covector.items()}
     return tuple(LeafPart(n, whole[n], drawn[n], momentum[n], decay[n], norms[n], sizes[n]) for n in covector)
 
 

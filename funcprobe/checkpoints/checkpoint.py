@@ -8,6 +8,8 @@ from typing import Any, Literal
 from funcprobe.errors import CheckpointError
 from funcprobe.measurement.update import Update
 from funcprobe.optimizers.stored import Storage
+from funcprobe.parallel.sharding import shard
+from funcprobe.parallel.shards import shard_state
 from funcprobe.policy.module import Policy
 from funcprobe.training.step import make_step
 from funcprobe.types import Microbatch, Objective, Optimizer, OptState, Params, Rollouts
@@ -52,6 +54,19 @@ class Checkpoint:
         optimizer, state = self._steps()
         step = make_step(self.policy, objective, optimizer, max_grad_norm, microbatch, self.offload)
         return Update.from_step(step, self.params, state, batch, lr)
+
+    def shard(self) -> Checkpoint:
+        """Return the checkpoint with its leaves, and the optimizer's state, shared out over the processes of a run.
+
+        Every process calls it, and lets this checkpoint go; see `funcprobe.shard`.
+
+        Raises:
+            InputError: As `funcprobe.shard`.
+        """
+        policy, params = shard(self.policy, self.params)
+        state = None if self.opt_state is None else shard_state(self.opt_state, params)
+        own = policy, params, self.optimizer, state, self.tokenizer, self.storage, self.eos_ids, self.offload
+        return Checkpoint(*own)
 
     def _steps(self) -> tuple[Optimizer, OptState]:
         if self.optimizer is None or self.opt_state is None:

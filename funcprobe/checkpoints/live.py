@@ -17,6 +17,7 @@ from funcprobe.errors import CheckpointError
 from funcprobe.measurement.update import Update
 from funcprobe.optimizers.factories import from_param_groups
 from funcprobe.policy.module import from_module
+from funcprobe.policy.refusals import sharding_of
 from funcprobe.types import Optimizer, OptState, Params
 
 
@@ -164,11 +165,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         CheckpointError: If it is sharded.
     """
     while True:
-        if "FullyShardedDataParallel" in type(model).__name__ or any(
-            hasattr(p, "device_mesh") for p in model.parameters()
-        ):
+        if sharding := sharding_of(model):
             raise CheckpointError(
-                "The model is sharded by FSDP, which is not read; use an unsharded model, or a gathered checkpoint."
+                f"The model is sharded by {sharding}, which is not run from here; save a checkpoint of it, and give "
+                "load_checkpoint(folder).shard(), which shares the leaves out over the same processes."
             )
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module

@@ -66,6 +66,9 @@ class Inputs(Strict):
     offload: Literal["cpu"] | None = key(
         None, "cpu, or none", "cpu keeps moments and gradient off the device: for a model that would not fit"
     )
+    shard: bool = key(
+        False, "true or false", "under torchrun: each process keeps an N-th of the leaves, moments and gradient"
+    )
     evaluation: FilePath = key(..., "the path of a rollout file", "rollouts E that measure the step")
     batch: FilePath = key(..., "the path of a rollout file", "rollouts U that the step is taken on")
     temperature: float | None = key(

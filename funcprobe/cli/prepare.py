@@ -19,6 +19,7 @@ from funcprobe.data.atomic import check_absent
 from funcprobe.data.files import read_metadata
 from funcprobe.errors import ConfigError, InputError
 from funcprobe.measurement.update import Update
+from funcprobe.parallel.environment import is_launched
 from funcprobe.policy.devices import device_of
 from funcprobe.report.canvas import new_axes
 from funcprobe.types import Rollouts
@@ -93,6 +94,11 @@ def resolved(config: Config) -> Config:
         raise ConfigError(
             "optimizer: none leaves no step to measure; use auto for the saved optimizer state, or fresh with an lr."
         )
+    if config.shard and not is_launched():
+        raise ConfigError(
+            "shard: true shares the leaves out over processes, and this one is alone; start them with torchrun "
+            "--nproc-per-node N -m funcprobe, or leave the key out."
+        )
     new_axes()  # a missing matplotlib is found out now, not after the run
     for path in (config.evaluation, config.batch):
         read_metadata(path)
@@ -100,7 +106,7 @@ def resolved(config: Config) -> Config:
 
 
 def _checkpoint(config: Config) -> Checkpoint:
-    return load_checkpoint(
+    found = load_checkpoint(
         config.checkpoint,
         base_model=config.base_model,
         optimizer=config.optimizer,
@@ -110,6 +116,7 @@ def _checkpoint(config: Config) -> Checkpoint:
         device=config.device,
         offload=config.offload,
     )
+    return found.shard() if config.shard else found
 
 
 def _check_fields(config: Config, evaluation: Rollouts) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from funcprobe.data.rollouts import microbatches, take, to_device
 from funcprobe.engine.batches import in_order, scores
 from funcprobe.engine.kernels import differentiable_attention, transform_errors, whole_derivative
+from funcprobe.errors import InputError
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Observable, Params, Rollouts
@@ -24,8 +25,14 @@ def anchored(
     Under `grad` it keeps the graph of the whole batch: `gradient` and `directional` do not.
 
     Raises:
+        InputError: If the leaves of the policy are parts.
         NumericsError: If a score at the anchor is not finite.
     """
+    if policy.is_sharded:
+        raise InputError(
+            "anchored(...) runs every row in every process, and gradients in parts of leaves are sums over processes: "
+            "it would count them several times; use probe(...), or whole leaves."
+        )
     rollouts = to_device(rollouts, policy.device)
     anchor = scores(policy, params, rollouts, stats=observable.stats, microbatch=microbatch, order=1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import optree
 import torch
@@ -22,6 +22,8 @@ from funcprobe.policy.scoring import score
 from funcprobe.types import Microbatch, Params, Progress, Rollouts, Statistic, TokenScores
 
 Stats = Mapping[str, Statistic]
+
+Found = TypeVar("Found")
 
 
 def scores(
@@ -47,8 +49,8 @@ def scores(
     with forward_arithmetic(policy, order) if order else nullcontext(), torch.no_grad():
         with phase(what):
             scored = [
-                (rows, finite(score(policy, params, part, stats), rows, what))
-                for rows, part in pieces(rollouts, microbatch, progress, what)
+                (rows, finite(of_rows(score(policy, params, part, stats), rows), rows, what))
+                for rows, part in pieces(policy, rollouts, microbatch, progress, what)
             ]
         return gather(scored, rollouts)
 
@@ -78,18 +80,22 @@ def scores_of_many(
     parts: list[list[tuple[Tensor, TokenScores]]] = [[] for _ in several]
     with forward_arithmetic(policy, order), torch.no_grad():
         with phase(what):
-            for rows, part in pieces(rollouts, microbatch, progress, what):
+            for rows, part in pieces(policy, rollouts, microbatch, progress, what):
                 run = torch.vmap(partial(score, policy, rollouts=part, stats=stats))
                 together = run(stacked)
                 for k, own in enumerate(parts):
-                    own.append((rows, finite(each(lambda x, k=k: x[k], together), rows, what)))
+                    own.append((rows, finite(of_rows(each(lambda x, k=k: x[k], together), rows), rows, what)))
         return [gather(own, rollouts) for own in parts]
 
 
 def pieces(
-    rollouts: Rollouts, microbatch: Microbatch, progress: Progress | None = None, what: str = ""
+    policy: Policy, rollouts: Rollouts, microbatch: Microbatch, progress: Progress | None = None, what: str = ""
 ) -> Iterator[tuple[Tensor, Rollouts]]:
-    """Yield (row indices, their rollouts) of the pieces that this process runs, reporting each when it is done."""
+    """Yield (row indices, their rollouts) of the pieces that this process runs, reporting each when it is done.
+
+    Where leaves lie in parts, a process with fewer pieces than another takes part in the others' passes by idle ones:
+    a row of the batch, and no row indices. What such a pass gives belongs to no row; see `of_rows`.
+    """
     cut = own_pieces(rollouts, microbatch)
     done, total = 0, sum(len(rows) for rows in cut)
     for rows in cut:
@@ -97,6 +103,10 @@ def pieces(
         done += len(rows)
         if progress is not None:
             progress(what, done, total)
+    if policy.is_sharded:
+        most = max(len(_cut_share(rollouts, mine, microbatch)) for mine in world().shares(rollouts))
+        first = torch.zeros(1, dtype=torch.int64, device=rollouts.ids.device)
+        yield from ((first[:0], take(rollouts, first)) for _ in range(most - len(cut)))
 
 
 def own_pieces(rollouts: Rollouts, microbatch: Microbatch) -> list[Tensor]:
@@ -104,10 +114,19 @@ def own_pieces(rollouts: Rollouts, microbatch: Microbatch) -> list[Tensor]:
     own = world()
     if own.size == 1:
         return list(microbatches(rollouts, microbatch))
-    mine = own.shares(rollouts)[own.rank]
+    return _cut_share(rollouts, own.shares(rollouts)[own.rank], microbatch)
+
+
+def _cut_share(rollouts: Rollouts, mine: Tensor, microbatch: Microbatch) -> list[Tensor]:
+    """Return the row indices of the pieces of a process whose rows are `mine`."""
     if not len(mine):
         return []
     return [mine[rows.to(mine.device)] for rows in microbatches(take(rollouts, mine), microbatch)]
+
+
+def of_rows(found: Found, rows: Tensor) -> Found:
+    """Return the findings of a pass that belong to its rows: all of them, or none where it was an idle one."""
+    return found if len(rows) else optree.tree_map(lambda x: x[:0], found)  # type: ignore[arg-type, return-value]
 
 
 def gather(parts: list[tuple[Tensor, TokenScores]], rollouts: Rollouts) -> TokenScores:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
-from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, pieces
+from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, of_rows, pieces
 from funcprobe.engine.constants import ConstantOperands
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
@@ -89,8 +89,8 @@ def directional(
     found: list[tuple[Tensor, Directional]] = []
     with _pushing(policy, order, as_training):
         with phase(what):
-            for rows, part in pieces(rollouts, microbatch, progress, what):
-                along = _push(partial(run, rollouts=part), moving, direction, order)
+            for rows, part in pieces(policy, rollouts, microbatch, progress, what):
+                along = of_rows(_push(partial(run, rollouts=part), moving, direction, order), rows)
                 finite(along.scores, rows, what)
                 found.append((rows, along))
         fields = Directional._fields[: 1 + order]
@@ -134,16 +134,16 @@ def directional_of_many(
     found: list[list[tuple[Tensor, Directional]]] = [[] for _ in directions]
     with _pushing(policy, 1, as_training):
         with phase(what):
-            for rows, part in pieces(rollouts, microbatch, progress, what):
+            for rows, part in pieces(policy, rollouts, microbatch, progress, what):
                 at = partial(run, rollouts=part)
 
                 def push(v: Params, at: Callable[..., TokenScores] = at) -> tuple[TokenScores, TokenScores]:
                     return torch.func.jvp(at, (moving,), (v,))  # type: ignore[return-value]  # v -> s, ṡ
 
                 s, tangents = torch.vmap(push, out_dims=(None, 0))(stacked)  # type: ignore[arg-type]
-                finite(s, rows, what)
+                s = finite(of_rows(s, rows), rows, what)
                 for k, own in enumerate(found):
-                    own.append((rows, Directional(s, each(lambda x, k=k: x[k], tangents))))
+                    own.append((rows, Directional(s, of_rows(each(lambda x, k=k: x[k], tangents), rows))))
         scored = gather([(rows, along.scores) for rows, along in found[0]], rollouts)
         return [Directional(scored, gather([(rows, a.tangents) for rows, a in own], rollouts)) for own in found]
 
@@ -266,15 +266,16 @@ def curvature_by_reverse(
     direction = tree.like(direction, params)
     total = torch.zeros((), dtype=torch.float64, device=policy.device)
     with differentiable_attention(policy), whole_derivative(policy), forward_mode_errors(), phase(what):
-        for rows, part in pieces(rollouts, microbatch, progress, what):
+        for rows, part in pieces(policy, rollouts, microbatch, progress, what):
             mine = rows_of(fixed, rows, part)
 
-            def paired(at: Params, part: Rollouts = part, mine: TokenScores = mine) -> Tensor:
-                return fields(each(torch.mul, score(policy, at, part, stats), mine)).sum()
+            def paired(at: Params, rows: Tensor = rows, part: Rollouts = part, mine: TokenScores = mine) -> Tensor:
+                return fields(each(torch.mul, of_rows(score(policy, at, part, stats), rows), mine)).sum()
 
             _, turned = torch.func.jvp(torch.func.grad(paired), (params,), (direction,))  # type: ignore[misc]
             total = total + tree.dot(turned, direction)
-    return world().sum_of(total.detach())
+    # of parts a dot is that of all processes
+    return total.detach() if policy.is_sharded else world().sum_of(total.detach())
 
 
 def rows_of(whole: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:

@@ -166,7 +166,7 @@ def arithmetic(policy: Policy, params: Params) -> Arithmetic:
     leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad(), Watch() as watch:
         features = policy.features(leaves, ids, torch.ones_like(ids, dtype=torch.bool))
-        policy.readout(leaves, features[0])
+        policy.readout(policy.readout_leaves(leaves), features[0])
     eps = max(watch.eps, *(torch.finfo(x.dtype).eps for x in (features, *params.values())))
     return Arithmetic(eps, watch.fused_attention or policy.substitutes.attention, policy.substitutes.experts)
 

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.data.rollouts import take, to_device
-from funcprobe.engine.batches import Stats, detached, fields, finite, gather, in_order, own_pieces, pieces, scores
+from funcprobe.engine.batches import (
+    Stats,
+    detached,
+    fields,
+    finite,
+    gather,
+    in_order,
+    of_rows,
+    own_pieces,
+    pieces,
+    scores,
+)
 from funcprobe.engine.forward import cotangents, rows_of
 from funcprobe.engine.kernels import EveryRow, whole_derivative
 from funcprobe.engine.tangent import few, hold, values, zeros_of
@@ -207,10 +218,12 @@ def _pass(
     found: list[tuple[Tensor, TokenScores]] = []
     flat = False  # whether the entropy of the slice before had no cotangent
     with phase(options.what):
-        for rows, part in pieces(rollouts, options.microbatch, options.progress, options.what):
-            run = partial(_score, policy, rollouts=part, options=options)
+        for rows, part in pieces(policy, rollouts, options.microbatch, options.progress, options.what):
+            run = partial(_score, policy, rows=rows, rollouts=part, options=options)
 
             def checked(at: TokenScores, rows: Tensor = rows, part: Rollouts = part) -> list[TokenScores]:
+                if not len(rows):  # an idle pass
+                    return [at for _ in ways]
                 at = finite(at, rows, options.what)
                 return [way(at, rows, part) for way in ways]
 
@@ -218,18 +231,20 @@ def _pass(
             found.append((rows, part_scores))
             for total, own, more in zip(totals, ours, pulled, strict=True):
                 _accumulate(total, more, own, options.offload)
-    return [world().summed(total, params, options.offload) for total in totals], gather(found, rollouts)
+    # what is pulled back to parts of leaves is the sum already
+    summed = totals if policy.is_sharded else [world().summed(total, params, options.offload) for total in totals]
+    return summed, gather(found, rollouts)
 
 
 def _score(
-    policy: Policy, params: Params, rollouts: Rollouts, options: _Options, constant_entropy: bool
+    policy: Policy, params: Params, rows: Tensor, rollouts: Rollouts, options: _Options, constant_entropy: bool
 ) -> TokenScores:
-    """Return the scores with a graph: of the part that training derives, or of all that the policy computes."""
+    """Return the rows' scores with a graph: of the part that training derives, or of all that the policy computes."""
     run = partial(score, policy, params, rollouts, options.stats, rematerialise=True, constant_entropy=constant_entropy)
     if options.as_training:
-        return run()
+        return of_rows(run(), rows)
     with EveryRow(), whole_derivative(policy):
-        return run()
+        return of_rows(run(), rows)
 
 
 def _check_gradient(policy: Policy, params: Params) -> None:
@@ -237,9 +252,9 @@ def _check_gradient(policy: Policy, params: Params) -> None:
     if policy.checks is None or "reverse" in policy.checks.tangents:
         return
     generator = torch.Generator().manual_seed(0)
-    v = {n: _noise(p, generator) * p.float().square().mean().sqrt().to(p.dtype) for n, p in params.items()}
     rollouts = few(policy)
-    c = _noise(values(zeros_of(rollouts), rollouts.completion_mask), generator)
+    c = _noise(values(zeros_of(rollouts), rollouts.completion_mask), generator)  # first: it is the same for all parts
+    v = {n: _noise(p, generator) * p.float().square().mean().sqrt().to(p.dtype) for n, p in params.items()}
 
     def slope(at: Rollouts) -> Tensor:
         n = len(c) // 2
@@ -280,7 +295,7 @@ def _pulled_back(
         stacked = fields(found)
     at = detached(found)
     several = cotangents_at(at)
-    flat = not any(bool(mine.entropy.any()) for mine in several)
+    flat = not tree.anywhere(any(bool(mine.entropy.any()) for mine in several), params)
     if constant_entropy and not flat:
         return _pulled_back(run, params, cotangents_at, False)
     if not stacked.requires_grad:

@@ -16,6 +16,7 @@ from funcprobe.errors import FuncprobeWarning
 from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.update import Update
 from funcprobe.optimizers.unreached import reached
+from funcprobe.parallel.world import world
 from funcprobe.types import Observable, Rollouts, Statistic, TokenScores
 
 #: Entries of a leaf that are read in order, evenly spread; of all of them it is the sum of the bits that counts.
@@ -52,7 +53,9 @@ def identity_of(update: Update, measurement: Measurement) -> str:
         *_of_behaviour(update, evaluation, measurement.observables),
     ):
         digest.update(part)
-    return digest.hexdigest()
+    if not update.policy.is_sharded:
+        return digest.hexdigest()
+    return hashlib.sha256("".join(world().all_of(digest.hexdigest())).encode()).hexdigest()  # of every process's parts
 
 
 def _of_tree(leaves: Mapping[str, Tensor]) -> Iterator[bytes]:

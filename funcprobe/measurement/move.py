@@ -68,16 +68,15 @@ def movement(params: Params, after: Leaves, delta: Leaves) -> Movement:
     Raises:
         NumericsError: If Δθ or θ′ is not finite; the message names the leaf.
     """
-    went, lost, wanted, stuck = dict.fromkeys(params, 0.0), 0.0, 0, 0
+    went, lost, wanted, stuck = dict.fromkeys(params, 0.0), 0.0, 0.0, 0.0
     wide: dict[str, torch.dtype] = {}
     stored: dict[str, torch.dtype] = {}
-    for name, p in params.items():
-        u, q = delta[name], after[name]
-        own = _Sums.of(p, q, u)
+    for name, own in _sums_of(params, after, delta).items():
         went[name], lost, wanted, stuck = own.went, lost + own.lost, wanted + own.wanted, stuck + own.stuck
         if not math.isfinite(own.went + own.lost):  # a finite step may still leave the range of float16
-            wide |= {} if is_finite(u) else {name: u.dtype}
-            stored |= {} if is_finite(q) else {name: q.dtype}
+            u, q = delta[name], after[name]
+            wide |= {name: u.dtype} if tree.anywhere(not is_finite(u), (name,)) else {}
+            stored |= {name: q.dtype} if tree.anywhere(not is_finite(q), (name,)) else {}
     refuse(wide, "step Δθ")
     refuse(stored, "stepped parameter")
     norm = math.sqrt(sum(went.values()))
@@ -85,13 +84,20 @@ def movement(params: Params, after: Leaves, delta: Leaves) -> Movement:
     return Movement(norm, ratio, stuck / wanted if wanted else 0.0, {n: math.sqrt(x) for n, x in went.items()})
 
 
+def _sums_of(params: Params, after: Leaves, delta: Leaves) -> dict[str, _Sums]:
+    """Return the sums over the entries of every leaf, in all processes where these hold parts."""
+    each = [_Sums.of(p, after[name], delta[name]) for name, p in params.items()]
+    everywhere = tree.over_processes(torch.tensor(each, dtype=torch.float64).reshape(-1, len(_Sums._fields)), params)
+    return {name: _Sums(*row) for name, row in zip(params, everywhere.tolist(), strict=True)}
+
+
 class _Sums(NamedTuple):
     """The sums over the entries of a leaf that the size of a step is made of."""
 
     went: float = 0.0  #: Σ u²
     lost: float = 0.0  #: Σ ((q − p) − u)²
-    wanted: int = 0  #: entries that Δθ would move
-    stuck: int = 0  #: those among them that stay
+    wanted: float = 0.0  #: entries that Δθ would move
+    stuck: float = 0.0  #: those among them that stay
 
     @classmethod
     def of(cls, p: Tensor, q: Tensor, u: Tensor) -> _Sums:

@@ -12,6 +12,13 @@ from funcprobe import errors
 from funcprobe.errors import FuncprobeError, ParallelError
 from funcprobe.parallel.world import World, world
 
+#: What a process that has failed adds to a sum of flags, of which the others add 0 or 1.
+FAILED = 2**20
+
+
+class FailedElsewhere(Exception):
+    """Another process has failed inside a phase, so that this one need not wait for it; `phase` says how."""
+
 
 class _Failure(NamedTuple):
     """The error of one process, as it is sent to the others."""
@@ -23,7 +30,10 @@ class _Failure(NamedTuple):
 
 @contextmanager
 def phase(what: str) -> Iterator[None]:
-    """Return a context of work that no other process waits for; at its end all processes know whether all succeeded.
+    """Return a context of work at whose end all processes know whether all succeeded.
+
+    No other process waits for the work, or, where leaves lie in parts, only at places that begin with `any_inside`: a
+    process that fails answers once, to whichever of these places the others have come to.
 
     An error that has been agreed on already passes through. An interrupt is not agreed on: whoever waits for this
     process finds that it is gone.
@@ -38,13 +48,32 @@ def phase(what: str) -> Iterator[None]:
     caught: Exception | None = None
     try:
         yield
+    except FailedElsewhere as error:
+        agreed = _agreed(own, what, None)
+        raise agreed from error
     except Exception as error:
         if isinstance(error, FuncprobeError) and error.is_shared:
             raise
         caught = error
-    if own.any_of(caught is not None):
+    if _sum_of(own, 0 if caught is None else FAILED) >= FAILED:
         agreed = _agreed(own, what, caught)
         raise agreed from caught
+
+
+def any_inside(flag: bool = False) -> bool:
+    """Return whether something holds in some process; asked in all of them, inside a phase, before they work together.
+
+    Raises:
+        FailedElsewhere: If another process has failed, and will not come.
+    """
+    found = _sum_of(world(), int(flag))
+    if found >= FAILED:
+        raise FailedElsewhere
+    return found > 0
+
+
+def _sum_of(own: World, number: int) -> int:
+    return int(own.sum_of(torch.tensor(number, device=own.device)))
 
 
 def _agreed(own: World, what: str, caught: Exception | None) -> FuncprobeError:

@@ -2,8 +2,8 @@
 
 Parameters lie whole in every process, and so do E and U, which are small. A pass runs a process's own rows; then the
 scores of all rows are gathered, in float64, and every process makes the same numbers of them. A gradient is summed
-once, after the backward passes. No collective runs inside a transform. torch.distributed does the work; a process alone
-is a world of one, on the same path.
+once, after the backward passes. No collective runs inside a transform, but those of leaves that lie in parts (see
+`shards`). torch.distributed does the work; a process alone is a world of one, on the same path.
 """
 
 from __future__ import annotations
@@ -89,6 +89,16 @@ class World:
         with _answered(self):
             dist.all_reduce(total)
         return total
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """Return the small tensors `[...]` of all processes, `[N, ...]`, by rank."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        own = x.detach().to(self.device).contiguous()
+        found = own.new_empty(self.size, *own.shape)
+        with _answered(self):
+            dist.all_gather(list(found.unbind(0)), own)
+        return found.to(x.device)
 
     def any_of(self, flag: bool) -> bool:
         """Return whether something holds in some process."""

@@ -164,7 +164,7 @@ def alone(features: Features) -> Features:
 def _proved(parts: Parts, params: Params, trial: Trial, checks: Checks) -> Parts:
     apart, unreached, finite = _compared(parts, params, trial)
     if not (apart <= trial.tolerance and finite):
-        by_row = parts._replace(features=alone(parts.features))
+        by_row = parts._replace(features=alone(parts.features), body=None)
         own_gap, own_unreached, own_finite = _compared(by_row, params, trial)
         if not own_gap <= trial.tolerance:
             raise Rejected(f"its logits are off by {own_gap:.1e}")

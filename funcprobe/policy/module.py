@@ -53,6 +53,20 @@ class Policy:
     #: the kernels that have forward derivatives, where the model was set to others
     checks: Checks | None = field(default=None, repr=False, compare=False)
     #: what the copy of a module proved; None for a policy that is no copy
+    body: Bound | None = field(default=None, repr=False, compare=False)
+    #: the module that `features` runs; None where there is none, or every row is a call of it
+    gather: Callable[[Params], Params] | None = field(default=None, repr=False, compare=False)
+    #: (parts of leaves) -> whole ones, of a policy whose leaves are parts; `features` gathers its own
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the leaves are parts, so that every process has to run as many passes as the others."""
+        return self.gather is not None
+
+    def readout_leaves(self, params: Params) -> Params:
+        """Return the leaves that the readout reads, whole."""
+        own = {name: params[name] for name in self.readout_names}
+        return own if self.gather is None or not own else self.gather(own)
 
     @property
     def plain_kernels(self) -> Callable[[], AbstractContextManager[None]]:
@@ -192,7 +206,7 @@ def _policy(skeleton: Skeleton, parts: Parts, params: Params, trial: Trial, chec
             f"the rotary frequencies of '{sorted(frequencies)[0]}' follow the longest row of a batch, so every row is "
             "run alone",
         )
-        parts = parts._replace(features=alone(parts.features), decode=None)
+        parts = parts._replace(features=alone(parts.features), decode=None, body=None)
     if parts.decode is not None:
         off = decoding(parts.decode, parts, params, trial)
         agrees = off <= trial.tolerance
@@ -219,6 +233,7 @@ def _policy(skeleton: Skeleton, parts: Parts, params: Params, trial: Trial, chec
         max_length=positions_of(skeleton.module),
         substitutes=substitutes(skeleton.module),
         checks=checks,
+        body=parts.body,
     )
 
 

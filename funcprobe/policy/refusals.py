@@ -18,9 +18,14 @@ def refuse_what_cannot_be_copied(module: nn.Module, device: object = None) -> No
     """Check the reasons against a copy that can be seen without running the module.
 
     Raises:
-        InputError: If it is scripted, offloaded, an encoder-decoder, made in inference mode, or has a gradient that
-            depends on how a batch is cut; or if autocast is on around the call.
+        InputError: If it is scripted, sharded, offloaded, an encoder-decoder, made in inference mode, or has a gradient
+            that depends on how a batch is cut; or if autocast is on around the call.
     """
+    if sharding := sharding_of(module):
+        raise InputError(
+            f"The model is sharded by {sharding}, so a process sees a part of its parameters; load it whole in every "
+            "process, and shard(policy, params) shares it out again."
+        )
     refuse_autocast(next((p.device for p in module.parameters()), torch.device("cpu")))
     if torch.get_default_device().type == "meta" and device is None:
         raise InputError(
@@ -53,6 +58,19 @@ def refuse_what_cannot_be_copied(module: nn.Module, device: object = None) -> No
                 f"The parameter '{name}' is on the meta device and holds no numbers: the model is offloaded, or was "
                 "never filled; load it whole onto one device."
             )
+
+
+def sharding_of(model: nn.Module) -> str | None:
+    """Return the name of the library that holds parts of a model's parameters elsewhere; None where all are whole."""
+    parameters = list(model.parameters())
+    if any("FullyShardedDataParallel" in type(part).__name__ for part in model.modules()):
+        return "FSDP"
+    if any(hasattr(p, "device_mesh") for p in parameters):
+        return "FSDP2 or tensor parallelism (its parameters are DTensors)"
+    # ZeRO 3 leaves a number of its own on every parameter, whose tensor is empty between passes
+    if type(model).__name__ == "DeepSpeedEngine" or any(hasattr(p, "ds_id") for p in parameters):
+        return "DeepSpeed"
+    return None
 
 
 def refuse_autocast(device: torch.device) -> None:

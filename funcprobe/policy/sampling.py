@@ -194,6 +194,8 @@ def _check(
     group_size: int,
     batch_size: int,
 ) -> None:
+    if policy.is_sharded:
+        raise InputError("Rows are not sampled from parts of leaves; sample with the policy of whole ones.")
     for name, count in {"max_new_tokens": max_new_tokens, "group_size": group_size, "batch_size": batch_size}.items():
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise InputError(f"{name} is {count!r}; expected a whole number of at least 1.")

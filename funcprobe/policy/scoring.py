@@ -69,7 +69,7 @@ def score(
     hidden = policy.features(params, ids, rollouts.attention_mask)
     row, position = rollouts.completion_mask.nonzero(as_tuple=True)
     column = rollouts.prompt_lengths[row] + position
-    leaves = tuple(params[name] for name in policy.readout_names)
+    leaves = tuple(policy.readout_leaves(params).values())
 
     def fields(hidden: Tensor, token: Tensor, temperature: Tensor, *leaves: Tensor) -> Tensor:
         known = dict(zip(policy.readout_names, leaves, strict=True))

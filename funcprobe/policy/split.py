@@ -28,6 +28,7 @@ class Parts(NamedTuple):
     readout: Readout  #: (params, [n, D]) -> logits [n, V]
     readout_names: tuple[str, ...] = ()  #: the trainable leaves that the readout reads
     decode: Decode | None = None  #: (params, new ids, mask, cache) -> (features [B, D], cache)
+    body: Bound | None = None  #: the module that the features run, where one call of theirs is one of it
 
 
 def whole(skeleton: Skeleton) -> Parts:
@@ -38,7 +39,7 @@ def whole(skeleton: Skeleton) -> Parts:
         found: Tensor = logits_of(bound(params, ids, **arguments(mask)))
         return found
 
-    return Parts(features, lambda params, h: h)
+    return Parts(features, lambda params, h: h, body=bound)
 
 
 def splits(skeleton: Skeleton) -> Iterator[Parts]:
@@ -79,7 +80,7 @@ def _split(skeleton: Skeleton, lm: nn.Module, path: str) -> Parts:
         out = backbone(params, input_ids=ids, use_cache=True, **arguments)
         return out.last_hidden_state[:, -1], out.past_key_values
 
-    return Parts(features, readout, tuple(dict.fromkeys(head.aliases.values())), decode)
+    return Parts(features, readout, tuple(dict.fromkeys(head.aliases.values())), decode, backbone)
 
 
 def _backbones(lm: nn.Module) -> Iterator[str]:

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import torch
 
+from funcprobe import tree
 from funcprobe.types import Json, Params
 
 _PACKAGES = ("funcprobe", "torch", "optree", "numpy", "arviz-stats", "transformers", "peft")
@@ -30,7 +31,7 @@ def describe_environment(
         "threads": torch.get_num_threads(),
         "dtype": ", ".join(dtypes),
         "storage": ", ".join(dtypes) if storage is None else storage,
-        "parameters": sum(p.numel() for p in (params or {}).values()),
+        "parameters": tree.size(params or {}),
     }
 
 

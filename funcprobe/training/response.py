@@ -119,7 +119,10 @@ def _additive(
         c = next(of[name]).to(terms.scale.device).double()
         for what, offset in (("momentum", terms.momentum), ("weight decay", terms.decay)):
             offsets[what][name] = offsets[what][name] + (c * offset).sum().cpu()
-    found = {what: {n: float(x) for n, x in by.items()} for what, by in offsets.items()}
+    found = {}
+    for what, by in offsets.items():
+        sums = tree.over_processes(torch.stack(list(by.values())), params) if by else torch.zeros(0)
+        found[what] = dict(zip(by, sums.tolist(), strict=True))
     return Response("additive", tree.Lazy(params, weighed), found)
 
 

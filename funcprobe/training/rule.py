@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from funcprobe import tree
-from funcprobe.errors import NumericsError
+from funcprobe.errors import InputError, NumericsError
 from funcprobe.optimizers.closed_form import PureOptimizer
 from funcprobe.optimizers.factories import clip_by_global_norm
 from funcprobe.optimizers.groups import check_lr
@@ -102,6 +102,7 @@ class Rule:
             NumericsError: If the gradient is not finite.
         """
         check_reached(gradient)
+        self._refuse_parts(gradient)
         there = reached(gradient)
         check_finite(there, "gradient")
         lr = self.optimizer.lr if lr is None else check_lr(lr)
@@ -110,6 +111,18 @@ class Rule:
         if alone := len(gradient) - len(there):
             reported["leaves_without_gradient"] = float(alone)
         return clipped, reported
+
+    def _refuse_parts(self, gradient: Gradients) -> None:
+        """Check that the optimizer is elementwise, where leaves lie in parts.
+
+        Raises:
+            InputError: If that is not known.
+        """
+        if any(isinstance(name, tree.Part) for name in gradient) and not isinstance(self.optimizer, PureOptimizer):
+            raise InputError(
+                "This optimizer may look at a whole leaf, and each process holds a part of it; take SGD, Adam or "
+                "AdamW, or whole leaves."
+            )
 
     def clipped(self, gradient: Gradients) -> tuple[Gradients, float, float]:
         """Return (the gradient as the optimizer gets it, the clip factor, the norm of the raw one)."""
@@ -132,7 +145,9 @@ def check_finite(leaves: Leaves, what: str) -> None:
     Raises:
         NumericsError: If one is not; the message names it.
     """
-    refuse({name: leaf.dtype for name, leaf in leaves.items() if not is_finite(leaf)}, what)
+    bad = torch.tensor([int(not is_finite(leaf)) for leaf in leaves.values()])
+    found = zip(leaves, tree.over_processes(bad, leaves).tolist(), strict=True)
+    refuse({name: leaves[name].dtype for name, somewhere in found if somewhere}, what)
 
 
 def refuse(bad: Mapping[str, torch.dtype], what: str) -> None:

@@ -36,13 +36,16 @@ def funcprobe(*words: str, processes: int = 1) -> subprocess.CompletedProcess[st
 def test_two_processes_run_as_one(world: World, tmp_path: Path) -> None:
     config = world.config(tmp_path, output="one")
     assert funcprobe("run", str(config)).returncode == 0
-    done = funcprobe("run", str(config), "--output", str(tmp_path / "two"), processes=2)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Results: ") == 1  # one voice
-    one, two = (fp.load(tmp_path / name) for name in ("one", "two"))
-    assert two.change == pytest.approx(one.change, rel=SAME)
-    assert two.main.first_order == pytest.approx(one.main.first_order, rel=SAME)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["one", "two"]
+    for name, words in {"two": (), "parts": ("--shard", "true")}.items():
+        done = funcprobe("run", str(config), "--output", str(tmp_path / name), *words, processes=2)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Results: ") == 1  # one voice
+    one, *several = (fp.load(tmp_path / name) for name in ("one", "two", "parts"))
+    for two in several:
+        assert two.change == pytest.approx(one.change, rel=SAME)
+        assert two.main.first_order == pytest.approx(one.main.first_order, rel=SAME)
+        assert two.provenance.environment["parameters"] == one.provenance.environment["parameters"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["one", "parts", "two"]
 
 
 def test_bad_input_is_said_once(world: World, tmp_path: Path) -> None:
@@ -51,4 +54,11 @@ def test_bad_input_is_said_once(world: World, tmp_path: Path) -> None:
     said = [line for line in done.stderr.splitlines() if line.startswith("funcprobe: ")]
     assert len(said) == 1
     assert re.search(r"missing\.parquet", said[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_alone_has_nobody_to_share_with(world: World, tmp_path: Path) -> None:
+    done = funcprobe("run", str(world.config(tmp_path, output="out")), "--shard", "true")
+    assert done.returncode != 0
+    assert "shard: true shares the leaves out over processes, and this one is alone" in done.stderr
     assert not (tmp_path / "out").exists()

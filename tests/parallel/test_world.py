@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,24 +12,12 @@ from hypothesis import strategies as st
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.parallel.world import ALONE, World, world
 from tests.cases import shared_work
+from tests.cases.numbers import numbers
 from tests.cases.processes import together
 
 #: The same sums in another order: of some thousand float64 terms, rounded to 2^-53 of Σ|terms| each, of which F keeps a
 #: hundredth or more.
 SAME = 1e-10
-
-
-def numbers(found: Any, where: str = "") -> Iterator[tuple[str, float]]:
-    """Yield every number of nested results, with its place."""
-    if isinstance(found, dict):
-        for key, value in found.items():
-            yield from numbers(value, f"{where}/{key}")
-    elif isinstance(found, torch.Tensor):
-        yield from ((f"{where}[{k}]", float(x)) for k, x in enumerate(found.flatten()))
-    elif isinstance(found, (list, tuple)):
-        yield from ((f"{where}[{k}]", float(x)) for k, x in enumerate(found))
-    else:
-        yield where, float(found)
 
 
 @pytest.fixture(scope="module")
