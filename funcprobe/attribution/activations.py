@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from funcprobe.engine.batches import gather, pieces
+from funcprobe.engine.batches import gather, of_rows, pieces
 from funcprobe.parallel.phases import phase
 from funcprobe.policy.module import Policy
 from funcprobe.types import Microbatch, Params, Rollouts, TokenScores
@@ -27,7 +27,10 @@ def activation_differences(
     subtracted, so what lies below its rounding is rounding.
     """
     with torch.no_grad(), phase("activation differences"):
-        found = [(rows, _distances(policy, params, after, part)) for rows, part in pieces(rollouts, microbatch)]
+        found = [
+            (rows, of_rows(_distances(policy, params, after, part), rows))
+            for rows, part in pieces(policy, rollouts, microbatch)
+        ]
         return gather(found, rollouts).logp
 
 

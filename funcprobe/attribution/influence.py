@@ -152,4 +152,4 @@ def _between(some: Sequence[Leaves], others: Sequence[Leaves]) -> Tensor:
         for pieces in zip(*leaves, strict=True):
             x, y = (torch.stack(side).double() for side in (pieces[: len(some)], pieces[len(some) :]))
             total += (x @ y.T.to(x.device)).cpu()
-    return total
+    return tree.over_processes(total, some[0])
