@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.cases import shards
-from tests.cases.numbers import numbers
+from tests.cases.numbers import near, numbers
 from tests.cases.processes import Ended
 
 #: As for shares of rows (see test_world): the same float64 sums in another order, of which F keeps a hundredth or more.
@@ -29,8 +29,7 @@ def test_parts_give_the_numbers_of_whole_leaves(parted: Ended, of_one: dict[str,
         several = dict(numbers(found[what]))
         assert several.keys() == expected.keys()
         for place, value in expected.items():
-            near = KEPT if "kept" in place else SAME
-            assert several[place] == pytest.approx(value, rel=near, abs=near * 1e-3), place
+            assert several[place] == near(place, value, KEPT if "kept" in place else SAME), place
     assert all(repr(found[what]) == repr(parted.returned[0][what]) for found in parted.returned)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from funcprobe.data.rollouts import rollouts_from_lists
 from funcprobe.parallel.world import ALONE, World, world
 from tests.cases import shared_work
-from tests.cases.numbers import numbers
+from tests.cases.numbers import near, numbers
 from tests.cases.processes import together
 
 #: The same sums in another order: of some thousand float64 terms, rounded to 2^-53 of Σ|terms| each, of which F keeps a
@@ -35,7 +35,7 @@ def test_every_verb_gives_the_numbers_of_one_process(of_one: dict[str, float], s
         assert several.keys() == of_one.keys()
         for place, expected in of_one.items():
             if "bits" not in place:
-                assert several[place] == pytest.approx(expected, rel=SAME, abs=SAME * 1e-3), place
+                assert several[place] == near(place, expected, SAME), place
     # all processes have made the same step, and read the same numbers, to the last bit
     assert all(repr(dict(numbers(each))) == repr(dict(numbers(ended.returned[0]))) for each in ended.returned)
 
