@@ -39,6 +39,9 @@ from funcprobe.types import Params, Rollouts
 
 CHUNK = 16  #: rows of a vmapped gradient
 
+#: What takes minutes here, and is run once, without a run before.
+SLOW = ("dattri",)
+
 
 class Plain:
     """The same numbers in plain torch, for batches of one length."""
@@ -277,14 +280,16 @@ def _against(
     """Return processor time of every way that is there over the plain one's, rounds alternating."""
     found: dict[str, Any] = {}
     for name, way in ways.items():
+        once = name in SLOW
         try:
-            taken = timing.side_by_side(way, plain, options.rounds, options.device)
+            taken = timing.side_by_side(way, plain, 1 if once else options.rounds, options.device, warm=once)
         except ImportError as error:
             found[f"{what}: {name}"] = f"not installed ({error.name})"
             continue
         found[f"{what}: {name} / {base}, processor time"] = taken.cpu
         found[f"{what}: {name} / {base}, wall quartiles"] = [taken.low, taken.high]
         found[f"{what}: {name}, {base}, wall seconds"] = list(taken.seconds)
+        print(f"{what}: {name} / {base}: {taken.cpu:.2f}", flush=True)
     return found
 
 

@@ -3,6 +3,8 @@
 A Qwen2 with random weights (hidden 256, 4 layers) trains on 32 completions a step, prompts of 8 tokens and completions
 of 48, on one CPU thread. The processor time of the callback's hooks is taken inside the run, that of a step from one
 step's beginning to the next, less the hooks; their ratio is the ledger's share, over all steps after the first few.
+In reverse mode one backward pass gives ∇F, and with it δF₁ and the split, where forward mode takes both a tangent and
+∇F: what is lost is the error bar of δF₁, and paths, so that ΔF is a difference of two evaluations.
 
 What was expected, with u a forward pass over the batch: a step is 3u and its generation; a window 5u and a readout; an
 opened step 3u + 3u more. If generating 48 tokens one by one costs about 6u (it is bound by reading weights), measuring
@@ -31,7 +33,11 @@ from funcprobe.results.environment import describe_environment
 ROWS: dict[str, tuple[dict[str, Any], float]] = {
     "measured every step": ({}, 0.25),
     "measured every step, 8 of 32 rows": ({"rows": 8}, 0.25),
+    "measured every step, reverse mode": ({"mode": "reverse"}, 0.25),
+    "measured every step, reverse mode, 8 of 32 rows": ({"mode": "reverse", "rows": 8}, 0.25),
+    "the same, without the split": ({"mode": "reverse", "rows": 8, "split": False}, 0.25),
     "every=10": ({"every": 10}, 0.05),
+    "every=10, reverse mode, without the split": ({"every": 10, "mode": "reverse", "split": False}, 0.05),
     "every=10, without the split": ({"every": 10, "split": False}, 0.05),
     "every=10, without the split, 8 of 32 rows": ({"every": 10, "split": False, "rows": 8}, 0.05),
     "every=10, its last generation opened to all tokens": ({"every": 10, "open_every": 1, "tokens": True}, 0.15),

@@ -84,12 +84,11 @@ class Parts:
         """How far each sum of parts is from δF₁, relative to Σ|parts|; 0 where all parts are rounding of F."""
         parts = [part.contribution for part in self.leaves]
         offsets = [value for row, value in self.ledger.items() if row != "gradient on U"]
-        sums = {
-            "parameters": (math.fsum(parts), math.fsum(map(abs, parts))),
-            "batch tokens": (sum(self.ledger.values()), self.batch.magnitude() + math.fsum(map(abs, offsets))),
-        }
+        sums = {"parameters": (math.fsum(parts), math.fsum(map(abs, parts)))}
         if self.evaluation is not None:
             sums["evaluation tokens"] = (self.evaluation.sum(), self.evaluation.magnitude())
+        rows = self.batch.magnitude() + math.fsum(map(abs, offsets))
+        sums["batch tokens"] = (sum(self.ledger.values()), rows)
         whole = self.first_order
         noise = NOISE * abs(self.reading.before)
         return {name: abs(total - whole) / size if size > noise else 0.0 for name, (total, size) in sums.items()}
