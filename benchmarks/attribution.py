@@ -8,7 +8,7 @@
   2 to 3), and in time what sequences gain by going together.
 * **Memory**: the peak of the pass at 64 and 512 sequences, microbatch fixed. Expected: flat but for what a token
   leaves, some float64 scores.
-* **The influence matrix**: a row of it, alone and eight rows sharing a pass (1 + 2·8 passes in place of 3·8).
+* **Several directions**: one pushed over U, and eight sharing a pass (1 + 2·8 passes in place of 3·8).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def per_sample(work: Work) -> Any:
     return torch.stack(found)
 
 
-def influence_row(work: Work, rows: int) -> Any:
+def pushed(work: Work, rows: int) -> Any:
     """Push so many directions over U in one pass."""
     pair = work.pair
     cut = pair.shape.microbatch
@@ -104,7 +104,7 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     work = Work.of(build(comparing.shape_of(options)))
-    found = {**_passes(work, options), **_per_sample(options), **_influence(work, options), **_memory(options)}
+    found = {**_passes(work, options), **_per_sample(options), **_several(work, options), **_memory(options)}
     comparing.show("attribution of U", ("what", "measured", "target"), [_row(*item) for item in found.items()])
     comparing.write("attribution", options, [found], work.pair.params)
 
@@ -140,13 +140,13 @@ def _per_sample(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _influence(work: Work, options: argparse.Namespace) -> dict[str, Any]:
-    one, together = partial(influence_row, work, 1), partial(influence_row, work, TOGETHER)
+def _several(work: Work, options: argparse.Namespace) -> dict[str, Any]:
+    one, together = partial(pushed, work, 1), partial(pushed, work, TOGETHER)
     taken = timing.side_by_side(together, one, max(1, options.rounds // 2), options.device)
     return {
-        f"FLOPs: {TOGETHER} influence rows in a pass / {TOGETHER} passes": comparing.flops(together)
+        f"FLOPs: {TOGETHER} directions in a pass / {TOGETHER} passes": comparing.flops(together)
         / (TOGETHER * comparing.flops(one)),
-        f"time: {TOGETHER} influence rows in a pass / {TOGETHER} passes": taken.median / TOGETHER,
+        f"time: {TOGETHER} directions in a pass / {TOGETHER} passes": taken.median / TOGETHER,
     }
 
 
