@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="execute, and leave the files as they are")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # the models are tiny: beside anything else that runs, two threads wait for each other ten times as long as they work
+    # the models are tiny: beside anything else that runs, two threads mostly wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # progress widgets would not survive in the file
     for path in sorted(HERE.glob("*.ipynb")):
