@@ -35,7 +35,10 @@ ROWS: dict[str, tuple[dict[str, Any], float]] = {
     "measured every step, 8 of 32 rows": ({"rows": 8}, 0.25),
     "measured every step, reverse mode": ({"mode": "reverse"}, 0.25),
     "measured every step, reverse mode, 8 of 32 rows": ({"mode": "reverse", "rows": 8}, 0.25),
-    "the same, without the split": ({"mode": "reverse", "rows": 8, "split": False}, 0.25),
+    "measured every step, reverse mode, 8 of 32 rows, without the split": (
+        {"mode": "reverse", "rows": 8, "split": False},
+        0.25,
+    ),
     "every=10": ({"every": 10}, 0.05),
     "every=10, reverse mode, without the split": ({"every": 10, "mode": "reverse", "split": False}, 0.05),
     "every=10, without the split": ({"every": 10, "split": False}, 0.05),
@@ -144,16 +147,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps a row")
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--rows", default="", metavar="WORDS", help="only rows of the table whose name has these words")
     parser.add_argument("--quick", action="store_true", help="only show that it runs")
     parser.add_argument("--json", type=Path, default=record.RESULTS / "live.json")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     steps = 12 if given.quick else given.steps
-    rows = [measured(name, steps, given.vocabulary) for name in ROWS]
-    print(f"{'row':<52} {'ledger / step':>14} {'quartiles':>18} {'asked':>7}")
+    rows = [measured(name, steps, given.vocabulary) for name in ROWS if given.rows in name]
+    print(f"{'row':<66} {'ledger / step':>14} {'quartiles':>18} {'asked':>7}")
     for row in rows:
         low, high = row["quartiles"][0], row["quartiles"][-1]
-        print(f"{row['row']:<52} {row['share']:>14.3f} {f'{low:.3f} .. {high:.3f}':>18} {row['asked']:>7.2f}")
+        print(f"{row['row']:<66} {row['share']:>14.3f} {f'{low:.3f} .. {high:.3f}':>18} {row['asked']:>7.2f}")
     if not given.quick:
         options = {"steps": steps, "vocabulary": given.vocabulary, "threads": 1}
         record.write(given.json, "live", options, describe_environment(torch.device("cpu"), {}), rows)
