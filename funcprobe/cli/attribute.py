@@ -130,8 +130,7 @@ FORM = Option(
 INFLUENCE = Option(
     "influence",
     "sequences|prompts",
-    "also what every sequence of U did to every sequence or prompt of E: a backward pass and a forward-mode pass over "
-    "U for each",
+    "also what every sequence of U did to every sequence or prompt of E: the gradient of every row of either batch",
     choices=("sequences", "prompts"),
 )
 BARS_OF = Option(
