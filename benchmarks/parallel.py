@@ -9,17 +9,13 @@ sends 2 (N − 1)/N of the gradient from each, a gathering (N − 1)/N of the sc
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from harness import comparing, record
+from harness import comparing, processes, record
 from torch import distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -32,13 +28,9 @@ HIDDEN, LAYERS, VOCABULARY, LENGTH = 256, 4, 4096, 64
 ROWS = {"E": 64, "U": 64}
 
 
-def rollouts(seed: int, count: int) -> fp.Rollouts:
-    """Return random sequences, four a prompt."""
-    drawn = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCABULARY, (count, LENGTH), generator=drawn).tolist()
-    rewards = torch.randn(count, generator=drawn).tolist()
-    prompts = [ids[i - i % 4][:16] for i in range(count)]
-    return fp.rollouts_from_lists(prompts, [row[16:] for row in ids], temperature=1.0, rewards=rewards)
+def rollouts(which: str, seed: int) -> fp.Rollouts:
+    """Return E or U."""
+    return processes.rollouts(ROWS[which], LENGTH, 16, VOCABULARY, seed)
 
 
 class Told:
@@ -74,7 +66,7 @@ def one(rounds: int) -> dict[str, Any]:
     )
     policy, params = fp.from_module(Qwen2ForCausalLM(config))
     optimizer = fp.adamw(1e-5)
-    state, batch, evaluation = optimizer.init(params), rollouts(1, ROWS["U"]), rollouts(2, ROWS["E"])
+    state, batch, evaluation = optimizer.init(params), rollouts("U", 1), rollouts("E", 2)
 
     def probed() -> float:
         update = fp.Update.from_step(fp.make_step(policy, fp.grpo(), optimizer, microbatch=8), params, state, batch)
@@ -95,35 +87,17 @@ def one(rounds: int) -> dict[str, Any]:
     }
 
 
-def run(processes: int, rounds: int) -> list[dict[str, Any]]:
-    """Return what each of some processes measured, all of which run at once."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--meet", f"file://{folder}/meeting", "--rounds", str(rounds)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        asked = [json.dumps([rank, processes]) for rank in range(processes)]
-        running = [
-            subprocess.Popen([*command, "--rank", each], stdout=subprocess.PIPE, text=True, env=environment)
-            for each in asked
-        ]
-        return [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="A probe in several processes beside one.")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--meet", help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    processes.add_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.meet:
-        rank, size = options.rank
-        if size > 1:
-            dist.init_process_group("gloo", init_method=options.meet, rank=rank, world_size=size)
-        print(json.dumps(one(options.rounds)))
+    if processes.answer(options, partial(one, options.rounds)):
         return
-    (alone,), several = run(1, options.rounds), run(options.processes, options.rounds)
+    rounds = ["--rounds", str(options.rounds)]
+    (alone,), several = (processes.together(__file__, n, rounds) for n in (1, options.processes))
     slowest = max(statistics.median(each["seconds"]) for each in several)
     speedup = statistics.median(alone["seconds"]) / slowest
     first = several[0]

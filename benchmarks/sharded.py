@@ -11,17 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import comparing, memory, record
+from harness import comparing, memory, processes, record
 from torch import distributed as dist
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -34,13 +29,13 @@ HIDDEN, LAYERS, VOCABULARY, LENGTH = 384, 12, 4096, 32
 ROWS, MICROBATCH = 12, 2
 
 
+#: Freed blocks go back to the system at once, so that the resident set follows the living tensors.
+GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def rollouts(seed: int) -> fp.Rollouts:
-    """Return random sequences, four a prompt."""
-    drawn = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, VOCABULARY, (ROWS, LENGTH), generator=drawn).tolist()
-    rewards = torch.randn(ROWS, generator=drawn).tolist()
-    prompts = [ids[i - i % 4][:8] for i in range(ROWS)]
-    return fp.rollouts_from_lists(prompts, [row[8:] for row in ids], temperature=1.0, rewards=rewards)
+    """Return E or U."""
+    return processes.rollouts(ROWS, LENGTH, 8, VOCABULARY, seed)
 
 
 class Sent:
@@ -125,37 +120,18 @@ def _largest(params: dict[str, torch.Tensor]) -> dict[str, int]:
     return {"layer": layer, "head": max(p.nbytes for name, p in params.items() if "embed" in name)}
 
 
-def run(processes: int) -> list[dict[str, Any]]:
-    """Return what each of some processes measured, all of which run at once."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--meet", f"file://{folder}/meeting"]
-        # freed blocks go back to the system at once, so that the resident set follows the living tensors
-        given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **given_back}
-        running = [
-            subprocess.Popen(
-                [*command, "--rank", json.dumps([rank, processes])], stdout=subprocess.PIPE, text=True, env=environment
-            )
-            for rank in range(processes)
-        ]
-        return [json.loads(process.communicate()[0].splitlines()[-1]) for process in running]
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="A probe on parts of leaves in several processes.")
     parser.add_argument("--processes", default="1,2,3")
-    parser.add_argument("--meet", help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=json.loads, help=argparse.SUPPRESS)
+    processes.add_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    if options.meet:
-        rank, size = options.rank
-        if size > 1:
-            dist.init_process_group("gloo", init_method=options.meet, rank=rank, world_size=size)
-        print(json.dumps(one()))
+    if processes.answer(options, one):
         return
-    rows = [{"processes": int(n), "each": run(int(n))} for n in options.processes.split(",")]
+    rows = [
+        {"processes": int(n), "each": processes.together(__file__, int(n), **GIVEN_BACK)}
+        for n in options.processes.split(",")
+    ]
     cells = []
     for row in rows:
         most = max(row["each"], key=lambda own: own["parameters"])
