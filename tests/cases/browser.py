@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -23,6 +24,17 @@ FLAGS = (
     "--disable-sync",
     "--hide-scrollbars",
 )
+
+
+class Opened(NamedTuple):
+    """A page in a browser, and the result that it is of."""
+
+    driver: Any
+    path: Path
+    found: Any
+
+    def __call__(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
 
 
 @contextmanager

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import base64
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from funcprobe.report.diagnosis_page import diagnosis_page
 from funcprobe.results.diagnosis import Diagnosis
-from tests.cases.browser import chromium, requests
+from tests.cases.browser import Opened, requests
 from tests.cases.written_attribution import NASTY, attribution, nasty
 from tests.cases.written_diagnosis import INFO, diagnosis
 from tests.cases.written_probe import warned
 
 pytestmark = pytest.mark.browser
-
-
-class Opened(NamedTuple):
-    """A page in a browser, and the diagnosis that it is of."""
-
-    driver: Any
-    path: Path
-    found: Diagnosis
-
-    def __call__(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium(tmp_path_factory.mktemp("profile") / "fresh") as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import base64
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from funcprobe.report.heat_map import heat_map
 from funcprobe.report.heat_map_page import signed
 from funcprobe.results.attribution import Attribution
 from funcprobe.visible_text import visible
-from tests.cases.browser import chromium, requests
+from tests.cases import browser
+from tests.cases.browser import requests
 from tests.cases.written_attribution import NASTY, attribution, nasty, words
 
 pytestmark = pytest.mark.browser
@@ -27,15 +27,8 @@ TOKENS = 100_000
 NUMBER = r"[+-]?\d+\.?\d*(?:e[+-]?\d+)?"
 
 
-class Opened(NamedTuple):
-    """A page in a browser, and the attribution that it is of."""
-
-    driver: Any
-    path: Path
-    found: Attribution
-
-    def __call__(self, script: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(script, *arguments)
+class Opened(browser.Opened):
+    """A heat map in a browser."""
 
     def token(self, sequence: int, index: int) -> Any:
         return self("return document.querySelectorAll(`#s${arguments[0]} .says > i`)[arguments[1]]", sequence, index)
@@ -43,12 +36,6 @@ class Opened(NamedTuple):
     @property
     def told(self) -> list[str]:
         return self("return [...document.querySelectorAll('#told > *')].map((e) => e.textContent)")
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium(tmp_path_factory.mktemp("profile") / "fresh") as found:
-        yield found
 
 
 @pytest.fixture(scope="module")
