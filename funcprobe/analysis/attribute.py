@@ -31,16 +31,19 @@ from funcprobe.attribution.token_parts import TokenParts, token_parts
 from funcprobe.errors import ForwardModeError, InputError
 from funcprobe.measurement.cautions import step
 from funcprobe.measurement.covector import Covector
-from funcprobe.measurement.first_order import first_order
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.first_order import FirstOrder, first_order
 from funcprobe.measurement.measure import measure as measured
 from funcprobe.measurement.measurement import Measurement, Observables, named
+from funcprobe.measurement.move import Move
 from funcprobe.measurement.options import OF_A_CHANGE, Given, Options, options_of
+from funcprobe.measurement.outcome import Outcome
 from funcprobe.measurement.predicted import predicted
 from funcprobe.measurement.update import Update
 from funcprobe.results.attribution import Attribution
 from funcprobe.results.probe import ProbeResult
 from funcprobe.training.response import Form, Response, form_of
-from funcprobe.types import Observable, Progress, Rollouts
+from funcprobe.types import Observable, Params, Progress, Rollouts, TokenScores
 
 
 @checked
@@ -115,18 +118,12 @@ def attribute(
         covector.check(update.params, evaluation, main)
     move, info = step(measurement, update)
     if measure:
-        with _no_other_mode():
-            first = first_order(measurement, update.params, move.delta)
-        outcome, evidence = measured(measurement, move, first, info)
+        first, outcome, evidence = _measured(measurement, update, move, info)
     else:
         covector = covector or Covector.of(measurement, update.params, evaluation)
-        first = covector.first
-        outcome, evidence = predicted(measurement, covector, move, info)
+        first, (outcome, evidence) = covector.first, predicted(measurement, covector, move, info)
     c = engine.cotangents(evidence.of(main), first.scores)
-    if covector is None:
-        gradient_of_f = measurement.passes.pull_back(c, update.params, "E, gradient of F")
-    else:
-        gradient_of_f = covector.gradient
+    gradient_of_f = _gradient_of_f(measurement, c, update.params, covector)
     parts = StepParts.of(update, move, measurement.passes.cut_of(update.step.microbatch), chosen)
     response = parts.carried(gradient_of_f)
     of_batch = _on_batch(measurement, parts, response, info["lr"])
@@ -218,6 +215,19 @@ def _unmeasured(options: Mapping[str, Any], observables: Observables, bars_of: C
         )
     settled = {**options, "mode": "reverse", "bars": None}
     return options_of(settled, "an attribution with measure=False", (*OF_A_CHANGE, "keep_scores"))
+
+
+def _measured(
+    measurement: Measurement, update: Update, move: Move, info: Mapping[str, float]
+) -> tuple[FirstOrder, Outcome, Evidence]:
+    with _no_other_mode():
+        first = first_order(measurement, update.params, move.delta)
+    return first, *measured(measurement, move, first, info)
+
+
+def _gradient_of_f(measurement: Measurement, c: TokenScores, params: Params, known: Covector | None) -> Params:
+    """Return ∇F: the one that is known, or that of cotangents of E's scores."""
+    return measurement.passes.pull_back(c, params, "E, gradient of F") if known is None else known.gradient
 
 
 @contextmanager
