@@ -21,9 +21,6 @@ from funcprobe.types import Leaves, Params
 
 Leaf = TypeVar("Leaf", bound=Tensor | None)
 
-#: How many entries of a leaf a float64 reduction widens at once (32 MiB).
-CHUNK = 2**22
-
 #: Entries of a leaf in a piece, on a CPU and on a GPU.
 PIECE, DEVICE_PIECE = 2**17, 2**22
 
@@ -269,10 +266,11 @@ def map_(function: Callable[..., Tensor], first: Leaves, *rest: Leaves) -> Param
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return Σ x y in float64, widening `CHUNK` entries at a time: a float64 copy of an embedding is gigabytes."""
+    """Return Σ x y in float64, widened a piece at a time: a float64 copy of an embedding is gigabytes."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for p, q in zip(x.flatten().split(CHUNK), y.flatten().split(CHUNK), strict=True):
-        total = total + torch.dot(p.double(), q.to(p.device).double())
+    for p, q in zip(pieces(x), pieces(y, x.device), strict=True):
+        wide = p.double()
+        total = total + torch.dot(wide, wide if y is x else q.to(p.device).double())
     return total
 
 

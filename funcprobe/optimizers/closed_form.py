@@ -11,8 +11,9 @@ from torch import Tensor
 
 from funcprobe import tree
 from funcprobe.optimizers import kernels
+from funcprobe.optimizers.affine import Form, Terms
 from funcprobe.optimizers.groups import Group, assignments, check_gradient
-from funcprobe.optimizers.kernels import Kernel, State, Terms, dense, laid_out_as, still
+from funcprobe.optimizers.kernels import Kernel, State, dense, laid_out_as
 from funcprobe.optimizers.state import check_state
 from funcprobe.optimizers.unreached import reached
 from funcprobe.types import Gradients, Leaves, OptimizerResult, OptState, Params
@@ -104,7 +105,8 @@ class PureOptimizer:
         if gradient[name] is None:
             return torch.zeros_like(leaf, dtype=_wide(leaf))
         entries = self._entries(name, params, opt_state, gradient, hyper)
-        return _filled(leaf, _wide(leaf), (_moved(leaf, *self._terms(leaf, each, hyper)) for each in entries))
+        formed = (self._formed(leaf, each, hyper) for each in entries)
+        return _filled(leaf, _wide(leaf), (form.step(theta, g) for theta, g, form in formed))
 
     def delta(self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None) -> Params:
         """Return the step `Δθ` alone, in float32 (float64 for float64 leaves); differentiable in the gradient.
@@ -118,8 +120,9 @@ class PureOptimizer:
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None, as_stored: bool
     ) -> Params:
         pieces: dict[str, list[Tensor]] = {name: [] for name in params}
-        for name, g, terms in self.pieces(params, opt_state, gradient, lr, as_stored=as_stored):
-            pieces[name].append(_moved(params[name], g, terms))
+        for name, theta, g, form in self._forms(params, opt_state, gradient, lr, as_stored):
+            moved = g if form is None else form.step(theta, g)
+            pieces[name].append(moved.to(_wide(params[name])))
         return {name: _joined(found, params[name]) for name, found in pieces.items()}
 
     def vjp(
@@ -182,23 +185,36 @@ class PureOptimizer:
         as_stored: bool = True,
         names: Collection[str] | None = None,
     ) -> Iterator[tuple[str, Tensor, Terms]]:
-        """Yield (leaf, gradient, terms) for flat pieces of all leaves, or of some, in order: `terms`, cut.
+        """Yield (name, gradient, terms) for flat pieces of all leaves, or of some, in order: `terms`, cut.
 
         Where the gradient of a leaf is None, its pieces are 0, terms and all. The gradient is rounded to the dtype of
-        its leaf, as an optimizer sees it, unless `as_stored` is false.
+        its leaf, as an optimizer sees it, unless `as_stored` is false; it is in float64.
 
         Raises:
             InputError: If names or shapes do not fit.
         """
+        for name, theta, g, form in self._forms(params, opt_state, gradient, lr, as_stored, names):
+            yield name, g, Terms(g, g, g) if form is None else form.terms(theta)
+
+    def _forms(
+        self,
+        params: Params,
+        opt_state: OptState,
+        gradient: Gradients,
+        lr: float | None,
+        as_stored: bool,
+        names: Collection[str] | None = None,
+    ) -> Iterator[tuple[str, Tensor, Tensor, Form | None]]:
+        """Yield (name, parameters, gradient in float64, form) of flat pieces; where it is None: 0 and no form."""
         hypers = self._leaves(params, lr)
         for name, leaf in params.items():
             if names is not None and name not in names:
                 continue
             if gradient[name] is None:
-                yield from ((name, torch.zeros_like(theta), still(theta)) for theta in tree.pieces(leaf.detach()))
+                yield from ((name, theta, _nothing(theta), None) for theta in tree.pieces(leaf.detach()))
                 continue
             for entries in self._entries(name, params, opt_state, gradient, hypers[name]):
-                yield name, *self._terms(leaf, entries, hypers[name], as_stored)
+                yield name, *self._formed(leaf, entries, hypers[name], as_stored)
 
     @property
     def _kernel(self) -> Kernel:
@@ -240,13 +256,14 @@ class PureOptimizer:
             init = found if state else self._kernel.init(theta, hyper)
             yield Entries(theta, cut["gradient"][index].to(leaf.device), init)
 
-    def _terms(
+    def _formed(
         self, leaf: Tensor, entries: Entries, hyper: Mapping[str, Any], as_stored: bool = True
-    ) -> tuple[Tensor, Terms]:
-        """Return a piece's gradient and its step in closed form, in float64."""
-        g = entries.gradient.to(leaf.dtype) if as_stored else entries.gradient
+    ) -> tuple[Tensor, Tensor, Form]:
+        """Return a piece's parameters, its gradient in float64, and its step in closed form."""
+        g = (entries.gradient.to(leaf.dtype) if as_stored else entries.gradient).double()
+        theta = entries.theta.to(leaf.dtype)
         state = {key: x if key == "step" else x.to(leaf.dtype) for key, x in entries.state.items()}
-        return g, self._kernel.terms(entries.theta.to(leaf.dtype), g, state, hyper)
+        return theta, g, self._kernel.form(theta, g, state, hyper)
 
     @torch.no_grad()
     def _run(
@@ -261,7 +278,7 @@ class PureOptimizer:
             kept = check_state(name, leaf, opt_state)
             return leaf.clone(), {key: x.detach().clone() for key, x in kept.items()}
         (whole,) = self._entries(name, params, opt_state, gradient, hyper, in_pieces=False)
-        theta, g = dense(whole.theta), dense(whole.gradient, whole.theta.dtype)
+        theta, g = dense(whole.theta), whole.gradient.to(whole.theta.dtype).contiguous()  # read, never written
         state = {key: dense(x) for key, x in whole.state.items()}
         self._kernel.run([theta], [g], [state], hyper)
         moments = {key: x if key == "step" else x.reshape(leaf.shape).to(leaf.dtype) for key, x in state.items()}
@@ -272,8 +289,8 @@ def _wide(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)
 
 
-def _moved(leaf: Tensor, g: Tensor, terms: Terms) -> Tensor:
-    return (terms.scale * g.double()).add_(terms.momentum + terms.decay).to(_wide(leaf))
+def _nothing(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=torch.float64)
 
 
 def _joined(pieces: Sequence[Tensor], leaf: Tensor) -> Tensor:

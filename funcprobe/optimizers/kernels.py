@@ -1,8 +1,4 @@
-"""The arithmetic of SGD and Adam twice: torch's own kernels for the stored result, float64 terms for Δθ.
-
-A step is `Δθ = scale ⊙ g + momentum + decay` with the denominators held at their actual values. The terms are built
-from parameters, state, gradient and hyperparameters, so nothing nearly equal is ever subtracted.
-"""
+"""The arithmetic of SGD and Adam twice: torch's own kernels for the stored result, a closed form in float64 for Δθ."""
 
 from __future__ import annotations
 
@@ -13,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam as _adam_kernel
 from torch.optim.sgd import sgd as _sgd_kernel
+
+from funcprobe.optimizers.affine import Form
 
 State = dict[str, Tensor]
 Hyper = Mapping[str, Any]
@@ -40,27 +38,15 @@ def laid_out_as(x: Tensor, leaf: Tensor) -> Tensor:
     return x if like.stride() == x.stride() else like.copy_(x)
 
 
-class Terms(NamedTuple):
-    """One leaf's step in float64: `Δθ = scale ⊙ g + momentum + decay`."""
-
-    scale: Tensor  #: what multiplies the gradient, leaf-shaped or a scalar
-    momentum: Tensor  #: the part that comes from the optimizer's state
-    decay: Tensor  #: the part that comes from weight decay
-
-
-def still(leaf: Tensor) -> Terms:
-    """Return the terms of a leaf that does not step."""
-    zero = torch.zeros_like(leaf, dtype=torch.float64)
-    return Terms(zero, zero, zero)
-
-
 class Kernel(NamedTuple):
     """The functions that a built-in optimizer is made of."""
 
     init: Callable[[Tensor, Hyper], State]  #: the state of a leaf before its first step
     keys: Callable[[Hyper], tuple[str, ...]]  #: the names of the state of a leaf that has stepped
-    run: Callable[[list[Tensor], list[Tensor], list[State], Hyper], None]  #: torch's step, in place on copies
-    terms: Callable[[Tensor, Tensor, State, Hyper], Terms]  #: the same step as float64 terms
+    run: Callable[[list[Tensor], list[Tensor], list[State], Hyper], None]  #: torch's step, in place; gradients stay as they are
+    form: Callable[
+        [Tensor, Tensor, State, Hyper], Form
+    ]  #: the same step in closed form: of leaf, gradient (float64), state
 
 
 def _sgd_init(leaf: Tensor, hyper: Hyper) -> State:
@@ -75,14 +61,15 @@ def _sgd_keys(hyper: Hyper) -> tuple[str, ...]:
 def _sgd_run(params: list[Tensor], grads: list[Tensor], states: list[State], hyper: Hyper) -> None:
     buffers = [state.get("momentum_buffer") for state in states]
     names = ("weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize", "foreach", "fused")
+    grads = [g.clone() for g in grads]  # with Nesterov's momentum torch writes on them
     _sgd_kernel(params, grads, buffers, has_sparse_grad=False, **{name: hyper[name] for name in names})
     for state, buffer in zip(states, buffers, strict=True):
         if buffer is not None:
             state["momentum_buffer"] = buffer
 
 
-def _sgd_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Terms:
-    """Return the terms of `Δθ = −η (c_d d + c_b buf)` with `d = ±g + λθ`.
+def _sgd_form(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Form:
+    """Return the form of `Δθ = −η (c_d d + c_b buf)` with `d = ±g + λθ`.
 
     Plain: c_d = 1. First step with momentum: buf' = d. Later: buf' = μ buf + (1 − damp) d. Nesterov steps along
     d + μ buf', otherwise along buf'.
@@ -92,10 +79,8 @@ def _sgd_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Te
     c_d, c_b = (1.0, 0.0) if mu == 0 or buffer is None else (1.0 - hyper["dampening"], mu)
     if mu != 0 and hyper["nesterov"]:
         c_d, c_b = 1.0 + mu * c_d, mu * c_b
-    theta = leaf.double()
     sign = -1.0 if hyper["maximize"] else 1.0
-    momentum = torch.zeros_like(theta) if buffer is None else buffer.double() * (-eta * c_b)
-    return Terms(torch.full_like(theta, -eta * c_d * sign), momentum, theta * (-eta * c_d * hyper["weight_decay"]))
+    return Form(-eta * c_d * sign, -eta * c_b, decay=-eta * c_d * hyper["weight_decay"], buffer=buffer)
 
 
 def step_dtype(hyper: Hyper) -> torch.dtype:
@@ -133,37 +118,39 @@ def _adam_run(params: list[Tensor], grads: list[Tensor], states: list[State], hy
     )
 
 
-def _adam_terms(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Terms:
-    """Return the terms of `Δθ = −η (β₁ m + (1 − β₁) d) / (bc₁ denom)`, d = ±g, plus λθ where decay is coupled.
+def _adam_form(leaf: Tensor, gradient: Tensor, state: State, hyper: Hyper) -> Form:
+    """Return the form of `Δθ = −η (β₁ m + (1 − β₁) d) / (bc₁ denom)`, d = ±g, plus λθ where decay is coupled.
 
     `denom = √(v′ / bc₂) + ε` with `v′ = β₂ v + (1 − β₂) d²`, or its running maximum (amsgrad), and `bc = 1 − β^t`.
     Decoupled decay adds `−ηλθ`.
     """
     (beta1, beta2), eta, decay = hyper["betas"], hyper["lr"], hyper["weight_decay"]
-    theta, m, v = leaf.double(), state["exp_avg"].double(), state["exp_avg_sq"].double()
-    sign, decoupled = (-1.0 if hyper["maximize"] else 1.0), hyper["decoupled_weight_decay"]
-    d = gradient.double() if sign == 1.0 else gradient.double() * sign
-    d = d if decoupled or decay == 0 else d + decay * theta
-    v = ((1 - beta2) * d * d).add_(beta2 * v)
-    v = torch.maximum(v, state["max_exp_avg_sq"].double()) if hyper["amsgrad"] else v
+    sign, coupled = (-1.0 if hyper["maximize"] else 1.0), 0.0 if hyper["decoupled_weight_decay"] else decay
     t = float(state["step"]) + 1
-    denom = (_sqrt(v) / (1 - beta2**t) ** 0.5).add_(hyper["eps"])
-    base = (-eta / (1 - beta1**t)) / denom
-    scale = base * (1 - beta1)
-    return Terms(
-        scale if sign == 1.0 else scale * sign,
-        base * (beta1 * m),
-        (-eta * decay) * theta if decoupled else scale * (decay * theta),
+    bc1, bc2 = 1 - beta1**t, 1 - beta2**t
+    # d² alone is read, so d may be taken with the other sign
+    d = gradient if coupled == 0 else gradient.add(leaf, alpha=sign * coupled)
+    v = (d * d).mul_((1 - beta2) / bc2).add_(state["exp_avg_sq"], alpha=beta2 / bc2)
+    if hyper["amsgrad"]:
+        v = torch.maximum(v, state["max_exp_avg_sq"].double() / bc2)
+    rate = -eta / bc1
+    return Form(
+        gradient=rate * (1 - beta1) * sign,
+        momentum=rate * beta1,
+        coupled=rate * (1 - beta1) * coupled,
+        decay=0.0 if coupled else -eta * decay,
+        buffer=state["exp_avg"],
+        denominator=_root(v, hyper["eps"]),
     )
 
 
-def _sqrt(v: Tensor) -> Tensor:
-    """Return √v with derivative 0 at v = 0: a leaf entry that never had a gradient would give 0 · ∞ there."""
+def _root(v: Tensor, eps: float) -> Tensor:
+    """Return √v + ε, its derivative 0 at v = 0: a leaf entry that never had a gradient would give 0 · ∞ there."""
     if not (v.requires_grad or torch._C._are_functorch_transforms_active()):
-        return torch.sqrt(v)
+        return v.sqrt_().add_(eps)
     zero = v == 0
-    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, v)))
+    return torch.where(zero, 0.0, torch.sqrt(torch.where(zero, 1.0, v))) + eps
 
 
-SGD = Kernel(_sgd_init, _sgd_keys, _sgd_run, _sgd_terms)
-ADAM = Kernel(_adam_init, _adam_keys, _adam_run, _adam_terms)
+SGD = Kernel(_sgd_init, _sgd_keys, _sgd_run, _sgd_form)
+ADAM = Kernel(_adam_init, _adam_keys, _adam_run, _adam_form)
