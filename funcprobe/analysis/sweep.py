@@ -165,7 +165,7 @@ def _family(
         return to(1)
 
     family = tried(2 if nested else 1)
-    found = fitted(family, lr_max, keep)
+    found = fitted(family, lr_max, keep, bends=wanted == 2 and not nested)
     if found is not None and wanted == 2:
         family.bend(found.line.curvature())
     elif wanted == 2 and not nested and family.first.along is not None:

@@ -11,7 +11,7 @@ from funcprobe.measurement.change import Measured, eps_of, one_rounding
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.first_order import FirstOrder
 from funcprobe.measurement.learning_rates import LearningRates, naming
-from funcprobe.measurement.line import Line, steepness
+from funcprobe.measurement.line import Line
 from funcprobe.measurement.measure import Both, outcome_of, stored_of
 from funcprobe.measurement.messages import Messages
 from funcprobe.measurement.outcome import Outcome
@@ -75,13 +75,13 @@ class ScoreCurve:
         passes, observables = self.family.measurement.passes, self.family.measurement.observables
         evidence = Evidence(passes.evaluation, self.line.anchor, self.line.scores(x), first.along)
         errors = {}
-        # to leading order the error relative to x swings to one bound from 0 on (see `even`), and starts no steeper
-        near = min(1.0, steepness(self.nodes) * x / self.line.length)
+        near = self.line.nearness(x)
         for name, o in observables.items():
             off = max(self.worst.get(name, 0.0) * near, TANGENT_UNITS * eps_of(first))
             errors[name] = off * evidence.magnitude(o) + evidence.noise(o) + one_rounding(evidence, o, EPS64)
         subtractions = self.end.subtractions if self.end is not None and x == self.line.length else {}
-        return Measured(evidence, "path", self.nodes, errors, subtractions, None)
+        method = "values" if self.line.by_values else "path"
+        return Measured(evidence, method, self.nodes, errors, subtractions, None)
 
 
 def points_of(

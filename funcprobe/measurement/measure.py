@@ -218,7 +218,7 @@ def _reading(
         measured.nodes,
         measured.errors[name],
         measured.subtractions.get(name),
-        of_delta=measured.method == "path",
+        of_delta=measured.method in ("path", "values"),
     )
 
 

@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     change: float  #: ΔF, measured; NaN where it was not
     first_order: float  #: δF₁, predicted
     second_order: float | None = None  #: δF₂ = ½ D²F[Δθ, Δθ], where it was asked for
-    method: str = "difference"  #: "difference" of two evaluations, a "path" integral, or "none"
+    method: str = "difference"  #: "difference" of two evaluations, "path" integral, "values" on a curve, or "none"
     nodes: int = 0  #: of the path
     float_error: float | None = None  #: arithmetic error of the change, not sampling error; None if not estimated
     subtraction: float | None = None  #: F(θ′) − F(θ) by two evaluations at the stored θ′, where they were made

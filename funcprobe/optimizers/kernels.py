@@ -43,7 +43,9 @@ class Kernel(NamedTuple):
 
     init: Callable[[Tensor, Hyper], State]  #: the state of a leaf before its first step
     keys: Callable[[Hyper], tuple[str, ...]]  #: the names of the state of a leaf that has stepped
-    run: Callable[[list[Tensor], list[Tensor], list[State], Hyper], None]  #: torch's step, in place; gradients stay as they are
+    run: Callable[
+        [list[Tensor], list[Tensor], list[State], Hyper], None
+    ]  #: torch's step, in place; gradients stay as they are
     form: Callable[
         [Tensor, Tensor, State, Hyper], Form
     ]  #: the same step in closed form: of leaf, gradient (float64), state

@@ -23,7 +23,7 @@ class Mark(NamedTuple):
 
     lr: float
     value: float
-    method: str  #: "path" or "difference"
+    method: str  #: "path", "values" or "difference"
     bar: Bar | None  #: its interval over prompts
     optimistic: bool  #: which is known to be too narrow
     lost: bool  #: the value is, to float error
@@ -56,11 +56,11 @@ def marks_of(sweep: Curve, name: str | None, what: str) -> list[Mark]:
 
 def draw_marks(ax: Axes, marks: list[Mark], what: str) -> None:
     """Draw the numbers with their intervals, one kind of mark for every sign and method."""
-    for method in ("path", "difference"):
+    for method in ("path", "values", "difference"):
         for sign, (word, shape) in {1: ("> 0", "^"), -1: ("< 0", "v"), 0: ("= 0 (at the edge)", "_")}.items():
             some = [m for m in marks if m.method == method and np.sign(m.value) == sign]
             if some:
-                face = _INK if method == "path" else _LIGHT
+                face = _LIGHT if method == "difference" else _INK
                 label = f"{what} {word}, by {method}"
                 style: dict[str, Any] = {"color": _INK, "markerfacecolor": face, "markersize": 7, "zorder": 4}
                 ax.plot([m.lr for m in some], _inside(ax, [m.value for m in some]), shape, label=label, **style)

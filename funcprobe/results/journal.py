@@ -36,14 +36,15 @@ SAME_MODEL = 0.01
 
 
 class Node(NamedTuple):
-    """The derivative of the scores of E with respect to the learning rate, at one of them."""
+    """How fast the scores of E move with the learning rate: at one of them, or on the way to it from 0."""
 
+    kind: str  #: "tangent": ds/dη there; "secant": (s − s at 0) / η
     lr: float
-    tangents: TokenScores  #: [B, T]
+    slope: TokenScores  #: [B, T]
 
 
 class Entry(NamedTuple):
-    """One line: the tangents of a node, or a finished point."""
+    """One line: a node of a curve, or a finished point."""
 
     node: Node | None = None
     point: Outcome | None = None
@@ -66,7 +67,7 @@ class Journal:
         self.identity = identity
         self._file: IO[bytes] | None = None
         self.points: dict[float, Outcome] = {}
-        self.nodes: dict[float, TokenScores] = {}  #: ds/dη over E by the learning rate η
+        self.nodes: dict[tuple[str, float], TokenScores] = {}  #: slopes over E by their kind and the learning rate
         self._norm: float | None = None
         if self.path is None:
             return
@@ -108,12 +109,12 @@ class Journal:
         self.points[lr_of(point)] = point
         self._keep(Entry(point=point))
 
-    def node(self, lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
-        """Return ds/dη at the node of a learning rate η as it was kept, or computed now, and kept."""
-        if lr not in self.nodes:
-            self.nodes[lr] = compute()
-            self._keep(Entry(node=Node(lr, self.nodes[lr])))
-        return self.nodes[lr]
+    def node(self, kind: str, lr: float, compute: Callable[[], TokenScores]) -> TokenScores:
+        """Return the slope of a kind at a learning rate as it was kept, or computed now, and kept."""
+        if (kind, lr) not in self.nodes:
+            self.nodes[kind, lr] = compute()
+            self._keep(Entry(node=Node(kind, lr, self.nodes[kind, lr])))
+        return self.nodes[kind, lr]
 
     def _keep(self, entry: Entry) -> None:
         self._append(encode(entry, Entry, Inline()))
@@ -181,7 +182,7 @@ def _checked(line: bytes) -> dict[str, Any]:
 
 def _read(
     path: Path, file: IO[bytes], identity: str
-) -> tuple[float | None, dict[float, Outcome], dict[float, TokenScores]]:
+) -> tuple[float | None, dict[float, Outcome], dict[tuple[str, float], TokenScores]]:
     """Return the gradient's norm, points and nodes; a last line that was cut off is dropped from the file.
 
     Raises:
@@ -211,7 +212,8 @@ def _read(
         raise InputError(f"{path} is damaged ({error}); delete it to begin anew.", kind=OTHER_JOURNAL) from error
     if rest:
         os.truncate(file.fileno(), len(whole) + 1)
-    return norm, points, {entry.node.lr: entry.node.tangents for entry in entries if entry.node is not None}
+    nodes = (entry.node for entry in entries if entry.node is not None)
+    return norm, points, {(node.kind, node.lr): node.slope for node in nodes}
 
 
 def _lr(point: Outcome) -> float:

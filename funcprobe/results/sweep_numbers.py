@@ -24,7 +24,7 @@ def table_of(curve: Curve, name: str | None = None) -> tuple[tuple[str, ...], li
     rows: list[tuple[str, ...]] = []
     for point, reading in zip(curve.points, curve.readings(name), strict=True):
         predicted = reading.first_order if sign == "₁" else reading.second_order
-        by = f"path ({reading.nodes})" if reading.method == "path" else reading.method
+        by = f"{reading.method} ({reading.nodes})" if reading.nodes else reading.method
         said = (lr_text(lr_of(point)), _change(reading), "" if predicted is None else f"{predicted:+.4e}")
         end = (by, f"{point.health.ess_sequence:.1f}")
         rows.append((*said, _share(predicted, reading.change), *_other(curve, reading), *end))

@@ -114,7 +114,7 @@ def test_a_point_of_a_curve_is_a_probe_by_a_path(options: dict[str, Any]) -> Non
                     assert reading.bars[what].error == pytest.approx(expected.bars[what].error, rel=1e-3, abs=1e-14)
             # at the largest learning rate θ′ is another policy (ESS .38), and is scored
             scored = point.lr == LRS[-1] and "method" not in options
-            assert reading.method == ("difference" if scored else "path")
+            assert reading.method == ("difference" if scored else options.get("method", "values"))
         assert point.health.ess_sequence == pytest.approx(probed.health.ess_sequence, rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe.data.rollouts import take
 from funcprobe.errors import InputError
-from funcprobe.measurement import curve_fit
-from funcprobe.measurement.curve_fit import Held, _off, _part
+from funcprobe.measurement import curve_candidates
+from funcprobe.measurement.curve_candidates import Held, apart, part_of
 from funcprobe.measurement.line import Line
 from funcprobe.results.any_lr import CurveResult
 from funcprobe.types import TokenScores
@@ -61,16 +62,22 @@ def test_any_number_of_learning_rates_takes_the_same_passes() -> None:
     assert seen == []
 
 
-def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole passes over E are the anchor's, the chosen nodes' and the end's; a part of E is a sixteenth."""
-    monkeypatch.setattr(curve_fit, "FEWEST", 4)
+@pytest.mark.parametrize("method", ["auto", "path"])
+def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole passes over E are the anchor's, the chosen nodes' and, of tangents, the end's; a part is a sixteenth."""
+    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
     large = prompted(16, 4, seed=5)
     rows: list[int] = []
     c = case()
     watched = c.watched_rows(rows)
-    result = watched.curve(TOP / 20, evaluation=large, microbatch=None, observables=THREE)
-    assert rows.count(64) == 1 + result.nodes + 1
-    assert rows.count(4) == sum(range(1, result.nodes + 2))
+    result = watched.curve(TOP / 20, evaluation=large, microbatch=None, observables=THREE, method=method)
+    if method == "auto":
+        assert {reading.method for reading in result.readings()} == {"values"}
+        assert (rows.count(64), rows.count(4)) == (1 + 3, 4)
+    else:
+        assert {reading.method for reading in result.readings()} == {"path"}
+        assert rows.count(64) == 1 + result.nodes + 1
+        assert rows.count(4) == sum(range(1, result.nodes + 2))
     for lr in (1e-6, TOP / 60, TOP / 20):
         expected = c.probe(lr, evaluation=large, observables=THREE, method="path", tolerance=1e-7)
         for name, reading in result.at(lr).readings.items():
@@ -80,9 +87,10 @@ def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("seed", "lr"), [(5, TOP / 5), (6, TOP / 7)])
 def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows find one node good; the end of that curve, on all rows, does not: it is no jump, and takes another."""
-    monkeypatch.setattr(curve_fit, "FEWEST", 4)
+    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
     large, rows = prompted(16, 4, seed=seed), list[int]()
-    result = case().watched_rows(rows).curve(lr, evaluation=large, microbatch=None, observables=THREE, bars=None)
+    options: dict[str, Any] = {"observables": THREE, "bars": None, "microbatch": None, "method": "path"}
+    result = case().watched_rows(rows).curve(lr, evaluation=large, **options)
     assert (result.nodes, result.reach) == (2, pytest.approx(lr))
     # the anchor's, one node with its end, two nodes with theirs; and what tells rounding of θ′ from a jump
     assert rows.count(64) in (1 + 2 + 3, 1 + 2 + 3 + 1)
@@ -91,9 +99,9 @@ def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkey
 
 @pytest.mark.parametrize("each", [1, 2, 3, 5])
 def test_rows_of_a_part_come_in_pairs_of_a_prompt(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve_fit, "FEWEST", 4)
+    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
     large = prompted(60 // each, each, seed=5)
-    rows, part = _part(large)
+    rows, part = part_of(large)
     assert 4 <= len(rows) < 60 / 3
     assert rows.tolist() == sorted(set(rows.tolist()))
     counts = part.group_ids.unique(return_counts=True)[1]
@@ -120,7 +128,7 @@ def test_what_a_part_tells_of_the_whole() -> None:
             return Line(TokenScores(anchor.logp[rows], anchor.entropy[rows]), 1.0, (0.0,), (own,))
 
         part = take(large, torch.arange(64)[rows])
-        return _off(Held(part, 64, line(shift * mask), line(0.0 * mask)), 1.0, o)[0]
+        return apart(Held(part, 64, line(shift * mask), line(0.0 * mask)), 1.0, o).off
 
     systematic = torch.full(shape, 1e-3, dtype=torch.float64)
     whole = off(systematic, slice(None))
@@ -209,3 +217,62 @@ def test_it_is_kept_as_a_table(tmp_path: Any) -> None:
 def test_bad_input(lr_max: float, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         case().curve(lr_max, **options)
+
+
+@pytest.mark.parametrize("at", [0.4, 0.9])
+def test_a_jump_of_rows_that_a_part_does_not_have_shows_where_a_value_is_left_out(
+    at: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A feature moves at once where a weight has gone some of its way, in one prompt that no chosen row has."""
+    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
+    large, c, top = prompted(16, 4, seed=5), case(), TOP / 20
+    chosen = set(part_of(large)[1].group_ids.tolist())
+    (group, *_) = [g for g in large.group_ids.tolist() if g not in chosen]
+    mine = large.ids[large.group_ids == group][0, :3]
+    name, moved = "transformer.ln_f.weight", c.update(top).take().delta["transformer.ln_f.weight"]
+    threshold = c.params[name].sum() + at * moved.sum()
+
+    def features(params: fp.Params, ids: Tensor, mask: Tensor) -> Tensor:
+        found = c.policy.features(params, ids, mask)
+        beyond = (params[name].sum() - threshold) * moved.sum() > 0
+        jumps = (ids[:, : len(mine)] == mine[: ids.shape[1]]).all(1) & beyond
+        return found + JUMP * jumps[:, None, None]
+
+    def swept(jump: float) -> fp.SweepResult:
+        monkeypatch.setitem(globals(), "JUMP", jump)
+        policy = dataclasses.replace(c.policy, features=features)
+        step = dataclasses.replace(c.step, policy=policy)
+        lrs = [1e-6, top / 3, top]
+        return c.sweep(lrs, step=step, evaluation=large, observables=THREE, bars=None, order=1)
+
+    smooth, jumping = swept(0.0), swept(1e-2)
+    assert {reading.method for reading in smooth.readings()} == {"values"}
+    assert {reading.method for reading in jumping.readings()} == {"difference"}
+    assert any("scored one by one" in note for note in jumping.notes)
+
+
+#: How far the features of the test above move at once.
+JUMP = 0.0
+
+
+def test_values_that_rounding_spoils_are_no_nodes() -> None:
+    """In float32 the same curve is made of tangents where steps are small, and of values where they are large."""
+    narrow = Case(models.gpt2(torch.float32))
+    small, large = (narrow.curve(lr, bars=None, order=1) for lr in (1e-7, 1e-3))
+    assert {reading.method for reading in small.readings()} == {"path"}
+    assert {reading.method for reading in large.readings()} == {"values"}
+    assert {reading.method for reading in narrow.curve(1e-3, bars=None, method="path").readings()} == {"path"}
+
+
+def test_a_second_order_that_rounding_spoils_is_read_off_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that tell ΔF need not tell δF₂, where F bends little: asked for, it decides as well."""
+    lr = 1e-4
+
+    def methods(order: int) -> set[str]:
+        return {reading.method for reading in case().curve(lr, bars=None, order=order).readings()}
+
+    assert methods(1) == methods(2) == {"values"}
+    monkeypatch.setattr(curve_candidates, "BEND", 1e-12)
+    assert (methods(1), methods(2)) == ({"values"}, {"path"})
+    exact = case().probe(lr, bars=None, order=2, exact=True).main
+    assert case().curve(lr, bars=None, order=2).at(lr).main.second_order == pytest.approx(exact.second_order, rel=1e-3)
