@@ -4,12 +4,14 @@ The loop is what a user would write: one gradient by `.backward()`, and for ever
 same state, a scoring pass over E at θ′ and the importance-sampled entropy; no error bars, no first order. The curve has
 ΔF, δF₁ and δF₂ of the same observable, its error estimate and effective samples. Both are timed in one process.
 
-What was expected, with u and e a forward pass over U and E: 3u + (1 + K)e for the loop, and for the curve, with n nodes
-beside θ, 3u + 3e + 3ne + e and a part of E on which n is chosen: 3u + 8e for one node and 3u + 11e for two, for any K.
+What was expected, with u and e a forward pass over U and E: 3u + (1 + K)e for the loop, and for the curve, for any K,
+3u + 3e + 3e where three values of the scores tell ΔF, and 3u + 3e + 3ne + e with n tangents where they do not; beside a
+part of E on which that is chosen. An E of fewer than 64 rows is its own part, with a node more.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -70,8 +72,8 @@ def curved(pair: Pair, lrs: list[float], bars: str | None = None) -> fp.CurveRes
 def costs(pair: Pair, options: Any) -> list[dict[str, Any]]:
     """Return a row for every count of learning rates: exact FLOPs and times, curve over loop."""
     rows = []
-    for number, count in enumerate(options.counts):
-        lrs = spread(options.lr_max, count)
+    for number, (lr_max, count) in enumerate(itertools.product(options.lr_max, options.counts)):
+        lrs = spread(lr_max, count)
         runs: dict[str, Callable[[], Any]] = {
             "curve": partial(curved, pair, lrs),
             "loop": partial(looped, pair, lrs),
@@ -82,8 +84,10 @@ def costs(pair: Pair, options: Any) -> list[dict[str, Any]]:
         result = curved(pair, lrs)
         rows.append(
             {
+                "lr_max": lr_max,
                 "learning_rates": count,
                 "nodes": result.nodes,
+                "by": sorted({reading.method for reading in result.readings()}),
                 "reach": result.reach,
                 "flops": counted,
                 "flops_ratio": None if counted is None else counted["curve"] / counted["loop"],
@@ -139,27 +143,28 @@ def main() -> None:
     """Measure, print and write."""
     parser = comparing.parser("The curve beside a plain loop.")
     parser.add_argument("--counts", type=int, nargs="+", default=(4, 8, 16, 32), metavar="K", help="learning rates")
-    parser.add_argument("--lr-max", type=float, default=1e-5, help="the largest learning rate (default 1e-5)")
+    parser.add_argument("--lr-max", type=float, nargs="+", default=(1e-5, 1e-4), help="the largest learning rates")
     options = comparing.parsed(parser)
     torch.set_num_threads(options.threads)
     pair = build(comparing.shape_of(options))
     rows = costs(pair, options)
     cells = [
         [
+            f"{row['lr_max']:g}",
             str(row["learning_rates"]),
-            str(row["nodes"]),
+            f"{row['nodes']} ({', '.join(row['by'])})",
             "" if row["flops_ratio"] is None else f"{row['flops_ratio']:.3f}",
             f"{row['time']['median']:.3f} ({row['time']['low']:.3f} .. {row['time']['high']:.3f})",
             f"{row['time']['cpu']:.3f}",
         ]
         for row in rows
     ]
-    comparing.show("curve / loop", ("learning rates", "nodes", "FLOPs", "time", "processor time"), cells)
+    comparing.show("curve / loop", ("up to", "learning rates", "nodes", "FLOPs", "time", "processor time"), cells)
     if options.quick:
         print("nothing written: --quick shows that it runs, and its numbers are no figures")
         return
     comparing.write("curve", options, rows, pair.params)
-    if options.lora or options.device == "cuda":
+    if options.lora or options.json or options.device == "cuda":
         return
     found = accuracy()
     print("demo, FLOPs: " + ", ".join(f"{k} points 3u + {c:.1f}e" for k, c in found["beyond_3u_in_e"].items()))

@@ -33,10 +33,12 @@ def curve(
 ) -> CurveResult:
     """Return the change of observables on `evaluation` as a function of the learning rate, up to a largest one.
 
-    For an optimizer whose step is proportional to the learning rate, `Δθ(η) = η d`, the scores of E move along a line,
-    `s(η) = s(0) + ∫₀^η ṡ(θ + x d)[d] dx`. Forward mode gives ṡ at θ and at n more places; the polynomial through them
-    is integrated to any η, and every reading, bar and effective sample is a function of the scores. Nothing cancels at
-    the small end. n is the least that a part of E and an evaluation at the end find good; no model is run for a point.
+    For an optimizer whose step is proportional to the learning rate, `Δθ(η) = η d`, the scores of E move along a line.
+    Forward mode gives scores and tangents at θ. Scores at three more learning rates fix a polynomial from there, where
+    rounding leaves them good enough for `tolerance`; tangents at n of them do elsewhere, by
+    `s(η) = s(0) + ∫₀^η ṡ(θ + x d)[d] dx`. Every reading, bar and effective sample is a function of the scores, and
+    nothing cancels at the small end. A part of E decides which, and all of E whether it was right; no model is run for
+    a point. `method="path"` takes tangents only.
 
     Where no curve of few nodes is that good up to `lr_max`, because θ′ is another policy there, it ends earlier (its
     `reach`), and what the table has beyond is scored. Where there is none at all (see `sweep`) the table is a sweep.

@@ -42,7 +42,7 @@ def sweep(
 
     One gradient on U and one derivative on E serve all of them: sgd, adam and adamw move in proportion to the learning
     rate, so `δF₁(η) = (η/η₀) δF₁(η₀)` and `δF₂` goes with the square. The scores of E then move along one line, and a
-    few more derivatives on it give ΔF at every learning rate (see `curve`), whatever their number. Where there is no
+    few more passes give ΔF at every learning rate (see `curve`), whatever their number. Where there is no
     such curve, each learning rate costs a scoring pass at θ′(η), and a node of a path where the float error of the
     subtraction asks for it: with an optimizer that does not move in proportion, which is found out, with experts, in
     arithmetic that is too coarse, in reverse mode, and with method="difference".
@@ -56,7 +56,7 @@ def sweep(
             takes so many times the memory. A curve has no use for it.
         stored: Whether θ′ as its dtype stores it is scored beside θ + Δθ, at every learning rate at which rounding is
             above 1 % of Δθ; None does so where the run stores what it steps in narrower numbers.
-        journal: A file in which every derivative along the curve, and every finished learning rate, is kept. Called
+        journal: A file in which every node of the curve, and every finished learning rate, is kept. Called
             again with it, a sweep that was killed goes on from there; so does one that asks for more learning rates.
         progress: Called as progress(what, done, total).
         **options: See `Options`; rounding, top_k, keep_delta and keep_scores can do nothing here.

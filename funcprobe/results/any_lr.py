@@ -25,7 +25,7 @@ class CurveResult(SweepResult):
 
     kind: ClassVar[Kind] = "curve"
 
-    nodes: int = 0  #: forward-mode passes over E that the curve took beside first order; 0 where there is no curve
+    nodes: int = 0  #: places where the curve took tangents or values of the scores beside θ; 0 where there is none
     reach: float = 0.0  #: up to which learning rate it answers without another pass
     scores: ScoreCurve | None = field(default=None, repr=False, compare=False, metadata=NOT_KEPT)
 
