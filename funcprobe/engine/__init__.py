@@ -8,12 +8,12 @@ knows what f is, so there is nothing to scale and no mean of means.
 
 from funcprobe.engine.anchor import anchored
 from funcprobe.engine.batches import Stats, detached, each, fields, own_pieces, scores, scores_of_many
+from funcprobe.engine.curvature import curvature_by_reverse
 from funcprobe.engine.forward import (
     Directional,
     Functional,
     contributions,
     cotangents,
-    curvature_by_reverse,
     derivative,
     derivatives,
     directional,

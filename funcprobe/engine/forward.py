@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from funcprobe import tree
 from funcprobe.data.rollouts import to_device
-from funcprobe.engine.batches import Stats, detached, each, fields, finite, gather, of_rows, pieces
+from funcprobe.engine.batches import Stats, detached, each, finite, gather, of_rows, pieces
 from funcprobe.engine.constants import ConstantOperands
 from funcprobe.engine.kernels import (
     OnceDifferentiable,
     TrainedRows,
-    differentiable_attention,
     forward_arithmetic,
     forward_mode_errors,
     whole_derivative,
@@ -26,7 +25,6 @@ from funcprobe.engine.kernels import (
 from funcprobe.engine.tangent import hold, values
 from funcprobe.errors import ForwardModeError
 from funcprobe.parallel.phases import phase
-from funcprobe.parallel.world import world
 from funcprobe.policy.module import Policy
 from funcprobe.policy.scoring import score
 from funcprobe.types import Leaves, Microbatch, Params, Progress, Rollouts, TokenScores
@@ -240,42 +238,6 @@ def cotangents(f: Functional, at: TokenScores) -> TokenScores:
 def contributions(f: Functional, along: Directional) -> TokenScores:
     """Return `∂f/∂s ⊙ ṡ`, token by token and field by field: all of them sum to `Df(s)[ṡ]`."""
     return each(torch.mul, cotangents(f, along.scores), along.tangents)
-
-
-def curvature_by_reverse(
-    fixed: TokenScores,
-    policy: Policy,
-    params: Params,
-    direction: Leaves,
-    rollouts: Rollouts,
-    *,
-    stats: Stats | None = None,
-    microbatch: Microbatch = None,
-    progress: Progress | None = None,
-    what: str = "curvature",
-) -> Tensor:
-    """Return `Σ c·s̈` for fixed cotangents c, as `⟨v, D_v[(∂s/∂θ)ᵀ c]⟩`: forward over reverse.
-
-    It shares no derivative formula of second order with the nested forward mode of `directional`, which it checks, and
-    stands in for it where that is wrong. It keeps a microbatch's graph.
-
-    Raises:
-        ForwardModeError: If an operation of the model has no forward derivative.
-    """
-    rollouts = to_device(rollouts, policy.device)
-    direction = tree.like(direction, params)
-    total = torch.zeros((), dtype=torch.float64, device=policy.device)
-    with differentiable_attention(policy), whole_derivative(policy), forward_mode_errors(), phase(what):
-        for rows, part in pieces(policy, rollouts, microbatch, progress, what):
-            mine = rows_of(fixed, rows, part)
-
-            def paired(at: Params, rows: Tensor = rows, part: Rollouts = part, mine: TokenScores = mine) -> Tensor:
-                return fields(each(torch.mul, of_rows(score(policy, at, part, stats), rows), mine)).sum()
-
-            _, turned = torch.func.jvp(torch.func.grad(paired), (params,), (direction,))  # type: ignore[misc]
-            total = total + tree.dot(turned, direction)
-    # of parts a dot is that of all processes
-    return total.detach() if policy.is_sharded else world().sum_of(total.detach())
 
 
 def rows_of(whole: TokenScores, rows: Tensor, part: Rollouts) -> TokenScores:
