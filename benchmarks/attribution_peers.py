@@ -6,10 +6,11 @@ version in plain torch.
 * **Every token of U for one functional of E.** The plain version takes ∇F by autograd, the gradient on U, AdamW's scale
   by hand, and one `torch.func.jvp` over U. A gradient for each sequence by `vmap(grad)` gives a number a sequence.
 * **The influence matrix.** The plain version takes gradients of both sides by `vmap(grad)` in chunks, scales one side
-  and multiplies, in float32. `attribute(measure=False, influence="sequences")` is timed whole, with ∇F, the gradient on
-  U and the pass over U. Peers do the same work, with losses of their own and no scale: dattri (Grad-Dot without
-  projection, each side in one batch), bergson (linear modules below the head alone, gradients kept in memory, and one
-  product). They are timed where they are installed:
+  and multiplies, in float32. The same work by the package's own functions is a row of its own, "the matrix alone";
+  `attribute(measure=False, influence="sequences")` is timed whole, with ∇F, the gradient on U and the pass over U.
+  Peers do the same work, with losses of their own and no scale: dattri (Grad-Dot without projection, each side in one
+  batch), bergson (linear modules below the head alone, gradients kept in memory, and one product). They are timed where
+  they are installed:
 
       pip install dattri==0.3.0 bergson==2.5.1
 
@@ -35,6 +36,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import funcprobe as fp
+from funcprobe import engine
+from funcprobe.attribution.influence import influence_of
+from funcprobe.attribution.step_parts import StepParts
+from funcprobe.measurement.cautions import step
+from funcprobe.measurement.evidence import Evidence
+from funcprobe.measurement.measurement import Measurement
+from funcprobe.measurement.options import options_of
 from funcprobe.types import Params, Rollouts
 
 CHUNK = 16  #: rows of a vmapped gradient
@@ -178,6 +186,18 @@ def ours(pair: Pair, **options: Any) -> fp.Attribution:
     return fp.attribute(update, pair.evaluation, microbatch=pair.shape.microbatch, **options)
 
 
+def alone(pair: Pair) -> Any:
+    """Take the matrix and no more: scores and cotangents of E, the gradient on U, and gradients of the rows."""
+    update = fp.Update.from_step(pair.step, pair.params, pair.opt_state, pair.batch)
+    given = {"microbatch": pair.shape.microbatch, "mode": "reverse", "bars": None}
+    measurement = Measurement.of(update, pair.evaluation, None, options_of(given, "the matrix"))
+    scores = measurement.passes.scores(update.params, "E at θ")
+    c = engine.cotangents(Evidence(measurement.passes.evaluation, scores, scores).of(fp.entropy()), scores)
+    move, _ = step(measurement, update)
+    parts = StepParts.of(update, move, pair.shape.microbatch, "additive")
+    return influence_of(measurement.passes, c, parts, by="sequences", leaves=None, chunk=None)
+
+
 def dattri(plain: Plain) -> Any:
     """Take dattri's Grad-Dot of every row of U with every row of E."""
     from dattri.algorithm.tracin import TracInAttributor
@@ -259,6 +279,7 @@ def _tokens(plain: Plain, options: argparse.Namespace) -> dict[str, Any]:
 def _matrix(plain: Plain, options: argparse.Namespace) -> dict[str, Any]:
     pair = plain.pair
     ways: dict[str, Callable[[], Any]] = {
+        "the matrix alone": partial(alone, pair),
         "attribute(measure=False, influence='sequences')": partial(ours, pair, measure=False, influence="sequences"),
         "dattri": partial(dattri, plain),
         "bergson": partial(bergson, pair),

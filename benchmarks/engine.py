@@ -8,6 +8,8 @@ What was expected of each, and why, before it was measured:
   tangents of elementwise operations come as several unfused kernels each.
 * peak memory: forward 2.1 times scoring (every tensor and its tangent, and a temporary), 0.3 to 0.45 times reverse,
   which grows with depth while the other two do not. Scoring at V = 151,936: 5 to 7 times below materialised logits.
+* scoring over TRL's `selective_log_softmax` and `entropy_from_logits` on logits of a microbatch: time about 1, since
+  both run the model once and three passes over logits; memory far below, since those of a chunk are made at a time.
 * FLOPs of a probe: 3u for the gradient on U, 3.15e for scores and tangents at θ, e for the scores at θ′, so 0.985 of
   the target at u = 2e. (Counted: 3u + 4e, forward mode being 3 passes exactly.) One more forward-mode pass where
   rounding is worth a row of its own; and one more readout on U where its logits exceed the budget and are made again.
@@ -100,6 +102,22 @@ def vocabulary(options: Options) -> Iterator[Row]:
     yield Row("vocabulary", what, mib["materialised"] / mib["chunked"], None, None, 5.0, True, detail)
 
 
+def trl(options: Options) -> Iterator[Row]:
+    """Compare scoring with TRL's log-probabilities and entropies, which are the same numbers."""
+    for size in (workload.for_time(options.device, options.quick), workload.wide(options.device, options.quick)):
+        work = workload.build(size, options.device)
+        ours, theirs = workload.chunked(work), workload.trl_scoring(work)
+        off = max(float((a - b).abs().max()) for a, b in zip(ours[:2], theirs[:2], strict=True))
+        assert off < 1e-4, off  # float32 sums over the vocabulary
+        passes = partial(workload.chunked, work), partial(workload.trl_scoring, work)
+        found = timing.side_by_side(*passes, options.rounds, options.device)
+        yield _timed("trl", f"time, V = {size.vocabulary:,}: scoring / TRL's", found, None, work)
+        mib = {name: _peak(name, size, options) for name in ("trl_scoring", "chunked")}
+        detail = {"mib": mib, "size": size.__dict__}
+        what = f"peak memory, V = {size.vocabulary:,}: scoring / TRL's"
+        yield Row("trl", what, mib["chunked"] / mib["trl_scoring"], None, None, None, False, detail)
+
+
 def flops(options: Options) -> Iterator[Row]:
     """Count the FLOPs of whole probes; attention in the math kernel but in forward mode."""
     few = replace(
@@ -118,6 +136,7 @@ GROUPS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "forward": forward,
     "memory": peak_memory,
     "vocabulary": vocabulary,
+    "trl": trl,
     "flops": flops,
 }
 
@@ -147,7 +166,7 @@ def _peak(name: str, size: workload.Size, options: Options) -> float:
     return memory.peak_in_subprocess(name, size, options.device, options.threads)
 
 
-def _timed(group: str, what: str, found: timing.Ratio, target: float, work: workload.Workload) -> Row:
+def _timed(group: str, what: str, found: timing.Ratio, target: float | None, work: workload.Workload) -> Row:
     detail = {
         "cpu_time_ratio": found.cpu,
         "seconds": found.seconds,

@@ -158,6 +158,21 @@ def materialised(work: Workload) -> Any:
         return log_probs.gather(-1, work.rollouts.ids[:, PROMPT:, None]).squeeze(-1)
 
 
+@torch.no_grad()
+def trl_scoring(work: Workload) -> Any:
+    """Score the batch as TRL's trainer does: its own log-probabilities and entropies of the completion's logits."""
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    found = []
+    for rows in microbatches(work.rollouts, work.size.microbatch):
+        part = take(work.rollouts, rows)
+        keep = part.completion_mask.shape[1] + 1
+        given = {"attention_mask": part.attention_mask, "use_cache": False, "logits_to_keep": keep}
+        logits = work.module(input_ids=part.ids, **given).logits[:, :-1] / TEMPERATURE
+        found.append((selective_log_softmax(logits, part.ids[:, 1 - keep :]), entropy_from_logits(logits)))
+    return TokenScores(*(torch.cat(each) for each in zip(*found, strict=True)))
+
+
 def chunked(work: Workload) -> Any:
     """Score the batch with the engine, under the default attention kernel, in one microbatch."""
     return engine.scores(work.policy, work.params, work.rollouts, microbatch=work.size.microbatch)
@@ -194,6 +209,7 @@ PASSES: dict[str, Callable[[Workload], Any]] = {
         reverse_mode,
         plain_backward,
         materialised,
+        trl_scoring,
         chunked,
     )
 }

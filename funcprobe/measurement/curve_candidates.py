@@ -173,7 +173,7 @@ class Candidates:
             expected = (PART_KNOWS * at.off for at in told[name])
             if any(at.off > self._tolerance * at.size + off for at, off in zip(found, expected, strict=True)):
                 return None
-        return Candidate(of_all, worst)
+        return Candidate(of_all, {name: PART_KNOWS * off for name, off in worst.items()})
 
     def _are_worth_trying(self, length: float) -> bool:
         """Return whether rounding of values at the end of a line may be within the tolerance of every ΔF."""
