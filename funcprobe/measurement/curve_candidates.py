@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
 from funcprobe import engine
-from funcprobe.data.rollouts import take
 from funcprobe.engine.passes import Passes
-from funcprobe.measurement.change import LOW_PRECISION_UNITS, eps_of, one_rounding
+from funcprobe.measurement.change import LOW_PRECISION_UNITS, eps_of
 from funcprobe.measurement.curve import SMALL, TANGENT_UNITS
+from funcprobe.measurement.curve_part import Apart, Held, apart, part_of
 from funcprobe.measurement.evidence import Evidence
 from funcprobe.measurement.learning_rates import LearningRates
 from funcprobe.measurement.line import Line, even, secants_along, spread, tangents_along, walk
-from funcprobe.measurement.path import EPS64
 from funcprobe.types import Observable, Rollouts, TokenScores
-
-#: Lines are chosen on a part of E: this share of the rows, and at least so many, where all of E are so many times more.
-SHARE, FEWEST, LEAST_SAVED = 16, 16, 4
 
 #: By what factor the error that a part of E shows may be above that of all of it: within that factor, all of E decide.
 PART_KNOWS = 2.0
@@ -37,8 +30,11 @@ WORTH_TRYING = 4.0
 #: How well a curve through values has to know δF₂ where it is read off it: to a hundredth, as its bend is rounded.
 BEND = 1e-2
 
-#: The node that is left out of three values to see whether rows jump, and the one that is added to see their error.
-LEFT_OUT, ADDED = 1, 0.5
+#: Where lines through values have their nodes, in the order in which they are tried: each is held against the next.
+VALUES = (spread(3), (*spread(3), 0.5), spread(5))
+
+#: The node that is left out of a line to see whether rows jump, or to stand for a line with a node less.
+LEFT_OUT = 1
 
 #: Where curves are compared, in units of the largest learning rate.
 COMPARED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.03, 0.01, 0.001)
@@ -49,27 +45,11 @@ COMPARED = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1, 0.03, 0.01, 0.001)
 Keep = Callable[[str, float, Callable[[], TokenScores]], TokenScores]
 
 
-class Apart(NamedTuple):
-    """How far two lines are apart somewhere, relative to Σ|terms|."""
-
-    off: float  #: the difference of ΔF over all of E
-    size: float  #: |ΔF|, or `SMALL` where that is less
-
-
 class Candidate(NamedTuple):
     """A line over all of E, and its largest error relative to Σ|terms|, by observable."""
 
     line: Line
     worst: dict[str, float]
-
-
-class Held(NamedTuple):
-    """The curve on some rows of E, and one with a node more, which it is held against."""
-
-    rollouts: Rollouts  #: those rows
-    total: int  #: how many there are
-    coarse: Line
-    fine: Line
 
 
 @dataclass(frozen=True)
@@ -105,14 +85,14 @@ class Rows:
         """Return the line by n tangents beside the one at θ."""
         return walk(self.along, even(n), self.tangents_at, length)
 
-    def by_values(self, length: float) -> Line:
-        """Return the line by three values, one of them at its end."""
-        return walk(self.along, spread(3), self.secants_at, length, by_values=True)
+    def by_values(self, nodes: Sequence[float], length: float, known: Line | None = None) -> Line:
+        """Return the line by values at some nodes; those that another line has are taken from it."""
+        there = {} if known is None else dict(zip(known.nodes, known.slopes, strict=True))
 
-    def refined(self, line: Line) -> Line:
-        """Return a line by values with one more in its middle."""
-        x = ADDED * line.length
-        return line._replace(nodes=(*line.nodes, x), slopes=(*line.slopes, self.secants_at(x)))
+        def secants_at(x: float) -> TokenScores:
+            return there[x] if x in there else self.secants_at(x)
+
+        return walk(self.along, nodes, secants_at, length, by_values=True)
 
 
 @dataclass(frozen=True)
@@ -138,42 +118,50 @@ class Candidates:
 
     def up_to(self, length: float) -> Iterator[Candidate]:
         """Yield candidates of a length, the cheapest first: by values, by one tangent, by more."""
-        if (found := self._by_values(length)) is not None:
-            yield found
+        if self._are_worth_trying(length):
+            yield from self._by_values_of_all(length) if self._is_whole else self._by_values(length)
         coarse = None if self._is_whole else self.few.by_tangents(1, length)
         for n in range(2, MOST_NODES + 2):
             fine = self.few.by_tangents(n, length)
             # where all of E is asked, a node that is left out stands for a pass over it
-            held = fine.without(fine.nodes[LEFT_OUT]) if coarse is None else coarse
+            held = _left_out(fine) if coarse is None else coarse
             if (worst := self._within(held, fine, self._allowed)) is not None:
                 yield Candidate(fine if self._is_whole else self.whole.by_tangents(n - 1, length), worst)
             coarse = fine
 
-    def _by_values(self, length: float) -> Candidate | None:
-        """Return the line by three values or, where a part of E is all of it, four; None where they do not tell F.
+    def _by_values_of_all(self, length: float) -> Iterator[Candidate]:
+        """Yield the line by three values, or by four, where a part of E is all of it."""
+        line = self.whole.by_values(VALUES[0], length)
+        if (worst := self._tells(_left_out(line), line)) is not None:
+            yield Candidate(line, worst)
+        fine = self.whole.by_values(VALUES[1], length, line)
+        if (worst := self._tells(line, fine)) is not None:
+            yield Candidate(fine, worst)
 
-        A curve through values is right at its end by making, so that a jump does not show there. It shows where a value
+    def _by_values(self, length: float) -> Iterator[Candidate]:
+        """Yield the line by the fewest values that is as good as the next on a part of E.
+
+        A line through values is right at its end by making, so that a jump does not show there. It shows where a value
         is left out: over all of E that changes no more than a part has told.
         """
-        if not self._are_worth_trying(length):
-            return None
-        line = self.few.by_values(length)
-        left_out = line.without(line.nodes[LEFT_OUT])
-        worst = self._within(left_out, line, self._tolerance) if self._is_whole else None
-        if worst is not None and self._bend_alike(left_out, line):
-            return Candidate(line, worst)
-        fine = self.few.refined(line)
-        if (worst := self._within(line, fine, self._allowed)) is None or not self._bend_alike(line, fine):
-            return None
-        if self._is_whole:
-            return Candidate(fine, worst)
-        of_all = self.whole.by_values(length)
-        told = self._apart(self.few, left_out, line)
-        for name, found in self._apart(self.whole, of_all.without(of_all.nodes[LEFT_OUT]), of_all).items():
+        line = self.few.by_values(VALUES[0], length)
+        for nodes, more in itertools.pairwise(VALUES):
+            fine = self.few.by_values(more, length, line)
+            if (worst := self._tells(line, fine)) is not None:
+                of_all = self.whole.by_values(nodes, length)
+                if not self._jumps(line, of_all):
+                    yield Candidate(of_all, {name: PART_KNOWS * off for name, off in worst.items()})
+                return
+            line = fine
+
+    def _jumps(self, of_few: Line, of_all: Line) -> bool:
+        """Return whether leaving out a value changes more over all of E than a part of it has told."""
+        told = self._apart(self.few, _left_out(of_few), of_few)
+        for name, found in self._apart(self.whole, _left_out(of_all), of_all).items():
             expected = (PART_KNOWS * at.off for at in told[name])
             if any(at.off > self._tolerance * at.size + off for at, off in zip(found, expected, strict=True)):
-                return None
-        return Candidate(of_all, {name: PART_KNOWS * off for name, off in worst.items()})
+                return True
+        return False
 
     def _are_worth_trying(self, length: float) -> bool:
         """Return whether rounding of values at the end of a line may be within the tolerance of every ΔF."""
@@ -189,6 +177,11 @@ class Candidates:
             if float(rounding) > WORTH_TRYING * allowed:
                 return False
         return True
+
+    def _tells(self, coarse: Line, fine: Line) -> dict[str, float] | None:
+        """Return by how much two lines through values differ at most; None where they do not tell F, or its bend."""
+        worst = self._within(coarse, fine, self._allowed)
+        return worst if worst is not None and self._bend_alike(coarse, fine) else None
 
     def _bend_alike(self, coarse: Line, fine: Line) -> bool:
         """Return whether two lines tell δF₂ of every observable alike, where it is asked for."""
@@ -232,42 +225,5 @@ class Candidates:
         return {name: [apart(held, x * fine.length, o) for x in COMPARED] for name, o in observables.items()}
 
 
-def part_of(rollouts: Rollouts) -> tuple[Tensor, Rollouts]:
-    """Return some rows of E and their rollouts, spread evenly; all where that would not be many fewer.
-
-    Rows of one prompt come in pairs, or alone where the prompt has no other: an observable may compare them.
-    """
-    total = rollouts.ids.shape[0]
-    fewer = total // max(FEWEST, total // SHARE)  # of so many pairs one is taken
-    if fewer < LEAST_SAVED:
-        return torch.arange(total, device=rollouts.ids.device), rollouts
-    prompts, counts = rollouts.group_ids.unique(return_inverse=True, return_counts=True)[1:]
-    order = prompts.argsort(stable=True)
-    rank = torch.arange(total, device=order.device) - (counts.cumsum(0) - counts)[prompts[order]]
-    size = counts[prompts[order]]
-    paired = (rank // 2 * 2 + 2 <= size) | (size == 1)
-    first = paired & (rank % 2 == 0)
-    rows = order[paired & torch.isin(first.cumsum(0) - 1, torch.arange(0, total, fewer, device=order.device))]
-    return rows.sort().values, take(rollouts, rows.sort().values)
-
-
-def apart(held: Held, x: float, observable: Observable) -> Apart:
-    """Return by how much a node more changes ΔF of all of E.
-
-    What it changes is a sum over rows, of which some are known: with their mean μ and spread σ the sum over all N is
-    `√(N²μ² + Nσ²)`, where μ² is what the n known ones show, less σ² (1/n − 1/N), which is chance.
-    """
-    evidence = Evidence(held.rollouts, held.fine.anchor, held.fine.scores(x))
-    size = evidence.magnitude(observable)
-    if size <= evidence.noise(observable):
-        return Apart(0.0, SMALL)
-    c = engine.cotangents(evidence.of(observable), evidence.after)
-    parts = engine.each(lambda c, one, other: (c * (one - other)).sum(1), c, held.coarse.scores(x), evidence.after)
-    rows, total = engine.fields(parts).sum(0), held.total
-    n, spread = len(rows), float(rows.var()) if len(rows) > 1 else 0.0
-    square = max(0.0, float(rows.mean()) ** 2 - spread * (1 / n - 1 / total))
-    off = math.sqrt(total**2 * square + (total * spread if total > n else 0.0))
-    # scores are sums of the anchor and a change, rounded to float64: of a tiny change that is all that differs
-    rounding = 2 * one_rounding(evidence, observable, EPS64)
-    change = abs(float(evidence.change(observable))) / size
-    return Apart(max(0.0, off * n / total - rounding) / size, max(change, SMALL))
+def _left_out(line: Line) -> Line:
+    return line.without(line.nodes[LEFT_OUT])

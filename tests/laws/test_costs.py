@@ -74,20 +74,29 @@ def test_a_default_probe_is_at_most_seven_and_two_more_with_the_rounding_row(lr:
     assert cost <= (7 if not stored else 11) + 2 * row + SLACK
 
 
-@pytest.mark.parametrize("count", [3, 60])
-def test_a_sweep_is_at_most_thirteen_for_any_number_of_learning_rates(count: int) -> None:
-    lrs = list(np.geomspace(1e-8, 3e-4, count))
+def swept(top: float, count: int, **options: Any) -> tuple[float, fp.Reading]:
+    """Return the cost of a sweep up to a learning rate, and its last reading."""
     results: list[fp.SweepResult] = []
+    lrs = list(np.geomspace(1e-8, top, count))
+    given = {"evaluation": E, "batch": U, "observables": THREE, "bars": None, **options}
+    cost = beyond(lambda: results.append(case().sweep(lrs, **given)))
+    return cost, results[0].readings()[-1]
 
-    def swept() -> None:
-        results.append(case().sweep(lrs, evaluation=E, batch=U, observables=THREE, bars=None))
 
-    cost = beyond(swept)
-    assert {reading.method for reading in results[0].readings()} == {"path"}
-    nodes = results[0].readings()[0].nodes
-    assert nodes <= 2
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_sweep_by_tangents_is_at_most_thirteen_for_any_number_of_learning_rates(count: int) -> None:
+    cost, last = swept(3e-4, count, method="path")
+    assert (last.method, last.nodes <= 2) == ("path", True)
     # the anchor with its tangents, the nodes, the end, and rules of one node more at a time on a sixteenth of E
-    assert cost <= 3 + 3 * nodes + 1 + 3 * sum(range(1, nodes + 2)) / 16 + SLACK <= 13
+    assert cost <= 3 + 3 * last.nodes + 1 + 3 * sum(range(1, last.nodes + 2)) / 16 + SLACK <= 13
+
+
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_sweep_by_values_is_six_and_a_part_for_any_number_of_learning_rates(count: int) -> None:
+    cost, last = swept(3e-4, count, order=1)
+    assert (last.method, last.nodes) == ("values", 3)
+    # the anchor with its tangents, three values, and four on a sixteenth of E
+    assert cost <= 3 + 3 + 4 / 16 + SLACK
 
 
 def test_the_largest_learning_rate_is_one_curve_and_one_pass() -> None:

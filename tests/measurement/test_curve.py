@@ -14,8 +14,8 @@ from torch import Tensor
 import funcprobe as fp
 from funcprobe.data.rollouts import take
 from funcprobe.errors import InputError
-from funcprobe.measurement import curve_candidates
-from funcprobe.measurement.curve_candidates import Held, apart, part_of
+from funcprobe.measurement import curve_candidates, curve_part
+from funcprobe.measurement.curve_part import Held, apart, part_of
 from funcprobe.measurement.line import Line
 from funcprobe.results.any_lr import CurveResult
 from funcprobe.types import TokenScores
@@ -65,7 +65,7 @@ def test_any_number_of_learning_rates_takes_the_same_passes() -> None:
 @pytest.mark.parametrize("method", ["auto", "path"])
 def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole passes over E are the anchor's, the chosen nodes' and, of tangents, the end's; a part is a sixteenth."""
-    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
+    monkeypatch.setattr(curve_part, "FEWEST", 4)
     large = prompted(16, 4, seed=5)
     rows: list[int] = []
     c = case()
@@ -87,7 +87,7 @@ def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(method: str, monkeypat
 @pytest.mark.parametrize(("seed", "lr"), [(5, TOP / 5), (6, TOP / 7)])
 def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows find one node good; the end of that curve, on all rows, does not: it is no jump, and takes another."""
-    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
+    monkeypatch.setattr(curve_part, "FEWEST", 4)
     large, rows = prompted(16, 4, seed=seed), list[int]()
     options: dict[str, Any] = {"observables": THREE, "bars": None, "microbatch": None, "method": "path"}
     result = case().watched_rows(rows).curve(lr, evaluation=large, **options)
@@ -99,7 +99,7 @@ def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkey
 
 @pytest.mark.parametrize("each", [1, 2, 3, 5])
 def test_rows_of_a_part_come_in_pairs_of_a_prompt(each: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
+    monkeypatch.setattr(curve_part, "FEWEST", 4)
     large = prompted(60 // each, each, seed=5)
     rows, part = part_of(large)
     assert 4 <= len(rows) < 60 / 3
@@ -224,7 +224,7 @@ def test_a_jump_of_rows_that_a_part_does_not_have_shows_where_a_value_is_left_ou
     at: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A feature moves at once where a weight has gone some of its way, in one prompt that no chosen row has."""
-    monkeypatch.setattr(curve_candidates, "FEWEST", 4)
+    monkeypatch.setattr(curve_part, "FEWEST", 4)
     large, c, top = prompted(16, 4, seed=5), case(), TOP / 20
     chosen = set(part_of(large)[1].group_ids.tolist())
     (group, *_) = [g for g in large.group_ids.tolist() if g not in chosen]
