@@ -37,16 +37,15 @@ def swept(name: str, mode: Any) -> fp.SweepResult:
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
 def test_the_error_that_reverse_mode_states_is_that_of_its_difference(name: str) -> None:
     reverse = swept(name, "reverse").readings()
-    truth = swept(name, "forward").readings()
+    truth = case(name).sweep(LRS, method="path", order=1, bars=None).readings()
     ratios = []
     for lr, r, t in zip(LRS, reverse, truth, strict=True):
         assert r.method == "difference"
         assert r.float_error is not None
-        if t.method == "path":  # accurate to 1e-5, of θ + Δθ; a difference sees θ′ as stored
-            row = case(name).probe(lr, mode="reverse").outcome.rounding
-            assert row is not None
-            ratios.append(abs(r.change - t.change - row) / r.float_error)
-    assert len(ratios) >= 3
+        assert t.method == "path"  # accurate to 1e-4, of θ + Δθ; a difference sees θ′ as stored
+        row = case(name).probe(lr, mode="reverse").outcome.rounding
+        assert row is not None
+        ratios.append(abs(r.change - t.change - row) / r.float_error)
     # an estimate of a standard deviation, from a few sequences: neither blind to the error nor far above it
     assert max(ratios) < 6, ratios
     assert sorted(ratios)[len(ratios) // 2] > 0.02, ratios
