@@ -91,6 +91,7 @@ def test_a_subtraction_is_held_against_the_path_where_there_is_one() -> None:
     path, difference = sweep().readings()[0], sweep().readings()[-1]
     assert subtraction_error(path) == pytest.approx(5e-8, rel=1e-9)
     assert subtraction_error(path._replace(subtraction=None)) is None
+    assert subtraction_error(path._replace(method="values")) == subtraction_error(path)
     assert subtraction_error(difference) == difference.float_error == 5e-8
 
 
