@@ -72,7 +72,7 @@ def close_at(curve: Curve, name: str | None = None) -> list[float]:
 
 
 def subtraction_error(reading: Reading) -> float | None:
-    """Return how far a subtraction of two evaluations is off: from a path or curve where there is one, or by estimate."""
+    """Return how far a subtraction of two evaluations is off: from a path or curve if there is one, or by estimate."""
     if reading.method in ("path", "values"):
         return None if reading.subtraction is None else abs(reading.subtraction - reading.change)
     return reading.float_error

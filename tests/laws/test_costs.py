@@ -93,7 +93,7 @@ def test_a_sweep_by_tangents_is_at_most_thirteen_for_any_number_of_learning_rate
 
 @pytest.mark.parametrize("count", [3, 60])
 def test_a_sweep_by_values_is_six_and_a_part_for_any_number_of_learning_rates(count: int) -> None:
-    cost, last = swept(3e-4, count, order=1)
+    cost, last = swept(3e-4, count, order=1, observables=None)
     assert (last.method, last.nodes) == ("values", 3)
     # the anchor with its tangents, three values, and four on a sixteenth of E
     assert cost <= 3 + 3 + 4 / 16 + SLACK
