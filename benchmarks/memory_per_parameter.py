@@ -2,7 +2,8 @@
 
 Each verb runs in a process of its own on a Qwen2 of few tokens, at two sizes, of which the largest leaf holds the same
 share as in a 7B model; the slope between them is what a parameter costs, and all that does not grow with the model
-drops out. What was expected, in bytes (w of the parameters' dtype, 4 or 2): a probe has the gradient (w), then either
+drops out. Activations of the few tokens do not, as they grow with the layers: with half the width, where a layer has
+a quarter of the parameters, a curve in bfloat16 read 10.6 for 9.3. What was expected, in bytes (w of the parameters' dtype, 4 or 2): a probe has the gradient (w), then either
 Δθ as a tangent (w, twice where the rounding row is told, as in bfloat16) or θ′ (w), and temporaries of one leaf; the
 backward pass over two microbatches holds two gradients. A curve has a node's θ beside the tangent: w more. An
 attribution holds ∇F besides (w), and then the gradient of one row in place of a tangent. A comparison takes one update
@@ -33,7 +34,7 @@ from funcprobe.analysis import compare
 from funcprobe.results.environment import describe_environment
 
 #: (layers, vocabulary): the embedding is 7 % of either model.
-SIZES = ((8, 2_800), (24, 8_400))
+SIZES = ((4, 2_600), (12, 7_800))
 DTYPES = ("float32", "bfloat16")
 
 #: Bytes a parameter above model and state, float32 and bfloat16, that were asked for.
@@ -54,11 +55,11 @@ def model(layers: int, vocabulary: int, dtype: torch.dtype) -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=1024,
+        hidden_size=512,
+        intermediate_size=2048,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=64,
         tie_word_embeddings=False,
     )
