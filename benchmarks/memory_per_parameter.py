@@ -3,11 +3,13 @@
 Each verb runs in a process of its own on a Qwen2 of few tokens, at two sizes, of which the largest leaf holds the same
 share as in a 7B model; the slope between them is what a parameter costs, and all that does not grow with the model
 drops out. Activations of the few tokens do not, as they grow with the layers: with half the width, where a layer has
-a quarter of the parameters, a curve in bfloat16 read 10.6 for 9.3. What was expected, in bytes (w of the parameters' dtype, 4 or 2): a probe has the gradient (w), then either
-Δθ as a tangent (w, twice where the rounding row is told, as in bfloat16) or θ′ (w), and temporaries of one leaf; the
-backward pass over two microbatches holds two gradients. A curve has a node's θ beside the tangent: w more. An
-attribution holds ∇F besides (w), and then the gradient of one row in place of a tangent. A comparison takes one update
-at a time, since tangents of gigabytes do not share a pass.
+a quarter of the parameters, a curve in bfloat16 read 10.6 for 9.3.
+
+What was expected, in bytes (w of the parameters' dtype, 4 or 2): a probe has the gradient (w), then either Δθ as a
+tangent (w, twice where the rounding row is told, as in bfloat16) or θ′ (w), and temporaries of one leaf; the backward
+pass over two microbatches holds two gradients. A curve has a node's θ beside the tangent: w more. An attribution holds
+∇F besides (w), and then the gradient of one row in place of a tangent. A comparison takes one update at a time, since
+tangents of gigabytes do not share a pass.
 
 After the table: what a full 7.6B model and a 32B LoRA take on one card, from these slopes and the configuration.
 """

@@ -26,13 +26,6 @@ KERNELS: dict[type[torch.optim.Optimizer], Kernel] = {
 }
 
 
-class Affine(NamedTuple):
-    """A step as an affine function of the gradient: `Δθ = offset + scale ⊙ g`, denominators at their actual values."""
-
-    offset: Params  #: float64: momentum and weight decay
-    scale: Params  #: float64
-
-
 class Entries(NamedTuple):
     """A flat piece of a leaf with all that belongs to it, at the values that the run keeps."""
 
@@ -147,25 +140,14 @@ class PureOptimizer:
         (found,) = pull({name: wide(c, name) for name, c in covector.items()})
         return {name: found[name] if name in found else wide(torch.zeros_like(p), name) for name, p in params.items()}
 
-    def affine(self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None) -> Affine:
-        """Return `(offset, scale)` with `Δθ = offset + scale ⊙ g`, float64 trees like the parameters.
-
-        AdamW: `scale = −η(1−β₁)/(bc₁·denom)`, `offset = −η(β₁m/(bc₁·denom) + λθ)`; Adam's coupled decay enters as
-        `scale ⊙ λθ`; SGD with momentum μ: `−η(1−damp) g` and `−ημ·buf`, Nesterov accordingly. Neither is ever taken
-        as a difference of steps.
-
-        Raises:
-            InputError: If names or shapes do not fit.
-        """
-        terms = self.terms(params, opt_state, gradient, lr)
-        return Affine(
-            {name: t.momentum + t.decay for name, t in terms.items()}, {name: t.scale for name, t in terms.items()}
-        )
-
     def terms(
         self, params: Params, opt_state: OptState, gradient: Gradients, lr: float | None = None
     ) -> dict[str, Terms]:
-        """Return for every leaf `(scale, momentum, decay)`, float64: the affine form with its offset in two parts.
+        """Return for every leaf `(scale, momentum, decay)` with `Δθ = scale ⊙ g + momentum + decay`, in float64.
+
+        AdamW: `scale = −η(1−β₁)/(bc₁·denom)`, `momentum = −ηβ₁m/(bc₁·denom)`, `decay = −ηλθ`; Adam's coupled decay is
+        `scale ⊙ λθ`; SGD with momentum μ: `−η(1−damp) g` and `−ημ·buf`, Nesterov accordingly. None is ever taken as a
+        difference of steps.
 
         Raises:
             InputError: If names or shapes do not fit.
