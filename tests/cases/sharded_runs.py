@@ -84,7 +84,8 @@ def _as_accelerate(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import save_fsdp_model, save_fsdp_optimizer
 
-    rank = PartialState(cpu=True).process_index
+    PartialState(cpu=True)  # which its loggers ask for; it knows of processes by torchrun's environment alone
+    rank = torch.distributed.get_rank()
     accelerator = types.SimpleNamespace(num_processes=2, process_index=rank, is_fsdp2=True)
     for kind, name in (("SHARDED_STATE_DICT", "accelerate"), ("FULL_STATE_DICT", "full")):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
