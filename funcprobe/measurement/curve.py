@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -79,7 +80,11 @@ class ScoreCurve:
         for name, o in observables.items():
             off = max(self.worst.get(name, 0.0) * near, TANGENT_UNITS * eps_of(first))
             errors[name] = off * evidence.magnitude(o) + evidence.noise(o) + one_rounding(evidence, o, EPS64)
-        subtractions = self.end.subtractions if self.end is not None and x == self.line.length else {}
+            if self.line.by_values and self.end is not None:  # rounding of nodes that two lines share shows in neither
+                errors[name] = math.hypot(errors[name], self.end.errors[name] * x / self.line.length)
+        # the end of a line through values is a subtraction itself, which nothing independent is held against
+        told = self.end is not None and x == self.line.length and not self.line.by_values
+        subtractions = self.end.subtractions if told and self.end is not None else {}
         method = "values" if self.line.by_values else "path"
         return Measured(evidence, method, self.nodes, errors, subtractions, None)
 

@@ -149,19 +149,20 @@ class Candidates:
             fine = self.few.by_values(more, length, line)
             if (worst := self._tells(line, fine)) is not None:
                 of_all = self.whole.by_values(nodes, length)
-                if not self._jumps(line, of_all):
-                    yield Candidate(of_all, {name: PART_KNOWS * off for name, off in worst.items()})
+                if (unseen := self._unseen(line, of_all)) is not None:
+                    yield Candidate(of_all, {name: PART_KNOWS * off + unseen[name] for name, off in worst.items()})
                 return
             line = fine
 
-    def _jumps(self, of_few: Line, of_all: Line) -> bool:
-        """Return whether leaving out a value changes more over all of E than a part of it has told."""
-        told = self._apart(self.few, _left_out(of_few), of_few)
+    def _unseen(self, of_few: Line, of_all: Line) -> dict[str, float] | None:
+        """Return the most that leaving out a value changes over all of E, beyond the part's; None if that is a jump."""
+        told, unseen = self._apart(self.few, _left_out(of_few), of_few), dict[str, float]()
         for name, found in self._apart(self.whole, _left_out(of_all), of_all).items():
-            expected = (PART_KNOWS * at.off for at in told[name])
-            if any(at.off > self._tolerance * at.size + off for at, off in zip(found, expected, strict=True)):
-                return True
-        return False
+            pairs = list(zip(found, told[name], strict=True))
+            if not all(at.off <= self._tolerance * at.size + PART_KNOWS * part.off for at, part in pairs):
+                return None
+            unseen[name] = max(0.0, *(at.off - part.off for at, part in pairs))
+        return unseen
 
     def _are_worth_trying(self, length: float) -> bool:
         """Return whether rounding of values at the end of a line may be within the tolerance of every ΔF."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, sequence_weights
@@ -128,7 +129,8 @@ def _ended(
         measured = curve.measured(line.length, first)
         names = told_otherwise(measurement, move, first, end, measured)
     unseen = move.size.rounding_ratio > tolerance
-    is_within = not names and (unseen or _is_within(measurement, measured, end, tolerance))
+    known = all(math.isfinite(error) for error in measured.errors.values())
+    is_within = known and not names and (unseen or _is_within(measurement, measured, end, tolerance))
     return curve, "ΔF of " + ", ".join(f"'{name}'" for name in names) if names else "", is_within
 
 
@@ -137,6 +139,6 @@ def _is_within(measurement: Measurement, measured: Measured, end: Measured, tole
     for name, o in measurement.observables.items():
         change = float(measured.evidence.change(o))
         allowed = tolerance * max(abs(change), SMALL * measured.evidence.magnitude(o))
-        if abs(change - end.subtractions[name]) > allowed + DISAGREE * end.errors[name]:
+        if not abs(change - end.subtractions[name]) <= allowed + DISAGREE * end.errors[name]:  # which no NaN is
             return False
     return True

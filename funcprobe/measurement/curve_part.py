@@ -75,4 +75,5 @@ def apart(held: Held, x: float, observable: Observable) -> Apart:
     # scores are sums of the anchor and a change, rounded to float64: of a tiny change that is all that differs
     rounding = 2 * one_rounding(evidence, observable, EPS64)
     change = abs(float(evidence.change(observable))) / size
-    return Apart(max(0.0, off * n / total - rounding) / size, max(change, SMALL))
+    beyond = off * n / total - rounding
+    return Apart((0.0 if beyond <= 0 else beyond) / size, max(change, SMALL))

@@ -23,7 +23,7 @@ from funcprobe.results.curve import lr_of
 from funcprobe.types import Gradients, Json, TokenScores
 
 #: What the first line of a journal says it is.
-TITLE = "funcprobe sweep, journal 5"
+TITLE = "funcprobe sweep, journal 6"
 
 #: How that line begins: a file that holds no more than a piece of it was cut off before there was anything to keep.
 START = json.dumps({"line": {"title": TITLE}}).removesuffix("}}").encode()

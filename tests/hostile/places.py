@@ -78,7 +78,7 @@ def _journal_fifo(room: Room) -> list[str]:
     return ["sweep", "config.yaml", "--lrs", "1e-6"]
 
 
-_HEAD = {"title": "funcprobe sweep, journal 5", "identity": "0" * 64, "gradient_norm": 1.0}
+_HEAD = {"title": "funcprobe sweep, journal 6", "identity": "0" * 64, "gradient_norm": 1.0}
 
 CASES = [
     Case("place: a folder of somebody else", "'thesis.tex', which funcprobe did not write", _made("thesis.tex")),
