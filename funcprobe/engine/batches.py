@@ -174,14 +174,22 @@ def fields(scores: TokenScores) -> Tensor:
 def finite(scores: TokenScores, rows: Tensor, what: str) -> TokenScores:
     """Return the scores of the given rows of the batch, if all of them are finite.
 
+    A statistic is a score: where it is infinite its change is NaN, times a cotangent of 0 as well.
+
     Raises:
         NumericsError: Naming the sequences, otherwise.
     """
-    healthy = torch.isfinite(scores.logp.detach() + scores.entropy.detach()).all(dim=1)
-    if not bool(healthy.all()):
-        bad = listed(sorted(rows.to(healthy.device)[~healthy].tolist()))
-        raise NumericsError(
-            f"The model returned log-probabilities that are not finite for sequence {bad} (in: {what}); check "
-            "the weights, or load the model in a wider dtype."
+    asked = {
+        "The model returned log-probabilities": (
+            scores.logp + scores.entropy,
+            "check the weights, or load the model in a wider dtype",
         )
+    }
+    for name, x in scores.extra.items():
+        asked[f"The statistic '{name}' has values"] = (x, "return a number for every token, 0 where there is none")
+    for found, (x, then) in asked.items():
+        healthy = torch.isfinite(x.detach()).all(dim=1)
+        if not bool(healthy.all()):
+            bad = listed(sorted(rows.to(healthy.device)[~healthy].tolist()))
+            raise NumericsError(f"{found} that are not finite for sequence {bad} (in: {what}); {then}.")
     return scores

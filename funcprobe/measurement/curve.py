@@ -1,4 +1,4 @@
-"""The scores of E at every learning rate up to a largest one, from tangents at a few: no model is run for a point."""
+"""The scores of E at every learning rate up to a largest one, from slopes at a few: no model is run for a point."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ScoreCurve:
     family: LearningRates
     line: Line  #: x is the learning rate in units of the family's reference
     worst: Mapping[str, float] = field(default_factory=dict)  #: its largest error, relative to Σ|terms|; {} for a guess
-    end: Measured | None = None  #: ΔF at `reach` by two evaluations; None before they were made
+    end: Measured | None = None  #: ΔF at `reach` by two evaluations, and its float error; None for a guess
 
     @classmethod
     def straight(cls, family: LearningRates) -> ScoreCurve:
@@ -47,7 +47,7 @@ class ScoreCurve:
 
     @property
     def nodes(self) -> int:
-        """How many forward-mode passes over E it took beside the one at θ."""
+        """How many slopes over E it took beside the one at θ: a pass each, in forward mode where they are tangents."""
         return len(self.line.nodes) - 1
 
     def outcome(self, lr: float, *, stored: bool = False, bars: bool = True) -> Outcome | None:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from funcprobe import engine
 from funcprobe.engine.passes import Passes
-from funcprobe.measurement.change import LOW_PRECISION_UNITS, eps_of
+from funcprobe.measurement.change import eps_of
 from funcprobe.measurement.curve import SMALL, TANGENT_UNITS
 from funcprobe.measurement.curve_part import Apart, Held, apart, part_of
 from funcprobe.measurement.evidence import Evidence
@@ -126,7 +126,8 @@ class Candidates:
             # where all of E is asked, a node that is left out stands for a pass over it
             held = _left_out(fine) if coarse is None else coarse
             if (worst := self._within(held, fine, self._allowed)) is not None:
-                yield Candidate(fine if self._is_whole else self.whole.by_tangents(n - 1, length), worst)
+                line = fine if self._is_whole else self.whole.by_tangents(n - 1, length)
+                yield Candidate(line, self._of_whole(worst))
             coarse = fine
 
     def _by_values_of_all(self, length: float) -> Iterator[Candidate]:
@@ -150,9 +151,13 @@ class Candidates:
             if (worst := self._tells(line, fine)) is not None:
                 of_all = self.whole.by_values(nodes, length)
                 if (unseen := self._unseen(line, of_all)) is not None:
-                    yield Candidate(of_all, {name: PART_KNOWS * off + unseen[name] for name, off in worst.items()})
+                    yield Candidate(of_all, {n: off + unseen[n] for n, off in self._of_whole(worst).items()})
                 return
             line = fine
+
+    def _of_whole(self, worst: dict[str, float]) -> dict[str, float]:
+        """Return the largest errors that all of E may have where a part of it shows these."""
+        return worst if self._is_whole else {name: PART_KNOWS * off for name, off in worst.items()}
 
     def _unseen(self, of_few: Line, of_all: Line) -> dict[str, float] | None:
         """Return the most that leaving out a value changes over all of E, beyond the part's; None if that is a jump."""
@@ -175,7 +180,7 @@ class Candidates:
             allowed = self._tolerance * max(abs(float(end.change(o))), SMALL * end.magnitude(o))
             c = engine.cotangents(end.of(o), end.after)
             rounding = engine.fields(engine.each(lambda c, s: c * eps * (1 + s.abs()), c, end.anchor)).norm()
-            if float(rounding) > WORTH_TRYING * allowed:
+            if not float(rounding) <= WORTH_TRYING * allowed:
                 return False
         return True
 
@@ -211,7 +216,7 @@ class Candidates:
     def _within(self, coarse: Line, fine: Line, tolerance: float) -> dict[str, float] | None:
         """Return by how much two lines differ at most, relative to Σ|terms|; None where it is beyond a tolerance."""
         eps = eps_of(self.family.first)
-        floor = (LOW_PRECISION_UNITS if eps > tolerance else TANGENT_UNITS) * eps
+        floor = TANGENT_UNITS * eps
         worst = {}
         for name, found in self._apart(self.few, coarse, fine).items():
             if not all(at.off <= max(tolerance * at.size, floor) for at in found):

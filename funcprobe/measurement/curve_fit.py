@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, sequence_weights
 from funcprobe.measurement.change import Measured, difference_of, eps_of, is_walkable, told_otherwise
@@ -18,6 +19,9 @@ from funcprobe.types import TokenScores
 
 #: By what factor a curve is made shorter where none is good enough, and how often.
 SHORTER, ATTEMPTS = 4.0, 6
+
+#: A jump is what another curve misses as well: by the same sign, where that is more than so many times what it was.
+STAYS = 0.5
 
 #: Effective sample that first order must leave, as a fraction: beyond it θ′ is another policy, and is scored.
 LEAST_SAMPLE = 0.2
@@ -48,25 +52,26 @@ def fitted(
     if not _is_possible(family, lr_max):
         return None
     tolerance = family.measurement.options.curve_tolerance
-    candidates, jumps = Candidates.of(family, keep or computed, bends), 0
+    candidates, missed = Candidates.of(family, keep or computed, bends), dict[str, float]()
     longest = _sampled_length(family, lr_max / family.reference_lr)
     for length in (longest / SHORTER**k for k in range(ATTEMPTS)):
         if length < longest and length * family.reference_lr <= low:
             break
         for line, worst in candidates.up_to(length):
-            curve, jumped, is_within = _ended(family, line, worst, tolerance)
+            curve, misses, is_within = _ended(family, line, worst, tolerance)
             if is_within:
                 return curve
-            if jumped and jumps:  # a node more does not mend it
-                family.measurement.messages.note("no curve", JUMPED.format(names=jumped, lr=curve.reach))
+            if jumps := [name for name, by in missed.items() if by * misses.get(name, 0.0) > STAYS * by**2]:
+                names = "ΔF of " + ", ".join(f"'{name}'" for name in jumps)
+                family.measurement.messages.note("no curve", JUMPED.format(names=names, lr=curve.reach))
                 return None
-            jumps += bool(jumped)
+            missed = misses or missed
     family.measurement.messages.note("no curve", NO_CURVE)
     return None
 
 
 NO_CURVE = (
-    "learning rates were scored one by one, because no curve of a few tangents follows the scores, however short it is"
+    "learning rates were scored one by one, because no curve of a few nodes follows the scores, however short it is"
 )
 WITH_JUMPS = (
     "learning rates were scored one by one, because tokens go to experts: F jumps where one goes elsewhere, and a "
@@ -114,12 +119,12 @@ def _sampled_length(family: LearningRates, length: float) -> float:
 
 def _ended(
     family: LearningRates, line: Line, worst: Mapping[str, float], tolerance: float
-) -> tuple[ScoreCurve, str, bool]:
+) -> tuple[ScoreCurve, dict[str, float], bool]:
     """Return the curve with two evaluations at its end, where its error is the largest, and how it compares with them.
 
-    Where they tell ΔF of some observables otherwise, which come as words, either F jumps on the way, or a part of E has
-    told too small an error of the curve. And whether the curve is as good as they tell: they tell nothing where storing
-    θ′ has moved it further than the tolerance.
+    Where they tell ΔF of some observables otherwise, which come with what the curve misses, either F jumps on the way,
+    or a part of E has told too small an error of the curve. And whether the curve is as good as they tell: they tell
+    nothing where storing θ′ has moved it further than the tolerance.
     """
     measurement, lr = family.measurement._replace(messages=Messages(quiet=True)), line.length * family.reference_lr
     with naming(lr):
@@ -128,10 +133,15 @@ def _ended(
         curve = ScoreCurve(family, line, worst, end)
         measured = curve.measured(line.length, first)
         names = told_otherwise(measurement, move, first, end, measured)
+    apart = {n: end.subtractions[n] - float(measured.evidence.change(o)) for n, o in measurement.observables.items()}
+    if not line.by_values:  # what all of E shows there, beyond what a part of it has told
+        sizes = {n: measured.evidence.magnitude(o) or 1.0 for n, o in measurement.observables.items()}
+        shown = {n: max(0.0, abs(by) - end.errors[n]) / sizes[n] for n, by in apart.items()}
+        curve = replace(curve, worst={n: max(off, shown[n]) for n, off in worst.items()})
     unseen = move.size.rounding_ratio > tolerance
     known = all(math.isfinite(error) for error in measured.errors.values())
     is_within = known and not names and (unseen or _is_within(measurement, measured, end, tolerance))
-    return curve, "ΔF of " + ", ".join(f"'{name}'" for name in names) if names else "", is_within
+    return curve, {name: apart[name] for name in names}, is_within
 
 
 def _is_within(measurement: Measurement, measured: Measured, end: Measured, tolerance: float) -> bool:

@@ -43,7 +43,7 @@ class Options:
             is 1e-5 for a path and 1e-4 for a curve.
         order: 2 adds `δF₂ = ½ D²F[Δθ, Δθ]` and the crossover learning rate. "auto" is 2 in a sweep, where forward mode
             can be used, and 1 elsewhere. Where a curve over learning rates is taken, the second order is its bend at
-            θ; elsewhere nested forward mode.
+            θ, good to a hundredth or two of itself; elsewhere nested forward mode.
         exact: Whether the second order of a curve is by nested forward mode too, at the cost of two or three passes.
         bars: Error bars over prompts: "jackknife", "infinitesimal", "bootstrap", None, or "auto": the exact jackknife
             where it is cheap, and no bars where there is one prompt only.

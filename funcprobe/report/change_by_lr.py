@@ -31,12 +31,13 @@ _NEAR = 30.0
 def plot_sweep(sweep: Curve, name: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw |ΔF| against the learning rate, both on log scales, with first- and second-order predictions.
 
-    Triangles are measured, upward where ΔF > 0, dark where by path and light where by difference, with their intervals
-    over prompts (dashed where known to be optimistic, down to the lower edge where they hold 0). Rings are the
-    subtraction of two evaluations where a path was used instead; crossed is what float error holds more than a tenth
-    of. Squares are θ′ as stored in a narrower dtype, where that is another step than θ + Δθ. δF₁ goes with η and δF₂
-    with η². Upright lines stand where first order ends to be within 5 %, and where |δF₂| = |δF₁|. The title gives the
-    slope of the line through log |ΔF| and its R², over the learning rates of `law_of`.
+    Triangles are measured, upward where ΔF > 0, dark where by a path or a curve through values and light where by
+    difference, with their intervals over prompts (dashed where known to be optimistic, down to the lower edge where
+    they hold 0). Rings are the subtraction of two evaluations where a path was used instead; crossed is what float
+    error holds more than a tenth of. Squares are θ′ as stored in a narrower dtype, where that is another step than
+    θ + Δθ. δF₁ goes with η and δF₂ with η². Upright lines stand where first order ends to be within 5 %, and where
+    |δF₂| = |δF₁|. The title gives the slope of the line through log |ΔF| and its R², over the learning rates of
+    `law_of`.
 
     Raises:
         InputError: If there is no such observable.

@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """Derivatives along a curve and finished points, as lines of JSON; the first line names their measurement.
+    """Slopes along a curve and finished points, as lines of JSON; the first line names their measurement.
 
     Every line carries its own SHA-256: {"line": {...}, "sha256": "..."}. As long as the object lives, no other process
     can open the same journal. Of several processes of one run the first keeps it, for all of them. Without a path,
@@ -194,12 +194,18 @@ def _read(
     lines = whole.splitlines()
     try:
         head = _checked(lines[0])
-        known, norm = (head["title"], head["identity"]), float(head["gradient_norm"])
+        title, known, norm = str(head["title"]), head["identity"], float(head["gradient_norm"])
     except (ValueError, RecursionError, LookupError, TypeError) as error:
         raise InputError(
             f"{path} is not the journal of a sweep; give the name of a new file.", kind=OTHER_JOURNAL
         ) from error
-    if known != (TITLE, identity):
+    if title != TITLE:
+        raise InputError(
+            f"{path} was written by another version of funcprobe: it is titled '{title[:40]}', and this one writes "
+            f"'{TITLE}'. Give another file, or delete it to begin anew.",
+            kind=OTHER_JOURNAL,
+        )
+    if known != identity:
         raise InputError(
             f"{path} belongs to another sweep: parameters, rollouts, observables, objective, optimizer, its state or "
             "options differ. Give another file, or delete it to begin anew.",

@@ -195,7 +195,9 @@ def _caveats(outcome: Outcome) -> list[tuple[str, str]]:
 
 
 def _by(reading: Reading) -> str:
-    return f"  (by a path of {reading.nodes} node{'s' * (reading.nodes > 1)})" if reading.method == "path" else ""
+    ways = {"path": "a path of {} node{}", "values": "a curve through {} value{}"}
+    way = ways.get(reading.method, "").format(reading.nodes, "s" * (reading.nodes > 1))
+    return f"  (by {way})" if way else ""
 
 
 def _lost(reading: Reading) -> str:

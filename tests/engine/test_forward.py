@@ -38,6 +38,21 @@ def _context(rollouts: Rollouts, row: int) -> list[int]:
     return rollouts.ids[row, int(rollouts.prompt_lengths[row]) - 1 : length - 1].tolist()
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+def test_a_statistic_that_is_not_finite_is_named(value: float) -> None:
+    """Masked by the observable it would still be NaN times a cotangent of 0, in every estimate of an error."""
+    policy, params = fp.from_module(models.two_lines())
+    banned = {"gap": lambda log_probs, token: torch.where(token == 1, value, log_probs.amax(-1))}
+    rollouts = models.rollouts(6)
+    rows = ((rollouts.ids == 1) & rollouts.attention_mask)[:, 1:].any(1).nonzero().flatten().tolist()
+    with pytest.raises(
+        NumericsError, match=rf"statistic 'gap' has values that are not finite for sequence .*{rows[-1]}"
+    ):
+        engine.scores(policy, params, rollouts, stats=banned)
+    with pytest.raises(NumericsError, match="return a number for every token, 0 where there is none"):
+        engine.directional(policy, params, params, rollouts, stats=banned)
+
+
 def test_a_model_without_forward_derivative_says_so() -> None:
     class Stubborn(torch.autograd.Function):
         @staticmethod

@@ -18,7 +18,8 @@ from funcprobe.measurement import curve_candidates, curve_part
 from funcprobe.measurement.curve_part import Held, apart, part_of
 from funcprobe.measurement.line import Line
 from funcprobe.results.any_lr import CurveResult
-from funcprobe.types import TokenScores
+from funcprobe.training.step import Step
+from funcprobe.types import Rollouts, TokenScores
 from tests.cases import models
 from tests.cases.probes import Case, Offset, prompted
 from tests.cases.tables import observables
@@ -95,6 +96,38 @@ def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkey
     # the anchor's, one node with its end, two nodes with theirs; and what tells rounding of θ′ from a jump
     assert rows.count(64) in (1 + 2 + 3, 1 + 2 + 3 + 1)
     assert not any("jumps" in note for note in result.notes)
+
+
+def test_a_part_that_is_too_sure_twice_is_no_jump() -> None:
+    """What a jump leaves a node more leaves too; what a node more takes away was the curve's own error."""
+    bent, large, lr = Case(models.gpt2(torch.float64, seed=24)), prompted(40, 2, seed=124), 1e-3
+    options: dict[str, Any] = {"observables": THREE, "evaluation": large, "bars": None, "order": 1, "method": "path"}
+    result = bent.curve(lr, **options)
+    assert (result.nodes, result.reach) == (4, pytest.approx(lr))
+    exact = bent.probe(lr, **options, tolerance=1e-6)
+    for name, reading in result.at(lr).readings.items():
+        assert abs(reading.change - exact.readings[name].change) <= 1.5 * reading.float_error
+
+
+@pytest.mark.parametrize("method", ["auto", "path"])
+def test_the_error_of_a_curve_in_float32_is_what_it_says(method: str) -> None:
+    """Rounding of nodes that two lines share shows in no line; a part of E, or its end, tells it.
+
+    The estimate is no bound. Of 549 readings through values .4 % were beyond it, at most by 1.3 times, and of 315 by
+    tangents 2.9 % and 1.3 times; without what this law is about it was 12 and 7 %, and 4 times. Six policies are asked.
+    """
+    ratios = []
+    for seed in range(3, 9):
+        narrow, rows = Case(models.gpt2(torch.float32, seed=seed)), (5, 40)[seed % 2]
+        options: dict[str, Any] = {"evaluation": prompted(rows, 2, seed=100 + seed), "bars": None, "order": 1}
+        options["observables"] = THREE
+        result = narrow.curve(1e-3, method=method, **options)
+        for lr in (result.reach, 0.1 * result.reach):
+            exact = narrow.probe(lr, method="path", tolerance=1e-5, **options).readings
+            for name, reading in result.at(lr).readings.items():
+                off = abs(reading.change - exact[name].change)
+                ratios.append(off / (reading.float_error + exact[name].float_error))
+    assert max(ratios) < 2
 
 
 @pytest.mark.parametrize("each", [1, 2, 3, 5])
@@ -223,9 +256,26 @@ def test_bad_input(lr_max: float, options: dict[str, Any], message: str) -> None
 def test_a_jump_of_rows_that_a_part_does_not_have_shows_where_a_value_is_left_out(
     at: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A feature moves at once where a weight has gone some of its way, in one prompt that no chosen row has."""
     monkeypatch.setattr(curve_part, "FEWEST", 4)
-    large, c, top = prompted(16, 4, seed=5), case(), TOP / 20
+    top = TOP / 20
+
+    def swept(jump: float) -> fp.SweepResult:
+        step, large = jumping(jump, at, top)
+        lrs = [1e-6, top / 3, top]
+        return case().sweep(lrs, step=step, evaluation=large, observables=THREE, bars=None, order=1)
+
+    smooth, jumped = swept(0.0), swept(1e-2)
+    assert {reading.method for reading in smooth.readings()} == {"values"}
+    assert {reading.method for reading in jumped.readings()} == {"difference"}
+    assert any("scored one by one" in note for note in jumped.notes)
+
+
+def jumping(jump: float, at: float, top: float) -> tuple[Step, Rollouts]:
+    """Return a step whose features move at once where a weight has gone some of its way, and rollouts E.
+
+    They do so in one prompt, of which no row is chosen for the part of E.
+    """
+    large, c = prompted(16, 4, seed=5), case()
     chosen = set(part_of(large)[1].group_ids.tolist())
     (group, *_) = [g for g in large.group_ids.tolist() if g not in chosen]
     mine = large.ids[large.group_ids == group][0, :3]
@@ -236,23 +286,27 @@ def test_a_jump_of_rows_that_a_part_does_not_have_shows_where_a_value_is_left_ou
         found = c.policy.features(params, ids, mask)
         beyond = (params[name].sum() - threshold) * moved.sum() > 0
         jumps = (ids[:, : len(mine)] == mine[: ids.shape[1]]).all(1) & beyond
-        return found + JUMP * jumps[:, None, None]
+        return found + jump * jumps[:, None, None]
 
-    def swept(jump: float) -> fp.SweepResult:
-        monkeypatch.setitem(globals(), "JUMP", jump)
-        policy = dataclasses.replace(c.policy, features=features)
-        step = dataclasses.replace(c.step, policy=policy)
-        lrs = [1e-6, top / 3, top]
-        return c.sweep(lrs, step=step, evaluation=large, observables=THREE, bars=None, order=1)
-
-    smooth, jumping = swept(0.0), swept(1e-2)
-    assert {reading.method for reading in smooth.readings()} == {"values"}
-    assert {reading.method for reading in jumping.readings()} == {"difference"}
-    assert any("scored one by one" in note for note in jumping.notes)
+    return dataclasses.replace(c.step, policy=dataclasses.replace(c.policy, features=features)), large
 
 
-#: How far the features of the test above move at once.
-JUMP = 0.0
+@pytest.mark.parametrize("jump", [1e-5, 1e-4])
+def test_a_jump_that_is_too_small_to_be_refused_is_in_the_error(jump: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value left out over all of E changes more than the part tells: by what it does, every reading is less sure.
+
+    It is an estimate: the polynomial that leaves a node out misses part of a step of the scores. At most 5 times too
+    small was seen, and 95 times without it.
+    """
+    monkeypatch.setattr(curve_part, "FEWEST", 4)
+    top = TOP / 20
+    step, large = jumping(jump, 0.72, top)
+    options: dict[str, Any] = {"step": step, "evaluation": large, "observables": THREE, "bars": None, "order": 1}
+    lrs = [0.1 * top, 0.75 * top, top]
+    told, true = case().sweep(lrs, **options), case().sweep(lrs, method="difference", **options)
+    for name in THREE:
+        for reading, other in zip(told.readings(name), true.readings(name), strict=True):
+            assert abs(reading.change - other.change) <= 10 * (reading.float_error + other.float_error)
 
 
 def test_values_that_rounding_spoils_are_no_nodes() -> None:

@@ -39,7 +39,7 @@ def named(values: st.SearchStrategy[Any], least: int = 0) -> st.SearchStrategy[d
 READINGS = st.builds(
     Reading,
     *(TEXTS, TEXTS, FLOATS, FLOATS, FLOATS, MAYBE),
-    method=st.sampled_from(["path", "difference"]),
+    method=st.sampled_from(["path", "values", "difference"]),
     nodes=st.integers(0, 9),
     **dict.fromkeys(("float_error", "subtraction", "exact", "stored"), MAYBE),
     bars=named(BARS),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -188,6 +189,16 @@ def test_the_journal_of_another_sweep_is_refused(what: str, tmp_path: Path) -> N
         case().sweep(LRS, journal=path, **options)
     assert seen == []  # before the gradient is paid for
     assert path.read_bytes() == finished()[0]
+
+
+def test_the_journal_of_another_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    line = {"title": "funcprobe sweep, journal 5", "identity": "0" * 64, "gradient_norm": 1.0}
+    digest = hashlib.sha256(json.dumps(line).encode()).hexdigest()
+    path.write_text(before := json.dumps({"line": line, "sha256": digest}) + "\n")
+    with pytest.raises(InputError, match=r"journal was written by another version .* 'funcprobe sweep, journal 5'"):
+        case().sweep(LRS, journal=path, **QUICK)
+    assert path.read_text() == before
 
 
 @pytest.mark.parametrize(
