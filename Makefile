@@ -11,7 +11,7 @@ NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py c
 ROUNDED := $(addprefix tests/,analysis/test_attribute_edges.py benchmarks/test_stateful.py cli/test_demo.py compat \
 	laws/test_updates.py measurement/test_second_order.py policy training/test_step.py)
 
-.PHONY: help demo test coverage families kernels threads browser trackers soak check format bench notebooks docs links packages clean
+.PHONY: help demo test coverage families kernels threads browser triton trackers soak check format bench notebooks docs links packages clean
 
 help:            ## what there is
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -43,6 +43,10 @@ families: $(STAMP) ## many architectures and adapters, asked the same (docs/fami
 
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser
+
+triton: $(STAMP) ## the kernels of a GPU, by Triton's interpreter on the processor; Triton is installed aside, in .triton
+	test -d .triton || $(BIN)/python -m pip install -q -c constraints.txt --no-deps --target .triton triton
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/engine
 
 trackers: $(STAMP) ## a ledger in four real trackers, in an environment of their own
 	test -x .venv-trackers/bin/python || $(PYTHON) -m venv .venv-trackers
@@ -77,4 +81,4 @@ packages: $(STAMP) ## wheel and sdist in fresh environments: core, each extra, o
 	$(BIN)/python .ci/packages.py
 
 clean:           ## remove the environment and the caches
-	rm -rf .venv .venv-trackers .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage docs/_build docs/_generated
+	rm -rf .venv .venv-trackers .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage docs/_build docs/_generated

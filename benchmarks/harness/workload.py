@@ -74,9 +74,9 @@ class Workload(NamedTuple):
     device: torch.device
 
 
-def build(size: Size, device: str) -> Workload:
+def build(size: Size, device: str, dtype: torch.dtype = torch.float32) -> Workload:
     """Return the workload of that size on that device: the same numbers every time."""
-    module = _qwen2(size).to(device)
+    module = _qwen2(size).to(device, dtype)
     policy, params = fp.from_module(module)
     objective = fp.dr_grpo()
     rollouts = to_device(objective.prepare(_random_rollouts(size, seed=1)), device)

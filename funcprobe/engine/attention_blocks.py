@@ -1,4 +1,4 @@
-"""The blocks of an attention matrix in which something is seen, and the heads that are made at once."""
+"""Attention as it is asked for, the blocks of its matrix in which something is seen, and the heads made at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,31 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Point(NamedTuple):
+    """Attention where its tangent is taken, of heads `[B, H, T, D]`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None  #: [B | 1, H | 1, T | 1, S | 1]
+    causal: bool
+    scale: float
+
+
+class Moves(NamedTuple):
+    """The tangents of K directions, `[K, ...]` each, None where nothing moves."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    mask: Tensor | None
+
+    @property
+    def many(self) -> int:
+        """The number of directions, K."""
+        return next(x.shape[0] for x in self if x is not None)
 
 
 class Block(NamedTuple):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from funcprobe import engine
-from funcprobe.engine import attention, kernels
+from funcprobe.engine import attention, attention_by_blocks, kernels
 from tests.cases.engines import setting
 
 MASKS = ("none", "causal", "boolean", "window", "additive", "infinite", "one row", "one column", "lowest")
@@ -88,7 +88,7 @@ def pushed(attend: Callable[..., Tensor], at: Problem, moves: tuple[int, ...], *
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even small problems into several blocks and chunks of heads."""
-    monkeypatch.setitem(attention.BLOCKS, "cpu", (3, 4, 40))
+    monkeypatch.setitem(attention_by_blocks.BLOCKS, "cpu", (3, 4, 40))
 
 
 PROBLEMS = st.builds(
