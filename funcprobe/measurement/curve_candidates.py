@@ -120,12 +120,11 @@ class Candidates:
         """Yield candidates of a length, the cheapest first: by values, by one tangent, by more."""
         if self._are_worth_trying(length):
             yield from self._by_values_of_all(length) if self._is_whole else self._by_values(length)
-        coarse = None if self._is_whole else self.few.by_tangents(1, length)
+        coarse = None
         for n in range(2, MOST_NODES + 2):
             fine = self.few.by_tangents(n, length)
-            # where all of E is asked, a node that is left out stands for a pass over it
-            held = _left_out(fine) if coarse is None else coarse
-            if (worst := self._within(held, fine, self._allowed)) is not None:
+            # of the first one, a node that is left out stands for the passes of a line with a node less
+            if (worst := self._within(coarse or _left_out(fine), fine, self._allowed)) is not None:
                 line = fine if self._is_whole else self.whole.by_tangents(n - 1, length)
                 yield Candidate(line, self._of_whole(worst))
             coarse = fine

@@ -78,14 +78,14 @@ def test_on_a_part_of_a_large_sample_the_nodes_are_chosen(method: str, monkeypat
     else:
         assert {reading.method for reading in result.readings()} == {"path"}
         assert rows.count(64) == 1 + result.nodes + 1
-        assert rows.count(4) == sum(range(1, result.nodes + 2))
+        assert rows.count(4) == sum(range(2, result.nodes + 2))
     for lr in (1e-6, TOP / 60, TOP / 20):
         expected = c.probe(lr, evaluation=large, observables=THREE, method="path", tolerance=1e-7)
         for name, reading in result.at(lr).readings.items():
             assert reading.change == pytest.approx(expected.readings[name].change, rel=2e-4)
 
 
-@pytest.mark.parametrize(("seed", "lr"), [(5, TOP / 5), (6, TOP / 7)])
+@pytest.mark.parametrize(("seed", "lr"), [(1, TOP / 8), (4, TOP / 8)])
 def test_all_of_e_decides_where_a_part_was_too_sure(seed: int, lr: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four rows find one node good; the end of that curve, on all rows, does not: it is no jump, and takes another."""
     monkeypatch.setattr(curve_part, "FEWEST", 4)
