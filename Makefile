@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 SPHINX := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/doctrees
+TRITON := 3.7.1
 PYTEST := $(BIN)/python -m pytest -q -n auto --dist worksteal
 # what depends on a processor's arithmetic, and a smaller part in which most of that is float32
 NUMERIC := $(addprefix tests/,analysis attribution benchmarks/test_stateful.py cli/test_demo.py compat engine estimators laws \
@@ -44,9 +45,12 @@ families: $(STAMP) ## many architectures and adapters, asked the same (docs/fami
 browser: $(STAMP) ## the token heat map in a real browser; needs chromium, chromium-driver and poppler-utils
 	$(BIN)/python -m pytest -q -m browser
 
-triton: $(STAMP) ## the kernels of a GPU, by Triton's interpreter on the processor; Triton is installed aside, in .triton
-	test -d .triton || $(BIN)/python -m pip install -q -c constraints.txt --no-deps --target .triton triton
-	PYTHONPATH=.triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m triton tests/engine
+.triton/triton-$(TRITON).dist-info: $(STAMP)
+	rm -rf .triton
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .triton triton==$(TRITON)
+
+triton: .triton/triton-$(TRITON).dist-info ## the kernels of a GPU by Triton's interpreter; Triton is put aside, in .triton
+	PYTHONPATH=.triton TRITON_INTERPRET=1 $(PYTEST) -m triton tests/engine
 
 trackers: $(STAMP) ## a ledger in four real trackers, in an environment of their own
 	test -x .venv-trackers/bin/python || $(PYTHON) -m venv .venv-trackers

@@ -84,11 +84,17 @@ def _kernels(at: Point, moving: Moving) -> ModuleType | None:
 def _tried(
     device: torch.device, widths: tuple[int, int], causal: bool, mask: torch.dtype | None, moving: Moving
 ) -> ModuleType | None:
-    """Return the kernels where they compile and agree with the blocks on a small problem: seen once in a process."""
+    """Return the kernels where they compile and agree with the blocks on a small problem: seen once in a process.
+
+    Raises:
+        torch.OutOfMemoryError: As it came; the next call tries again.
+    """
     try:
         kernels = importlib.import_module("funcprobe.engine.attention_triton")
         off = distance(kernels, small(device, widths, causal, mask), moving)
         reason = f"it is {off:.1e} from the blocks, and at most {ROUNDED:.1e} is rounding" if not off <= ROUNDED else ""
+    except torch.OutOfMemoryError:  # says nothing of a kernel
+        raise
     except Exception as error:  # whatever a compiler or a card says: the blocks are right
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if not reason:
@@ -109,13 +115,18 @@ def small(
     mask: torch.dtype | None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Point:
-    """Return a small problem of grouped heads, whose lengths no block divides; with a mask a query sees nothing."""
+    """Return a small problem of grouped heads, whose lengths no block divides.
+
+    Of its mask some blocks show everything, some nothing, and one query sees nothing at all.
+    """
     g = torch.Generator(device).manual_seed(0)
-    queries, keys = 150, 150 if causal else 170
+    queries, keys = 300, 300 if causal else 330
     shapes = ((2, 4, queries, widths[0]), (2, 2, keys, widths[0]), (2, 2, keys, widths[1]))
     query, key, value = (torch.randn(shape, generator=g, device=device).to(dtype) for shape in shapes)
     seen = torch.rand(2, 1, queries, keys, generator=g, device=device) > 0.4
     seen[1, :, 3] = False
+    seen[0, ..., 64:192] = True  # whole blocks, behind some in which nothing is seen
+    seen[0, :, :256, :64] = False
     hidden = None if mask is None else seen if mask == torch.bool else additive(seen, mask)
     return Point(query, key, value, hidden, causal, widths[0] ** -0.5)
 

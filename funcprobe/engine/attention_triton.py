@@ -151,7 +151,8 @@ def _blocks_of(mask: Tensor, queries: int, keys: int, shape: Shape) -> tuple[Ten
         least, most = by_block.all(5).all(3), by_block.any(5).any(3)
     else:
         lowest, highest = by_block.amin((3, 5)), by_block.amax((3, 5))
-        least, most = (lowest == 0) & (highest == 0), highest > torch.finfo(mask.dtype).min / 2
+        least = (lowest == 0) & (highest == 0)
+        most = ~(highest <= torch.finfo(mask.dtype).min / 2)  # NaN is seen, and shows in the value
     number = torch.arange(1, most.shape[-1] + 1, device=mask.device, dtype=torch.int32)
     last, first = (most * number).amax(-1), most.shape[-1] - (most * number.flip(0)).amax(-1)
     ends = torch.stack([torch.where(last > 0, first, 0), last], -1).to(torch.int32)
@@ -179,7 +180,7 @@ def _hidden(s, at_row, at_column, keys, mask, by_row, state, causal: tl.constexp
             inside = inside & (at_column[None, :] <= at_row[:, None])
         s = tl.where(inside, s, float("-inf"))
     elif state < 2:
-        part = tl.load(mask + at_row[:, None] * by_row + at_column[None, :])
+        part = tl.load(mask + at_row[:, None].to(tl.int64) * by_row + at_column[None, :])
         if kind == 1:
             s = tl.where(part != 0, s, float("-inf"))
         else:
@@ -216,7 +217,7 @@ def _value(
     blocks = tl.cdiv(queries, rows)
     block = blocks - 1 - tl.program_id(0) % blocks  # the longest of a causal mask first
     which = tl.program_id(0) // blocks
-    h, b = which % heads, (which // heads).to(tl.int64)
+    h, b = (which % heads).to(tl.int64), (which // heads).to(tl.int64)
     at_row = block * rows + tl.arange(0, rows)
     query = _tile(q + b * q_b + h * q_h, at_row, queries, q_t, width, features)
     k += b * k_b + (h // groups) * k_h
@@ -267,7 +268,8 @@ def _tangent(
     blocks = tl.cdiv(queries, rows)
     block = blocks - 1 - tl.program_id(0) % blocks
     which = tl.program_id(0) // blocks
-    h, b, n = which % heads, (which // heads % batch).to(tl.int64), (which // heads // batch).to(tl.int64)
+    h, b = (which % heads).to(tl.int64), (which // heads % batch).to(tl.int64)
+    n = (which // heads // batch).to(tl.int64)
     at_row = block * rows + tl.arange(0, rows)
     query = _tile(q + b * q_b + h * q_h, at_row, queries, q_t, width, features)
     if moves_query:

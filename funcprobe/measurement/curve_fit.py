@@ -20,8 +20,8 @@ from funcprobe.types import TokenScores
 #: By what factor a curve is made shorter where none is good enough, and how often.
 SHORTER, ATTEMPTS = 4.0, 6
 
-#: A jump is what another curve misses as well: by the same sign, where that is more than so many times what it was.
-STAYS = 0.5
+#: What a node more leaves of a miss, if it leaves it: within this factor either way. So does a jump.
+STAYS = 2.0
 
 #: Effective sample that first order must leave, as a fraction: beyond it θ′ is another policy, and is scored.
 LEAST_SAMPLE = 0.2
@@ -44,7 +44,8 @@ def fitted(
     It is fitted on a part of E, with a node more each time until that changes nothing beyond the tolerance, and then
     taken on all of it. Its nodes are values where these tell ΔF, and tangents elsewhere; a curve of tangents is held
     against two evaluations at its end, where a jump of F shows. Where no curve of few nodes is as good, a shorter one
-    is fitted. Where it `bends`, δF₂ is read off it, which rounding of values has to leave alone as well.
+    is fitted, which ends before the jump if there is one. Where it `bends`, δF₂ is read off it, which rounding of
+    values has to leave alone as well.
 
     There is none where forward mode cannot be used, the arithmetic is too coarse, tokens go to experts, steps are not
     proportional to the learning rate, or F jumps: the measurement's messages say so.
@@ -52,19 +53,23 @@ def fitted(
     if not _is_possible(family, lr_max):
         return None
     tolerance = family.measurement.options.curve_tolerance
-    candidates, missed = Candidates.of(family, keep or computed, bends), dict[str, float]()
+    candidates, jumped = Candidates.of(family, keep or computed, bends), False
     longest = _sampled_length(family, lr_max / family.reference_lr)
     for length in (longest / SHORTER**k for k in range(ATTEMPTS)):
         if length < longest and length * family.reference_lr <= low:
             break
+        missed = dict[str, float]()
         for line, worst in candidates.up_to(length):
             curve, misses, is_within = _ended(family, line, worst, tolerance)
             if is_within:
                 return curve
-            if jumps := [name for name, by in missed.items() if by * misses.get(name, 0.0) > STAYS * by**2]:
-                names = "ΔF of " + ", ".join(f"'{name}'" for name in jumps)
-                family.measurement.messages.note("no curve", JUMPED.format(names=names, lr=curve.reach))
-                return None
+            if stay := [name for name, by in missed.items() if 1 / STAYS < misses.get(name, 0.0) / by < STAYS]:
+                if jumped:  # at two lengths: where slow convergence stays like this, a fourth of the way is enough
+                    names = "ΔF of " + ", ".join(f"'{name}'" for name in stay)
+                    family.measurement.messages.note("no curve", JUMPED.format(names=names, lr=curve.reach))
+                    return None
+                jumped = True
+                break  # a node more does not mend it
             missed = misses or missed
     family.measurement.messages.note("no curve", NO_CURVE)
     return None

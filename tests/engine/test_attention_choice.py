@@ -75,5 +75,21 @@ def test_kernels_that_cannot_be_had_are_done_without(monkeypatch: pytest.MonkeyP
         assert attention_choice._tried(CPU, (16, 16), True, None, ALL) is None
 
 
+def test_a_card_that_is_full_says_nothing_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, seen = kernels(), []
+
+    def full(at: Point) -> Any:
+        seen.append(at)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return value_by_rows(at)
+
+    own.value = full
+    monkeypatch.setattr(importlib, "import_module", lambda name: own)
+    with pytest.raises(torch.OutOfMemoryError):
+        attention_choice._tried(CPU, (16, 16), True, None, ALL)
+    assert attention_choice._tried(CPU, (16, 16), True, None, ALL) is own
+
+
 def test_a_processor_has_none() -> None:
     assert attention_choice._kernels(attention_choice.small(CPU, (16, 16), True, None), ALL) is None

@@ -118,6 +118,16 @@ def test_attention_takes_them_through_jvp_and_vmap(kernels: Any, mask: str, monk
     assert float((own - out).norm() / out.norm()) < CLOSE
 
 
+def test_what_is_no_number_in_a_mask_shows(kernels: Any) -> None:
+    """A block is not left out because its largest entry is NaN."""
+    at = problem("additive", (16, 16))
+    assert at.mask is not None
+    at.mask[0, 1, 20, 3] = torch.nan
+    out, _ = kernels.value(at)
+    assert out[0, 1, 20].isnan().all()
+    assert out.isfinite().all(-1).sum() == out[..., 0].numel() - 1
+
+
 def test_a_card_with_less_memory_takes_the_next_shape(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     large, small = kernels.Shape(32, 32, 4, 1), kernels.Shape(16, 16, 4, 1)
     monkeypatch.setattr(kernels, "TANGENTS", dict.fromkeys(kernels.TANGENTS, (large, small)))
