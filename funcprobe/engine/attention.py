@@ -5,8 +5,9 @@ With `S = c QKᵀ + M`, `ℓ = logsumexp S` by rows and `P = exp(S − ℓ)`, at
     Ȯ = (P∘Ṡ) V − rowsum(P∘Ṡ) ∘ O + P V̇,    Ṡ = c (Q̇Kᵀ + QK̇ᵀ) + Ṁ.
 
 A fused kernel gives O and ℓ without making S. Given ℓ, a block of P needs no other block of its rows, so tangents never
-hold more than one block, and blocks in which nothing is seen are left out. The rule holds once: torch 2.13 does not
-differentiate a custom function's `jvp` again.
+hold more than one block, and blocks in which nothing is seen are left out. On a GPU kernels of our own make them where
+they are right (`engine.attention_choice`). The rule holds once: torch 2.13 does not differentiate a custom function's
+`jvp` again.
 """
 
 from __future__ import annotations

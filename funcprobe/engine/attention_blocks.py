@@ -71,16 +71,34 @@ def _counts(
     """Return for each block whether a mask shows anything in it to anybody, and whether it leaves it as it is."""
     if mask is None:
         return None, None
-    plain = mask if mask.dtype == torch.bool else mask == 0
-    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2  # what stands for -∞
-    pad = (0, -keys % step[1], 0, -queries % step[0])
 
     def any_in_block(x: Tensor) -> list[list[bool]]:
-        x = torch.nn.functional.pad(x.flatten(0, -3).any(0).expand(queries, keys), pad)
-        x = x.unflatten(1, (-1, step[1])).unflatten(0, (-1, step[0]))
-        return x.any(3).any(1).tolist()
+        x = padded(x.flatten(0, -3).any(0).expand(queries, keys), step, False)
+        return in_blocks(x, step).any(-1).any(-2).tolist()
 
-    return any_in_block(shown), [[not cut for cut in row] for row in any_in_block(~plain)]
+    return any_in_block(shown(mask)), [[not cut for cut in row] for row in any_in_block(~plain(mask))]
+
+
+def shown(mask: Tensor) -> Tensor:
+    """Return where a mask lets a query see a key; NaN does, so that it comes out in the value."""
+    # half of the lowest number is below all that is added, and what stands for -∞ is below that
+    return mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min / 2)
+
+
+def plain(mask: Tensor) -> Tensor:
+    """Return where a mask leaves a score as it is."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def padded(x: Tensor, step: tuple[int, int], value: float) -> Tensor:
+    """Return `[..., T, S]` with T and S up to whole blocks."""
+    pad = (0, -x.shape[-1] % step[1], 0, -x.shape[-2] % step[0])
+    return torch.nn.functional.pad(x, pad, value=value) if any(pad) else x
+
+
+def in_blocks(x: Tensor, step: tuple[int, int]) -> Tensor:
+    """Return `[..., T, S]` of whole blocks as `[..., rows of blocks, t, columns of blocks, s]`."""
+    return x.unflatten(-1, (-1, step[1])).unflatten(-3, (-1, step[0]))
 
 
 class Chunk(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import warnings
 from types import ModuleType
 from typing import cast
@@ -21,7 +22,6 @@ ROUNDED = 2.0**-7
 
 #: The widest heads that the kernels take.
 WIDEST = 256
-
 
 #: Whether queries, keys and values move.
 Moving = tuple[bool, bool, bool]
@@ -91,7 +91,8 @@ def _tried(
     """
     try:
         kernels = importlib.import_module("funcprobe.engine.attention_triton")
-        off = distance(kernels, small(device, widths, causal, mask), moving)
+        at = small(device, widths, causal, mask)
+        off = distance(kernels, at, drawn(at, moving))
         reason = f"it is {off:.1e} from the blocks, and at most {ROUNDED:.1e} is rounding" if not off <= ROUNDED else ""
     except torch.OutOfMemoryError:  # says nothing of a kernel
         raise
@@ -108,21 +109,15 @@ def _tried(
     return None
 
 
-def small(
-    device: torch.device,
-    widths: tuple[int, int],
-    causal: bool,
-    mask: torch.dtype | None,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Point:
-    """Return a small problem of grouped heads, whose lengths no block divides.
+def small(device: torch.device, widths: tuple[int, int], causal: bool, mask: torch.dtype | None) -> Point:
+    """Return a small problem of grouped heads in bfloat16, whose lengths no block divides.
 
     Of its mask some blocks show everything, some nothing, and one query sees nothing at all.
     """
     g = torch.Generator(device).manual_seed(0)
     queries, keys = 300, 300 if causal else 330
     shapes = ((2, 4, queries, widths[0]), (2, 2, keys, widths[0]), (2, 2, keys, widths[1]))
-    query, key, value = (torch.randn(shape, generator=g, device=device).to(dtype) for shape in shapes)
+    query, key, value = (torch.randn(shape, generator=g, device=device).bfloat16() for shape in shapes)
     seen = torch.rand(2, 1, queries, keys, generator=g, device=device) > 0.4
     seen[1, :, 3] = False
     seen[0, ..., 64:192] = True  # whole blocks, behind some in which nothing is seen
@@ -131,18 +126,28 @@ def small(
     return Point(query, key, value, hidden, causal, widths[0] ** -0.5)
 
 
-def distance(kernels: ModuleType, at: Point, moving: Moving) -> float:
-    """Return how far kernels are from the blocks in value, log-sum-exp and tangent, relative in norm."""
+def drawn(at: Point, moving: Moving, many: int = 2) -> Moves:
+    """Return random tangents of those that move."""
     g = torch.Generator(at.query.device).manual_seed(1)
-    drawn = [torch.randn(2, *x.shape, generator=g, device=x.device).to(x.dtype) for x in at[:3]]
-    query, key, value = (x if moves else None for x, moves in zip(drawn, moving, strict=True))
+    each = [torch.randn(many, *x.shape, generator=g, device=x.device).to(x.dtype) for x in at[:3]]
+    query, key, value = (x if moves else None for x, moves in zip(each, moving, strict=True))
+    return Moves(query, key, value, None)
+
+
+def distance(kernels: ModuleType, at: Point, moves: Moves, dtype: torch.dtype = torch.float32) -> float:
+    """Return how far kernels are from the blocks, run in a wider dtype: the largest relative error in norm.
+
+    It is that of O, of ℓ where a query sees something, and of Ȯ; NaN where one of them is, and infinite where kernels
+    and blocks do not agree on which queries see nothing.
+    """
     out, lse = kernels.value(at)
-    found = kernels.tangents(at, lse, Moves(query, key, value, None))
-    mask = at.mask.float() if at.mask is not None and at.mask.is_floating_point() else at.mask
-    wide = Point(at.query.float(), at.key.float(), at.value.float(), mask, at.causal, at.scale)
+    found = kernels.tangents(at, lse, moves)
+    mask = at.mask.to(dtype) if at.mask is not None and at.mask.is_floating_point() else at.mask
+    wide = Point(at.query.to(dtype), at.key.to(dtype), at.value.to(dtype), mask, at.causal, at.scale)
     true, ell = value_by_rows(wide)
-    moves = Moves(*(None if x is None else x.float() for x in (query, key, value, None)))
-    expected = tangents_by_blocks(wide, true, ell, moves)
+    expected = tangents_by_blocks(wide, true, ell, Moves(*(None if x is None else x.to(dtype) for x in moves)))
+    if not torch.equal(lse.isinf(), ell.isinf()):
+        return math.inf
     seen = ell.isfinite()
     pairs = ((out, true), (lse[seen], ell[seen]), (found, expected))
-    return float(torch.stack([(x.float() - y).norm() / y.norm() for x, y in pairs]).max())  # NaN where one is
+    return float(torch.stack([(x.to(dtype) - y).norm() / y.norm() for x, y in pairs]).max())

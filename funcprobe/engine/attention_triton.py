@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from funcprobe.engine.attention_blocks import Moves, Point
+from funcprobe.engine.attention_blocks import Moves, Point, in_blocks, padded, plain, shown
 from funcprobe.engine.attention_lines import write_tangent, write_value
 
 
@@ -135,18 +135,10 @@ def _blocks_of(mask: Tensor, queries: int, keys: int, shape: Shape) -> tuple[Ten
     `[B | 1, H | 1, blocks, blocks]`, 0 is nothing, 1 some and 2 all as it is. The third, int32
     `[B | 1, H | 1, blocks, 2]`, has the first block of keys and one past the last; 0 and 0 where nothing is seen.
     """
-    pad = (0, -keys % shape.columns, 0, -queries % shape.rows)
-    mask = mask.expand(*mask.shape[:2], queries, keys)
-    if any(pad) or not mask.is_contiguous():
-        mask = torch.nn.functional.pad(mask, pad, value=False if mask.dtype == torch.bool else -math.inf)
-        mask = mask.contiguous()
-    by_block = mask.unflatten(3, (-1, shape.columns)).unflatten(2, (-1, shape.rows))
-    if mask.dtype == torch.bool:
-        least, most = by_block.all(5).all(3), by_block.any(5).any(3)
-    else:
-        lowest, highest = by_block.amin((3, 5)), by_block.amax((3, 5))
-        least = (lowest == 0) & (highest == 0)
-        most = ~(highest <= torch.finfo(mask.dtype).min / 2)  # NaN is seen, and shows in the value
+    step, hides = (shape.rows, shape.columns), False if mask.dtype == torch.bool else -math.inf
+    mask = padded(mask.expand(*mask.shape[:2], queries, keys), step, hides).contiguous()
+    least = in_blocks(plain(mask), step).all(-1).all(-2)
+    most = in_blocks(shown(mask), step).any(-1).any(-2)
     number = torch.arange(1, most.shape[-1] + 1, device=mask.device, dtype=torch.int32)
     last, first = (most * number).amax(-1), most.shape[-1] - (most * number.flip(0)).amax(-1)
     ends = torch.stack([torch.where(last > 0, first, 0), last], -1).to(torch.int32)

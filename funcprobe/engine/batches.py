@@ -181,14 +181,17 @@ def finite(scores: TokenScores, rows: Tensor, what: str) -> TokenScores:
     """
     asked = {
         "The model returned log-probabilities": (
-            scores.logp + scores.entropy,
+            scores.logp.detach() + scores.entropy.detach(),
             "check the weights, or load the model in a wider dtype",
         )
     }
     for name, x in scores.extra.items():
-        asked[f"The statistic '{name}' has values"] = (x, "return a number for every token, 0 where there is none")
+        asked[f"The statistic '{name}' has values"] = (
+            x.detach(),
+            "return a number for every token, 0 where there is none",
+        )
     for found, (x, then) in asked.items():
-        healthy = torch.isfinite(x.detach()).all(dim=1)
+        healthy = torch.isfinite(x).all(dim=1)
         if not bool(healthy.all()):
             bad = listed(sorted(rows.to(healthy.device)[~healthy].tolist()))
             raise NumericsError(f"{found} that are not finite for sequence {bad} (in: {what}); {then}.")

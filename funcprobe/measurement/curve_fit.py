@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from funcprobe.estimators.importance import effective_sample_size, log_ratios, sequence_weights
-from funcprobe.measurement.change import Measured, difference_of, eps_of, is_walkable, told_otherwise
+from funcprobe.measurement.change import difference_of, eps_of, is_walkable, told_otherwise
 from funcprobe.measurement.continuity import DISAGREE
 from funcprobe.measurement.curve import SMALL, ScoreCurve
 from funcprobe.measurement.curve_candidates import Candidates, Keep
 from funcprobe.measurement.learning_rates import LearningRates, naming
 from funcprobe.measurement.line import Line
-from funcprobe.measurement.measurement import Measurement
 from funcprobe.measurement.messages import Messages
 from funcprobe.types import TokenScores
 
@@ -138,22 +137,15 @@ def _ended(
         curve = ScoreCurve(family, line, worst, end)
         measured = curve.measured(line.length, first)
         names = told_otherwise(measurement, move, first, end, measured)
-    apart = {n: end.subtractions[n] - float(measured.evidence.change(o)) for n, o in measurement.observables.items()}
+    changes = {n: float(measured.evidence.change(o)) for n, o in measurement.observables.items()}
+    sizes = {n: measured.evidence.magnitude(o) for n, o in measurement.observables.items()}
+    missed = {n: end.subtractions[n] - change for n, change in changes.items()}
     if not line.by_values:  # what all of E shows there, beyond what a part of it has told
-        sizes = {n: measured.evidence.magnitude(o) or 1.0 for n, o in measurement.observables.items()}
-        shown = {n: max(0.0, abs(by) - end.errors[n]) / sizes[n] for n, by in apart.items()}
+        shown = {n: max(0.0, abs(by) - end.errors[n]) / (sizes[n] or 1.0) for n, by in missed.items()}
         curve = replace(curve, worst={n: max(off, shown[n]) for n, off in worst.items()})
     unseen = move.size.rounding_ratio > tolerance
     known = all(math.isfinite(error) for error in measured.errors.values())
-    is_within = known and not names and (unseen or _is_within(measurement, measured, end, tolerance))
-    return curve, {name: apart[name] for name in names}, is_within
-
-
-def _is_within(measurement: Measurement, measured: Measured, end: Measured, tolerance: float) -> bool:
-    """Return whether every ΔF of a curve agrees with that of two evaluations, within the float error of these."""
-    for name, o in measurement.observables.items():
-        change = float(measured.evidence.change(o))
-        allowed = tolerance * max(abs(change), SMALL * measured.evidence.magnitude(o))
-        if not abs(change - end.subtractions[name]) <= allowed + DISAGREE * end.errors[name]:  # which no NaN is
-            return False
-    return True
+    allowed = {n: tolerance * max(abs(change), SMALL * sizes[n]) for n, change in changes.items()}
+    # which no NaN is
+    is_close = all(abs(by) <= allowed[n] + DISAGREE * end.errors[n] for n, by in missed.items())
+    return curve, {name: missed[name] for name in names}, known and not names and (unseen or is_close)

@@ -43,8 +43,9 @@ def kernels(off: float = 0.0, asked: list[Point] | None = None) -> Any:
 )
 def test_rounding_is_no_reason_to_refuse(causal: bool, mask: torch.dtype | None) -> None:
     at = attention_choice.small(CPU, (64, 48), causal, mask)
-    assert attention_choice.distance(kernels(), at, ALL) <= attention_choice.ROUNDED
-    assert attention_choice.distance(kernels(0.02), at, ALL) > attention_choice.ROUNDED
+    moves = attention_choice.drawn(at, ALL)
+    assert attention_choice.distance(kernels(), at, moves) <= attention_choice.ROUNDED
+    assert attention_choice.distance(kernels(0.02), at, moves) > attention_choice.ROUNDED
 
 
 def test_right_kernels_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from funcprobe import engine
 from funcprobe.engine import attention, attention_choice
 from funcprobe.engine.attention_blocks import Moves, Point
-from funcprobe.engine.attention_by_blocks import tangents_by_blocks, value_by_rows
 
 pytestmark = pytest.mark.triton
 
@@ -56,23 +55,12 @@ def problem(name: str, widths: tuple[int, int], queries: int = 37, keys: int = 4
 
 def moved(at: Point, moving: str, many: int = 2) -> Moves:
     """Return tangents of those of q, k and v that move."""
-    g = torch.Generator().manual_seed(1)
-    drawn = [torch.randn(many, *x.shape, generator=g) for x in at[:3]]
-    query, key, value = (x if name in moving else None for name, x in zip("qkv", drawn, strict=True))
-    return Moves(query, key, value, None)
+    return attention_choice.drawn(at, ("q" in moving, "k" in moving, "v" in moving), many)
 
 
 def assert_right(kernels: Any, at: Point, moves: Moves) -> None:
     """Hold value, log-sum-exp and tangents against the blocks in float64."""
-    mask = at.mask if at.mask is None or at.mask.dtype == torch.bool else at.mask.double()
-    wide = Point(at.query.double(), at.key.double(), at.value.double(), mask, at.causal, at.scale)
-    out, lse = value_by_rows(wide)
-    expected = tangents_by_blocks(wide, out, lse, Moves(*(None if x is None else x.double() for x in moves)))
-    found, ell = kernels.value(at)
-    assert torch.equal(ell.isinf(), lse.isinf())
-    seen = lse.isfinite()
-    for x, y in ((found, out), (ell[seen], lse[seen]), (kernels.tangents(at, ell, moves), expected)):
-        assert float((x - y).norm() / y.norm()) < CLOSE
+    assert attention_choice.distance(kernels, at, moves, torch.float64) < CLOSE
 
 
 @pytest.mark.parametrize("mask", MASKS)
